@@ -1,0 +1,62 @@
+# Everything a person types. Each target does its own set-up and is cheap when run again.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help libtorch data nextest build demo test lint bench-step parity-fixtures deny clean
+
+# An empty LIBTORCH would hide the folder that .cargo/config.toml names.
+ifeq ($(LIBTORCH),)
+unexport LIBTORCH
+endif
+
+WORKERS ?= 2
+coordinator := target/release/coordinator
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+libtorch: ## Fetch libtorch 2.11.0 (unless LIBTORCH names one)
+	@deploy/setup/libtorch.sh > /dev/null
+
+data: ## Fetch Fashion-MNIST and print its folder
+	@deploy/setup/fashion-mnist.sh
+
+nextest:
+	@deploy/setup/nextest.sh > /dev/null
+
+build: libtorch ## Build target/release/coordinator and target/release/worker
+	@cargo build --release --locked
+
+demo: build ## Train a network on Fashion-MNIST with 2 workers (WORKERS=N for more)
+	@folder=$$(deploy/setup/fashion-mnist.sh)
+	$(coordinator) dataset add fashion-mnist --format idx "$$folder"
+	$(coordinator) run jobs/fashion-nin.toml --workers $(WORKERS)
+
+test: libtorch nextest ## Run every test, from nothing
+	@started=$$SECONDS
+	FASHION_MNIST=$$(deploy/setup/fashion-mnist.sh)
+	export FASHION_MNIST
+	# The tests in tests/ drive these programs.
+	cargo build --release --locked --bins
+	PATH="$$PATH:$${LOCKSTEP_DEPS:-$$PWD/.deps}/tools/bin" cargo nextest run --release --locked --workspace
+	cargo test --quiet --release --locked --workspace --doc
+	echo "make test: $$((SECONDS - started)) s"
+
+lint: libtorch ## Format, clippy, dependency rules, scripts, dashboards
+	@deploy/setup/lint.sh
+
+bench-step: build ## Images/s side by side with PyTorch DistributedDataParallel
+	@tests/bench/run_step.sh
+
+parity-fixtures: libtorch ## Compute the reference values of the parity tests again, with PyTorch
+	@python=$$(deploy/setup/python-torch.sh)
+	"$$python" worker/nn/parity/reference.py
+
+deny: ## Licences, advisories and bans of the dependencies (needs cargo-deny)
+	@command -v cargo-deny > /dev/null || { echo 'error: cargo-deny is missing' >&2; echo 'hint: cargo install --locked cargo-deny' >&2; exit 1; }
+	cargo deny check
+
+clean: ## Remove what was built; what was fetched stays in .deps
+	@cargo clean
+
+.ONESHELL:

@@ -1,0 +1,118 @@
+"""The peer: NIN on Fashion-MNIST with PyTorch DistributedDataParallel over Gloo, on CPU.
+
+Prints one JSON object: images_per_second, final_loss, warmup_steps, steps.
+
+The same network, global batch, optimizer and augmentations as tests/bench/step.toml. Two differences, both in
+PyTorch's favour: its batch norm is local (nn.SyncBatchNorm has no CPU implementation, so PyTorch pays for no
+synchronization), and its clock starts after the warm-up steps.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+
+def read_idx(folder, name):
+    """The array in an IDX file of bytes, gzipped or not."""
+    packed = folder / f"{name}.gz"
+    raw = gzip.decompress(packed.read_bytes()) if packed.exists() else (folder / name).read_bytes()
+    dimensions = raw[3]
+    shape = np.frombuffer(raw, ">u4", dimensions, 4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def nin(classes=10):
+    """Lin, Chen, Yan 2013, the MNIST widths: 349,674 parameters, batch norm's aside."""
+
+    def convolution(inputs, outputs, size):
+        return [nn.Conv2d(inputs, outputs, size, padding=size // 2), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    def shrink():
+        return [nn.MaxPool2d(3, 2, ceil_mode=True), nn.Dropout(0.5)]
+
+    return nn.Sequential(
+        *convolution(1, 96, 5), *convolution(96, 64, 1), *convolution(64, 48, 1), *shrink(),
+        *convolution(48, 128, 5), *convolution(128, 96, 1), *convolution(96, 48, 1), *shrink(),
+        *convolution(48, 128, 5), *convolution(128, 96, 1), nn.Conv2d(96, classes, 1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip
+
+
+def augment(images, generator, pixels=2):
+    """Pads by `pixels`, crops back at a random place, mirrors half of them. [N, 1, H, W] in and out."""
+    count, _, height, width = images.shape
+    padded = F.pad(images, [pixels] * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+    top, left = torch.randint(2 * pixels + 1, (2, count), generator=generator)
+    crops = windows[torch.arange(count), :, top, left]
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    return torch.where(mirrored[:, None, None, None], crops.flip(3), crops)
+
+
+def train(rank, arguments, rendezvous):
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=arguments.workers)
+
+    images = torch.from_numpy(read_idx(arguments.data, "train-images-idx3-ubyte").copy()).unsqueeze(1)
+    labels = torch.from_numpy(read_idx(arguments.data, "train-labels-idx1-ubyte").astype(np.int64))
+    mean, deviation = 0.2860, 0.3530  # of Fashion-MNIST's training pixels, scaled to [0, 1]
+
+    model = DistributedDataParallel(nin())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    local_batch = arguments.global_batch // arguments.workers
+    generator = torch.Generator().manual_seed(1)
+    order = torch.randperm(len(images), generator=generator)
+    crop_generator = torch.Generator().manual_seed(100 + rank)
+
+    started = 0.0
+    for step in range(arguments.warmup + arguments.steps):
+        if step == arguments.warmup:
+            dist.barrier()
+            started = time.perf_counter()
+        begin = (step * arguments.global_batch + rank * local_batch) % (len(order) - local_batch)
+        batch = order[begin : begin + local_batch]
+        inputs = augment((images[batch].float() / 255 - mean) / deviation, crop_generator)
+        loss = F.cross_entropy(model(inputs), labels[batch])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    dist.barrier()
+    seconds = time.perf_counter() - started
+
+    if rank == 0:
+        rate = arguments.steps * arguments.global_batch / seconds
+        print(json.dumps({
+            "images_per_second": rate, "final_loss": loss.item(),
+            "warmup_steps": arguments.warmup, "steps": arguments.steps,
+        }))  # fmt: skip
+    dist.destroy_process_group()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four IDX files")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--global-batch", type=int, default=128)
+    parser.add_argument("--warmup", type=int, default=20, help="steps before the clock starts")
+    parser.add_argument("--steps", type=int, default=280, help="steps timed")
+    arguments = parser.parse_args()
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(train, (arguments, f"{folder}/rendezvous"), nprocs=arguments.workers)
+
+
+if __name__ == "__main__":
+    main()
