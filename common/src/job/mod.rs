@@ -1,0 +1,308 @@
+//! The job file: what is trained, on what, how. The result of a run depends on this file only.
+//!
+//! [`JobSpec::parse`] turns TOML into a checked value or into one error that names the file, the line and the
+//! nearest known name. Peers exchange the file's text and parse it again, so that there is one truth.
+
+mod error;
+mod models;
+mod optimizer;
+mod validate;
+
+pub use error::JobError;
+pub use models::{ModelEntry, ModelRole, catalogue};
+pub use optimizer::{OptimizerSpec, ScheduleSpec};
+
+use serde::{Deserialize, Serialize};
+
+/// A job file, parsed and checked.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JobSpec {
+    /// The job's name in lists, logs and metrics.
+    pub name: String,
+    /// What kind of training this is.
+    pub task: Task,
+    /// Keys every random number of the job.
+    pub seed: u64,
+    /// Passes over the training set. Exactly one of `epochs` and `steps` is given.
+    pub epochs: Option<u64>,
+    /// Updates of the weights. Exactly one of `epochs` and `steps` is given.
+    pub steps: Option<u64>,
+    /// Samples per step, over all workers.
+    pub global_batch: u32,
+    /// V: the fixed number of equal parts of every global batch.
+    pub logical_shards: u32,
+    /// In which order gradients are added.
+    #[serde(default)]
+    pub reduction: Reduction,
+    /// The number type of weights and arithmetic.
+    #[serde(default)]
+    pub precision: Precision,
+    /// The network of a `classify` job.
+    pub model: Option<ModelSpec>,
+    /// The generator of a `gan` job.
+    pub generator: Option<ModelSpec>,
+    /// The discriminator of a `gan` job.
+    pub discriminator: Option<ModelSpec>,
+    /// The datasets and their augmentation.
+    pub data: DataSpec,
+    /// The optimizer of every network that does not name its own.
+    pub optimizer: OptimizerSpec,
+    /// How the learning rate changes from step to step.
+    #[serde(default)]
+    pub schedule: ScheduleSpec,
+    /// The loss of a `classify` job.
+    #[serde(default)]
+    pub loss: LossSpec,
+    /// Bounds on the reduced gradient.
+    #[serde(default)]
+    pub clip: ClipSpec,
+    /// What a `gan` job alternates.
+    #[serde(default)]
+    pub gan: GanSpec,
+    /// How many workers the job may have.
+    #[serde(default)]
+    pub workers: WorkerRange,
+    /// How gradients travel.
+    #[serde(default)]
+    pub collective: CollectiveSpec,
+    /// When checkpoints are written and how many are kept.
+    #[serde(default)]
+    pub checkpoint: CheckpointSpec,
+}
+
+/// What kind of training a job is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Task {
+    /// Image classification: one network, one phase a step.
+    Classify,
+    /// Generative adversarial training: discriminator phases, then a generator phase.
+    Gan,
+}
+
+/// In which order the logical shards' gradients are added.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reduction {
+    /// One fixed binary tree over the logical shards: the result does not depend on the workers.
+    #[default]
+    Exact,
+    /// Each worker adds its own first: the result depends on how many workers there are.
+    Fast,
+}
+
+/// The number type of weights and arithmetic.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precision {
+    /// 64-bit floating point.
+    F64,
+    /// 32-bit floating point.
+    #[default]
+    F32,
+}
+
+/// How batch normalization sees the batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BatchNorm {
+    /// Statistics of the whole global batch.
+    #[default]
+    Sync,
+    /// Statistics of each logical shard by itself.
+    Local,
+    /// The network is built without batch normalization.
+    None,
+}
+
+/// A network: its name in `worker models` and its own options.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelSpec {
+    /// The architecture.
+    pub name: String,
+    /// How its batch normalization sees the batch.
+    #[serde(default)]
+    pub batch_norm: BatchNorm,
+    /// An optimizer of its own, instead of the job's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub optimizer: Option<OptimizerSpec>,
+    /// Every further key: the architecture's own options.
+    #[serde(flatten)]
+    pub options: serde_json::Map<String, serde_json::Value>,
+}
+
+/// The datasets of a job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataSpec {
+    /// The training set's name in the coordinator's store.
+    pub train: String,
+    /// The test set's name; no evaluation without it.
+    pub test: Option<String>,
+    /// Applied to every training sample, in this order.
+    #[serde(default)]
+    pub augment: Vec<Augment>,
+    /// How raw pixels become numbers.
+    #[serde(default)]
+    pub scale: PixelScale,
+}
+
+/// How raw pixels 0..=255 become numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PixelScale {
+    /// Zero mean and unit variance by the training set's per-channel statistics.
+    #[default]
+    Standardize,
+    /// 0 to 1.
+    Unit,
+}
+
+/// One augmentation of a training sample, keyed by (seed, epoch, sample).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "name", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Augment {
+    /// Zero-pads each side by `pixels` and crops the original size at a random place.
+    PadCrop {
+        /// Padding on each side.
+        pixels: u32,
+    },
+    /// Mirrors left and right with probability one half.
+    Flip {},
+}
+
+/// The loss of a `classify` job.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LossSpec {
+    /// The share of the target spread evenly over all classes, in [0, 1).
+    pub label_smoothing: f64,
+}
+
+/// Bounds on the reduced gradient, applied before the optimizer: by value first, then by norm.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ClipSpec {
+    /// The largest magnitude of one element.
+    pub value: Option<f64>,
+    /// The largest Euclidean norm over all of a network's gradients.
+    pub norm: Option<f64>,
+}
+
+/// What a `gan` job alternates.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GanSpec {
+    /// k: discriminator updates before each generator update.
+    pub discriminator_steps: u32,
+    /// Images in the sample grid written after every epoch; a square number.
+    pub grid: u32,
+}
+
+impl Default for GanSpec {
+    fn default() -> Self {
+        Self { discriminator_steps: 1, grid: 64 }
+    }
+}
+
+/// How many workers a job may have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WorkerRange {
+    /// The job waits until this many are free.
+    pub min: u32,
+    /// The job never takes more; at most V.
+    pub max: Option<u32>,
+}
+
+impl Default for WorkerRange {
+    fn default() -> Self {
+        Self { min: 1, max: None }
+    }
+}
+
+/// How gradients travel.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CollectiveSpec {
+    /// Which transport carries the collectives.
+    pub backend: Backend,
+    /// Gradients per all-reduce, in bytes.
+    pub bucket_bytes: u64,
+    /// After how many seconds without progress a collective is given up.
+    pub timeout_s: f64,
+}
+
+impl Default for CollectiveSpec {
+    fn default() -> Self {
+        // 25 MiB, the size that DDP made the field's default.
+        Self { backend: Backend::Auto, bucket_bytes: 25 << 20, timeout_s: 10.0 }
+    }
+}
+
+/// Which transport carries the collectives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Backend {
+    /// The best one that all ranks share.
+    #[default]
+    Auto,
+    /// QUIC between processes, encrypted and mutually authenticated.
+    Quic,
+}
+
+/// When checkpoints are written and how many are kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CheckpointSpec {
+    /// A checkpoint every so many steps, besides the one at the end; 0 writes only that one.
+    pub every_steps: u64,
+    /// How many of the newest are kept.
+    pub keep: u32,
+}
+
+impl Default for CheckpointSpec {
+    fn default() -> Self {
+        Self { every_steps: 200, keep: 3 }
+    }
+}
+
+impl JobSpec {
+    /// Parses and checks a job file. `file` is the name used in errors.
+    pub fn parse(file: &str, text: &str) -> Result<Self, JobError> {
+        let spec: Self = toml::from_str(text).map_err(|e| error::from_toml(file, text, &e))?;
+        validate::check(&spec).map_err(|fault| error::from_fault(file, text, fault))?;
+        Ok(spec)
+    }
+
+    /// The error for a value that only the caller can judge, such as a dataset that does not exist.
+    /// `path` names the key, `["data", "train"]` for instance.
+    pub fn fault(file: &str, text: &str, path: &[&str], what: String) -> JobError {
+        error::from_fault(file, text, validate::Fault::at(path, what))
+    }
+
+    /// The job's networks in the order in which they are built and stored.
+    pub fn networks(&self) -> Vec<(&'static str, &ModelSpec)> {
+        let named = [("model", &self.model), ("generator", &self.generator), ("discriminator", &self.discriminator)];
+        named.into_iter().filter_map(|(name, spec)| spec.as_ref().map(|s| (name, s))).collect()
+    }
+
+    /// The optimizer of the network described by `model`.
+    pub fn optimizer_of<'a>(&'a self, model: &'a ModelSpec) -> &'a OptimizerSpec {
+        model.optimizer.as_ref().unwrap_or(&self.optimizer)
+    }
+
+    /// The largest number of workers that the job can use.
+    pub fn max_workers(&self) -> u32 {
+        self.workers.max.unwrap_or(self.logical_shards).min(self.logical_shards)
+    }
+
+    /// How many steps the job has, given the steps of one epoch.
+    pub fn total_steps(&self, steps_per_epoch: u64) -> u64 {
+        self.steps.unwrap_or_else(|| self.epochs.unwrap_or(0) * steps_per_epoch)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,509 @@
+//! The messages. Whatever concerns a running job carries its generation; one of an old generation is refused.
+//!
+//! A client opens one bidirectional stream per [`Request`]; the coordinator answers with [`Response`]s on it. A
+//! worker's [`Request::Session`] stays open and carries [`FromWorker`] one way and [`ToWorker`] the other.
+
+use crate::ids::{Generation, JobId, Rank, WorkerId};
+use crate::placement::Placement;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+/// What a join token is good for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TokenPurpose {
+    /// Joining as a worker.
+    Worker,
+    /// Submitting and controlling jobs.
+    Operator,
+}
+
+/// What a client asks of a coordinator.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Request {
+    /// A certificate for a token. The only request that needs no client certificate.
+    Enroll {
+        /// The token's public name.
+        token: String,
+        /// The token's secret.
+        secret: [u8; 32],
+        /// A certificate signing request, DER.
+        csr: Vec<u8>,
+        /// The enrolling host's name, for lists.
+        host: String,
+    },
+    /// From a worker: opens its session.
+    Session(Register),
+    /// From a worker: a dataset's manifest.
+    Manifest {
+        /// The dataset's name.
+        dataset: String,
+    },
+    /// From a worker: a dataset shard, which follows the response as raw bytes.
+    Shard {
+        /// The dataset's name.
+        dataset: String,
+        /// The shard's BLAKE3 hash, hex.
+        hash: String,
+    },
+    /// From a worker: a checkpoint; its files follow as raw bytes in the order of the head.
+    PutCheckpoint(CheckpointHead),
+    /// From a worker: a checkpoint's files, which follow the response as raw bytes.
+    GetCheckpoint {
+        /// The job.
+        job: JobId,
+        /// The asking worker's generation.
+        generation: Generation,
+        /// The checkpoint's step.
+        step: u64,
+    },
+    /// From a worker: a file for people to look at, such as a sample grid; its bytes follow.
+    PutArtifact {
+        /// The job.
+        job: JobId,
+        /// The worker's generation.
+        generation: Generation,
+        /// Its name and size.
+        file: FileHead,
+    },
+    /// From an operator: puts a job in the queue.
+    Submit {
+        /// The job file's name, for messages.
+        file: String,
+        /// The job file.
+        toml: String,
+    },
+    /// From an operator: all jobs.
+    Jobs,
+    /// From an operator: one job.
+    Status {
+        /// The job.
+        job: JobId,
+    },
+    /// From an operator: a job's log.
+    Logs {
+        /// The job.
+        job: JobId,
+        /// Whether to stay and send what is added until the job has ended.
+        follow: bool,
+        /// The first line wanted, from 0.
+        from: u64,
+    },
+    /// From an operator: ends a job.
+    Cancel {
+        /// The job.
+        job: JobId,
+    },
+    /// From an operator: checkpoints a job and frees its workers.
+    Pause {
+        /// The job.
+        job: JobId,
+    },
+    /// From an operator: puts a paused job back in the queue.
+    Resume {
+        /// The job.
+        job: JobId,
+    },
+    /// From an operator: all workers.
+    Workers,
+    /// From an operator: a new join token.
+    NewToken {
+        /// What it is good for.
+        purpose: TokenPurpose,
+        /// How long it is good for.
+        ttl_s: u64,
+        /// How many enrolments it is good for.
+        uses: u32,
+    },
+}
+
+/// What a coordinator answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Response {
+    /// The request was refused.
+    Refused(Refusal),
+    /// It is done; there is nothing to say.
+    Done,
+    /// To `Enroll`.
+    Enrolled {
+        /// The client's certificate, DER.
+        certificate: Vec<u8>,
+        /// The worker's number; `None` for an operator.
+        worker: Option<WorkerId>,
+    },
+    /// To `Manifest`: the manifest as JSON.
+    Manifest {
+        /// `manifest.json`.
+        json: String,
+    },
+    /// To `Shard` and `GetCheckpoint`: the files that follow.
+    Files(Vec<FileHead>),
+    /// To `Submit`.
+    Submitted {
+        /// The new job.
+        job: JobId,
+    },
+    /// To `Jobs` and `Status`.
+    Jobs(Vec<JobSummary>),
+    /// To `Logs`: some lines; more may follow on the stream until it ends.
+    Lines(Vec<LogLine>),
+    /// To `Workers`.
+    Workers(Vec<WorkerSummary>),
+    /// To `NewToken`.
+    Token {
+        /// The token to hand over.
+        token: String,
+    },
+    /// To `Session`: the worker is in.
+    Welcome,
+}
+
+/// Why a coordinator refused a request, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// A short word for the metric, such as `token_expired`.
+    pub reason: String,
+    /// One line for people.
+    pub message: String,
+}
+
+/// A file that follows a message as raw bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileHead {
+    /// The file's name, without folders.
+    pub name: String,
+    /// Its length.
+    pub bytes: u64,
+}
+
+/// A checkpoint that follows as raw bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointHead {
+    /// The job.
+    pub job: JobId,
+    /// The generation that wrote it.
+    pub generation: Generation,
+    /// The step after which it was taken.
+    pub step: u64,
+    /// Its files, `manifest.json` last.
+    pub files: Vec<FileHead>,
+}
+
+/// A worker's introduction, also after it lost its coordinator for a while.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Register {
+    /// The host's name.
+    pub host: String,
+    /// `cpu` or `cuda:0`.
+    pub device: String,
+    /// Threads that compute at a time.
+    pub threads: u32,
+    /// Where other workers can reach it, best first.
+    pub addresses: Vec<SocketAddr>,
+    /// Where its metrics are served, if they are.
+    pub metrics: Option<SocketAddr>,
+    /// The job that it is in the middle of, if any.
+    pub running: Option<Running>,
+}
+
+/// What a worker that comes back is in the middle of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Running {
+    /// The job.
+    pub job: JobId,
+    /// Its generation there.
+    pub generation: Generation,
+    /// Its rank there.
+    pub rank: Rank,
+    /// The last step that it has committed.
+    pub step: u64,
+}
+
+/// What a coordinator tells a worker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum ToWorker {
+    /// Take part in a generation of a job.
+    Start(Box<Assignment>),
+    /// Leave a generation of a job.
+    Stop {
+        /// The job.
+        job: JobId,
+        /// The generation to leave.
+        generation: Generation,
+        /// How.
+        mode: StopMode,
+    },
+    /// Leave for good; the coordinator will not have this worker back.
+    Dismiss {
+        /// One line for people.
+        reason: String,
+    },
+}
+
+/// How to leave a generation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StopMode {
+    /// After the step in progress, all ranks at the same one, with a checkpoint.
+    Checkpoint,
+    /// At once; the step in progress is lost.
+    Abort,
+}
+
+/// All that a worker needs to take part in a generation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Assignment {
+    /// The job.
+    pub job: JobId,
+    /// Its membership.
+    pub generation: Generation,
+    /// The worker's place in it.
+    pub rank: Rank,
+    /// Who owns which logical shards.
+    pub placement: Placement,
+    /// All ranks in order, this one included.
+    pub peers: Vec<Peer>,
+    /// The job file's name, for messages.
+    pub file: String,
+    /// The job file.
+    pub toml: String,
+    /// The datasets' identities, so that all ranks read the same bytes.
+    pub datasets: Vec<DatasetBrief>,
+    /// Where to start.
+    pub resume: Resumption,
+}
+
+/// A rank and how to reach it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    /// Its rank.
+    pub rank: Rank,
+    /// The worker, whose certificate must say so.
+    pub worker: WorkerId,
+    /// Its host's name, for messages.
+    pub host: String,
+    /// Where it can be reached, best first.
+    pub addresses: Vec<SocketAddr>,
+}
+
+/// A dataset by content.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DatasetBrief {
+    /// Its name.
+    pub name: String,
+    /// Its manifest's digest.
+    pub digest: String,
+}
+
+/// Where a generation starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Resumption {
+    /// From the initial weights.
+    Fresh,
+    /// From the checkpoint taken after this step.
+    Checkpoint {
+        /// The step.
+        step: u64,
+    },
+}
+
+/// What a worker tells its coordinator. Only rank 0 reports steps.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum FromWorker {
+    /// Committed steps since the last report, in order.
+    Steps {
+        /// The job.
+        job: JobId,
+        /// The worker's generation.
+        generation: Generation,
+        /// One record a step.
+        records: Vec<StepRecord>,
+    },
+    /// An evaluation, or other figures that belong to a step.
+    Metrics {
+        /// The job.
+        job: JobId,
+        /// The worker's generation.
+        generation: Generation,
+        /// The last committed step.
+        step: u64,
+        /// The epoch that this step ended or is in.
+        epoch: u64,
+        /// Figures by name, such as `test_top1`.
+        values: BTreeMap<String, f64>,
+    },
+    /// A line for the job's log.
+    Log {
+        /// The job.
+        job: JobId,
+        /// The worker's generation.
+        generation: Generation,
+        /// The line.
+        line: String,
+    },
+    /// The worker is done with a generation.
+    Ended {
+        /// The job.
+        job: JobId,
+        /// The generation.
+        generation: Generation,
+        /// How it ended.
+        outcome: Outcome,
+    },
+    /// The worker leaves on its own account (a signal).
+    Leaving,
+}
+
+/// One committed step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// The step, from 1: how many are committed.
+    pub step: u64,
+    /// The epoch it belongs to, from 1.
+    pub epoch: u64,
+    /// All steps of the job.
+    pub total_steps: u64,
+    /// Samples in its global batch.
+    pub samples: u64,
+    /// Wall time.
+    pub seconds: f64,
+    /// Figures by name: `loss` always, `top1` for a classifier, `lr`.
+    pub values: BTreeMap<String, f64>,
+}
+
+/// How a worker ended a generation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// The job's last step is committed and its checkpoint stored.
+    Finished {
+        /// BLAKE3 of the final weights and buffers in name order.
+        weights_digest: String,
+        /// The last committed step.
+        step: u64,
+        /// Its epoch.
+        epoch: u64,
+        /// Final figures by name.
+        metrics: BTreeMap<String, f64>,
+    },
+    /// Left as told, at this step; the checkpoint, if one was asked for, is stored.
+    Stopped {
+        /// The last committed step.
+        step: u64,
+    },
+    /// Could not go on because of a peer, the network or the coordinator: the job may go on in another generation.
+    Lost {
+        /// One line: rank, step, phase, bucket, cause.
+        error: String,
+        /// The rank that is to blame, if it can be told.
+        culprit: Option<Rank>,
+    },
+    /// Cannot go on whatever the membership: bad data, a non-finite loss, an internal error.
+    Failed {
+        /// One line: what, where, what to do.
+        error: String,
+    },
+}
+
+/// The state of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum JobState {
+    /// Waits for workers.
+    Queued,
+    /// Its workers step.
+    Running,
+    /// Is being stopped at a step boundary.
+    Stopping,
+    /// Stopped by an operator, with a checkpoint.
+    Paused,
+    /// Its last step is done.
+    Finished,
+    /// Ended by an error.
+    Failed,
+    /// Ended by an operator.
+    Cancelled,
+}
+
+impl JobState {
+    /// Whether the job will never step again.
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Finished | Self::Failed | Self::Cancelled)
+    }
+}
+
+impl std::fmt::Display for JobState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Queued => "queued",
+            Self::Running => "running",
+            Self::Stopping => "stopping",
+            Self::Paused => "paused",
+            Self::Finished => "finished",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+        })
+    }
+}
+
+/// A job as lists and `status` show it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobSummary {
+    /// The job.
+    pub id: JobId,
+    /// Its name.
+    pub name: String,
+    /// Its state.
+    pub state: JobState,
+    /// Why it is in that state: what it waits for, or the error.
+    pub reason: String,
+    /// Its membership.
+    pub generation: Generation,
+    /// The last committed step.
+    pub step: u64,
+    /// All of its steps; 0 until known.
+    pub total_steps: u64,
+    /// The epoch of the last committed step.
+    pub epoch: u64,
+    /// The workers in it.
+    pub workers: Vec<WorkerId>,
+    /// The newest figures by name.
+    pub metrics: BTreeMap<String, f64>,
+    /// BLAKE3 of the final weights, once finished.
+    pub weights_digest: Option<String>,
+    /// The folder of the newest checkpoint.
+    pub checkpoint: Option<String>,
+    /// Seconds since it was submitted.
+    pub age_s: u64,
+    /// Estimated seconds to its end, while it runs.
+    pub eta_s: Option<u64>,
+}
+
+/// A worker as lists show it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WorkerSummary {
+    /// The worker.
+    pub id: WorkerId,
+    /// Its host's name.
+    pub host: String,
+    /// `cpu` or `cuda:0`.
+    pub device: String,
+    /// `idle`, `busy` or `away`.
+    pub state: String,
+    /// The job that it is in.
+    pub job: Option<JobId>,
+    /// Where other workers reach it.
+    pub addresses: Vec<SocketAddr>,
+    /// Where its metrics are served.
+    pub metrics: Option<SocketAddr>,
+    /// Seconds since it was last heard of.
+    pub silent_s: u64,
+}
+
+/// A line of a job's log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogLine {
+    /// Its place in the log, from 0.
+    pub number: u64,
+    /// The line, with time and origin.
+    pub text: String,
+}
