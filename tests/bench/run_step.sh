@@ -8,10 +8,10 @@ python=$(deploy/setup/python-torch.sh)
 data=$(deploy/setup/fashion-mnist.sh)
 coordinator=$PWD/target/release/coordinator
 
-# An own home, so that the benchmark neither sees nor leaves anything among the user's jobs.
-LOCKSTEP_HOME=$(mktemp -d)
-export LOCKSTEP_HOME
-trap 'rm -rf "$LOCKSTEP_HOME"' EXIT
+# An own data directory, so that the benchmark neither sees nor leaves anything among the user's jobs.
+LOCKSTEP_DATA_DIR=$(mktemp -d)
+export LOCKSTEP_DATA_DIR
+trap 'rm -rf "$LOCKSTEP_DATA_DIR"' EXIT
 
 "$coordinator" dataset add fashion-mnist --format idx "$data" >&2
 "$python" tests/bench/step.py --coordinator "$coordinator" --data "$data" "$@"

@@ -40,7 +40,7 @@ def main():
 
     # One intra-op thread per process on both sides.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    lockstep_command = [arguments.coordinator, "run", arguments.job, "--workers", "2"]
+    lockstep_command = [arguments.coordinator, "run", arguments.job, "--workers", "2", "--threads", "1"]
     peer_command = [sys.executable, HERE / "step_ddp.py", "--data", arguments.data]
 
     lockstep, peer = [], []
