@@ -10,9 +10,13 @@ cargo fmt --all --check || fail "the format differs from rustfmt's, see above" "
 say "lint: clippy"
 cargo clippy --quiet --release --workspace --all-targets --locked -- -D warnings
 
+say "lint: documentation"
+RUSTDOCFLAGS="-D warnings" cargo doc --quiet --release --workspace --no-deps --locked
+
 say "lint: the crates that must not know libtorch"
 for crate in lockstep-common lockstep-core lockstep-coordinator; do
-    if cargo tree --quiet --locked --edges normal,build,dev --package "$crate" --prefix none | grep -E '^(tch|torch-sys) '; then
+    tree=$(cargo tree --quiet --locked --edges normal,build,dev --package "$crate" --prefix none)
+    if grep -qE '^(tch|torch-sys) ' <<<"$tree"; then
         fail "$crate depends on libtorch" "move the code to worker/; invariant 9 in ARCHITECTURE.md"
     fi
 done
