@@ -1,0 +1,93 @@
+//! Datasets: import into content-hashed shards, a manifest per dataset, and random access to the samples.
+//!
+//! A dataset is immutable. Its manifest names the shards by the BLAKE3 hash of their bytes and has a digest of
+//! its own, so a worker that was given the manifest can take shards from anywhere and know that they are right.
+//!
+//! [`Store`] is the coordinator's side (import, list, verify), [`ShardCache`] and [`DatasetReader`] the worker's.
+
+mod cache;
+mod idx;
+mod import;
+mod manifest;
+mod name;
+mod reader;
+mod shard;
+mod store;
+
+pub use cache::{CacheError, FetchError, ShardCache, ShardFetch};
+pub use idx::IdxProblem;
+pub use import::{ImportOutcome, ImportProgress};
+pub use manifest::{DType, Encoding, Manifest, ManifestProblem, SampleShape, ShardEntry};
+pub use name::{DatasetName, InvalidName};
+pub use reader::{DatasetReader, ReadError, Sample};
+pub use shard::{Record, ShardFile, ShardProblem};
+pub use store::{ShardReport, ShardState, Store, VerifyReport};
+
+use crate::durable::FileError;
+use std::path::PathBuf;
+
+/// Why a dataset could not be imported, found or read.
+#[derive(Debug, thiserror::Error)]
+pub enum DatasetError {
+    /// A file or folder could not be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// A name that no dataset can have.
+    #[error(transparent)]
+    Name(#[from] InvalidName),
+    /// No dataset of that name is in the store.
+    #[error("no dataset `{name}` in `{}`{hint}", store.display())]
+    Unknown {
+        /// The name asked for.
+        name: DatasetName,
+        /// The store's folder.
+        store: PathBuf,
+        /// What to do, with its punctuation.
+        hint: String,
+    },
+    /// Another content has that name already.
+    #[error(
+        "dataset `{name}` already exists with other content (id {existing}, not {new}); add this one under \
+         another name"
+    )]
+    Conflict {
+        /// The name.
+        name: DatasetName,
+        /// The id of the dataset in the store.
+        existing: String,
+        /// The id of the one that was to be added.
+        new: String,
+    },
+    /// A manifest that is damaged or of another release.
+    #[error("the dataset manifest `{}` cannot be used: {problem}", path.display())]
+    Manifest {
+        /// The manifest's file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: ManifestProblem,
+    },
+    /// A source file that is not what its name says.
+    #[error("`{}` cannot be imported: {problem}", path.display())]
+    Idx {
+        /// The source file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: IdxProblem,
+    },
+    /// No source files at the path given.
+    #[error(
+        "no IDX files at `{}`; expected a folder with `train-images-idx3-ubyte` and \
+         `train-labels-idx1-ubyte` (also `t10k-` or `test-`, each with or without `.gz`), or the path of one \
+         such pair up to `-images`", path.display()
+    )]
+    NoSource {
+        /// The path given.
+        path: PathBuf,
+    },
+    /// A shard's name that is not a hash.
+    #[error("`{0}` is not the hash of a shard (64 lower-case hex digits)")]
+    NotAHash(String),
+}
+
+#[cfg(test)]
+mod tests;
