@@ -1,0 +1,531 @@
+//! The state machine: events in, actions out.
+
+use crate::generation::{Live, MemberState};
+use crate::jobs::{CommandError, Job, Phase};
+use crate::record::{Ending, JobRecord, WorkerRecord};
+use crate::workers::{WorkerView, Workers};
+use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
+use lockstep_common::placement::Placement;
+use lockstep_common::wire::{
+    Assignment, FromWorker, JobState, Outcome, Peer, Register, Resumption, StopMode, ToWorker,
+};
+use std::collections::{BTreeMap, VecDeque};
+
+/// Something that the shell has to do, in order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Make the job's record durable before going on.
+    PersistJob(Box<JobRecord>),
+    /// Make the worker's record durable before going on.
+    PersistWorker(WorkerRecord),
+    /// Send to the worker's newest session; nothing happens if it has none.
+    Send {
+        /// To whom.
+        worker: WorkerId,
+        /// What.
+        message: ToWorker,
+    },
+    /// Look for the job's newest good checkpoint and answer with [`Core::handle_checkpoint_found`].
+    FindCheckpoint {
+        /// The job.
+        job: JobId,
+        /// The membership that waits for the answer.
+        generation: Generation,
+    },
+    /// Add a line to the job's log.
+    Log {
+        /// The job.
+        job: JobId,
+        /// The line.
+        line: String,
+    },
+}
+
+/// What became of a worker's message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reception {
+    /// It counts.
+    Current,
+    /// It belongs to a membership that is over, and was ignored.
+    Stale,
+}
+
+/// Patience.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// How long after the coordinator's start workers of running jobs may take to come back.
+    pub restart_grace_ms: u64,
+    /// How long a worker of a running job may be away while the coordinator is there.
+    pub away_grace_ms: u64,
+    /// How long a worker may take to abort.
+    pub abort_ms: u64,
+    /// After so many failures in a row without getting further a job is given up.
+    pub max_fruitless: u32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        // A worker retries every second and gives a silent coordinator up after 6 s, so 15 s are two tries and some.
+        Self { restart_grace_ms: 15_000, away_grace_ms: 5_000, abort_ms: 20_000, max_fruitless: 5 }
+    }
+}
+
+/// What the shell has kept since the last run.
+#[derive(Clone, Debug, Default)]
+pub struct Restored {
+    /// All jobs.
+    pub jobs: Vec<JobRecord>,
+    /// All workers.
+    pub workers: Vec<WorkerRecord>,
+    /// The number of the last job ever, if jobs have been left out.
+    pub last_job: JobId,
+}
+
+/// The coordinator's state.
+///
+/// Call `handle_*` and commands as things happen, and after each of them [`Self::poll_action`] until it returns `None`.
+pub struct Core {
+    pub(crate) config: Config,
+    pub(crate) jobs: BTreeMap<JobId, Job>,
+    pub(crate) workers: Workers,
+    pub(crate) actions: VecDeque<Action>,
+    last_job: JobId,
+    last_worker: WorkerId,
+    stale_messages: u64,
+}
+
+impl Core {
+    /// A core that goes on where the records end. Running jobs wait for their workers to come back.
+    pub fn new(config: Config, restored: Restored, now_ms: u64) -> Self {
+        let last_job = restored.jobs.iter().map(|j| j.id).max().unwrap_or_default().max(restored.last_job);
+        let last_worker = restored.workers.iter().map(|w| w.id).max().unwrap_or_default();
+        let mut core = Self {
+            config,
+            jobs: restored.jobs.into_iter().map(|r| (r.id, Job::new(r))).collect(),
+            workers: Workers::restored(restored.workers),
+            actions: VecDeque::new(),
+            last_job,
+            last_worker,
+            stale_messages: 0,
+        };
+        let away = MemberState::Away { until_ms: now_ms + config.restart_grace_ms, restart: true };
+        for job in core.jobs.values_mut() {
+            if !matches!(job.record.state, JobState::Running | JobState::Stopping) {
+                continue;
+            }
+            let live = Live::new(job.record.generation, &job.record.members, &away);
+            for member in &live.members {
+                core.workers.engage(member.worker, (job.record.id, live.generation));
+            }
+            job.phase = Phase::Live(live);
+        }
+        core.schedule();
+        core
+    }
+}
+
+/// Getters
+impl Core {
+    /// All jobs in order of submission.
+    pub fn jobs(&self) -> impl Iterator<Item = &JobRecord> {
+        self.jobs.values().map(|j| &j.record)
+    }
+
+    /// One job.
+    pub fn job(&self, id: JobId) -> Option<&JobRecord> {
+        self.jobs.get(&id).map(|j| &j.record)
+    }
+
+    /// Estimated seconds to the end of a running job.
+    pub fn eta_s(&self, id: JobId) -> Option<f64> {
+        let job = self.jobs.get(&id)?;
+        let left = job.record.total_steps.checked_sub(job.record.step)?;
+        (job.record.state == JobState::Running).then_some(())?;
+        Some(job.pace_s? * left as f64)
+    }
+
+    /// All workers that ever enrolled.
+    pub fn workers(&self) -> impl Iterator<Item = WorkerView<'_>> {
+        self.workers.views()
+    }
+
+    /// Messages that were ignored because their membership was over.
+    pub fn stale_messages(&self) -> u64 {
+        self.stale_messages
+    }
+
+    /// Whether `worker` has that rank-holding place in the job's present membership; what comes from elsewhere is refused.
+    pub fn is_current(&self, worker: WorkerId, job: JobId, generation: Generation) -> bool {
+        self.member_state(worker, job, generation).is_some()
+    }
+
+    fn member_state(&self, worker: WorkerId, job: JobId, generation: Generation) -> Option<&MemberState> {
+        let live = self.jobs.get(&job)?.live().filter(|l| l.generation == generation)?;
+        let state = &live.members[live.rank_of(worker)?].state;
+        (!matches!(state, MemberState::Gone | MemberState::Ended(_))).then_some(state)
+    }
+}
+
+/// Output
+impl Core {
+    /// The next thing to do.
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+}
+
+/// Events
+impl Core {
+    /// A newcomer with a good token gets a number.
+    pub fn handle_enrolled(&mut self, host: String, now_ms: u64) -> WorkerId {
+        self.last_worker = WorkerId(self.last_worker.0 + 1);
+        let record = WorkerRecord { id: self.last_worker, host, enrolled_ms: now_ms };
+        self.actions.push_back(Action::PersistWorker(record.clone()));
+        self.workers.add(record);
+        self.last_worker
+    }
+
+    /// A worker has opened a session; `session` grows from session to session.
+    pub fn handle_connected(
+        &mut self,
+        worker: WorkerId,
+        session: u64,
+        register: Register,
+        now_ms: u64,
+    ) -> Result<(), CommandError> {
+        if !self.workers.knows(worker) {
+            return Err(CommandError::UnknownWorker(worker));
+        }
+        let running = register.running;
+        let engagement = running.map(|r| (r.job, r.generation));
+        self.workers.connect(worker, session, register, now_ms);
+        if let Some(old) = self.workers.engaged(worker).filter(|old| Some(*old) != engagement) {
+            self.handle_forgotten(worker, old, running.is_some(), now_ms);
+        }
+        if let Some(running) = running {
+            self.handle_return(worker, (running.job, running.generation), running.step);
+        }
+        self.schedule();
+        Ok(())
+    }
+
+    /// A worker that was in `old` has come back without it.
+    fn handle_forgotten(&mut self, worker: WorkerId, old: (JobId, Generation), elsewhere: bool, now_ms: u64) {
+        let reserved = self.jobs.get(&old.0).is_some_and(|j| matches!(j.phase, Phase::Reserved(_)));
+        if reserved && !elsewhere {
+            return; // It has not been told yet.
+        }
+        self.handle_member_lost(worker, old, "came back without its work", false, now_ms);
+    }
+
+    /// A worker has come back in the middle of `running`.
+    fn handle_return(&mut self, worker: WorkerId, running: (JobId, Generation), step: u64) {
+        let (job, generation) = running;
+        self.workers.engage(worker, running);
+        if !self.is_current(worker, job, generation) {
+            self.stale_messages += 1;
+            self.send(worker, ToWorker::Stop { job, generation, mode: StopMode::Abort });
+            return;
+        }
+        let Some(known) = self.jobs.get_mut(&job) else { return };
+        known.record.step = known.record.step.max(step);
+        let ending = known.record.ending.clone();
+        let Some(live) = known.live_mut() else { return };
+        if let Some(rank) = live.rank_of(worker) {
+            live.members[rank].state = MemberState::Present;
+        }
+        // After a restart of the coordinator, the record says what the ranks were being told.
+        let mode = live.stop.or_else(|| ending.as_ref().map(Ending::stop_mode));
+        if let Some(mode) = mode {
+            live.stop = Some(mode);
+            self.send(worker, ToWorker::Stop { job, generation, mode });
+        }
+        self.log(job, format!("{worker} is back at step {step}"));
+    }
+
+    /// A session has ended. An older one than the worker's newest does not matter.
+    pub fn handle_disconnected(&mut self, worker: WorkerId, session: u64, now_ms: u64) {
+        if !self.workers.disconnect(worker, session, now_ms) {
+            return;
+        }
+        let Some(engagement) = self.workers.engaged(worker) else { return };
+        let until_ms = now_ms + self.config.away_grace_ms;
+        if self.is_current(worker, engagement.0, engagement.1)
+            && let Some(job) = self.jobs.get_mut(&engagement.0)
+            && job.record.ending.is_none()
+            && let Some(live) = job.live_mut()
+            && let Some(rank) = live.rank_of(worker)
+        {
+            live.members[rank].state = MemberState::Away { until_ms, restart: false };
+            return;
+        }
+        self.handle_member_lost(worker, engagement, "lost its connection", false, now_ms);
+        self.schedule();
+    }
+
+    /// A worker says something in its session.
+    pub fn handle_message(&mut self, worker: WorkerId, message: FromWorker, now_ms: u64) -> Reception {
+        self.workers.heard(worker, now_ms);
+        let (job, generation) = match &message {
+            FromWorker::Leaving => {
+                self.handle_leaving(worker, now_ms);
+                return Reception::Current;
+            }
+            FromWorker::Steps { job, generation, .. }
+            | FromWorker::Metrics { job, generation, .. }
+            | FromWorker::Log { job, generation, .. }
+            | FromWorker::Ended { job, generation, .. } => (*job, *generation),
+        };
+        if self.member_state(worker, job, generation) != Some(&MemberState::Present) {
+            self.stale_messages += 1;
+            if matches!(message, FromWorker::Ended { .. }) {
+                self.workers.release(worker, (job, generation));
+                self.schedule();
+            }
+            return Reception::Stale;
+        }
+        match message {
+            FromWorker::Steps { records, .. } => {
+                if let Some(known) = self.jobs.get_mut(&job) {
+                    records.iter().for_each(|r| known.step_done(r));
+                }
+            }
+            FromWorker::Metrics { values, .. } => {
+                if let Some(known) = self.jobs.get_mut(&job) {
+                    known.record.metrics.extend(values);
+                }
+                self.persist(job);
+            }
+            FromWorker::Ended { outcome, .. } => self.handle_ended(worker, (job, generation), outcome, now_ms),
+            FromWorker::Log { .. } | FromWorker::Leaving => {}
+        }
+        Reception::Current
+    }
+
+    fn handle_ended(
+        &mut self,
+        worker: WorkerId,
+        engagement: (JobId, Generation),
+        outcome: Outcome,
+        now_ms: u64,
+    ) {
+        let id = engagement.0;
+        self.workers.release(worker, engagement);
+        let host = self.workers.host(worker).to_owned();
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let Some(rank) = job.live().and_then(|l| l.rank_of(worker)) else { return };
+        let who = format!("rank {rank} ({worker} on {host})");
+        if let Some(live) = job.live_mut() {
+            live.members[rank].state = MemberState::Ended(outcome.clone());
+        }
+        let lost = |reason| Ending::Recover { reason, planned: false };
+        match outcome {
+            Outcome::Finished { weights_digest, step, epoch, metrics } => {
+                if rank == 0 {
+                    job.record.weights_digest = Some(weights_digest);
+                    job.record.step = step;
+                    job.record.epoch = epoch;
+                    job.record.metrics.extend(metrics);
+                    self.persist(id);
+                }
+                self.settle(id);
+            }
+            Outcome::Stopped { step } => {
+                let told = job.live().is_some_and(|l| l.stop.is_some());
+                job.record.step = job.record.step.max(step);
+                self.log(id, format!("{who} stopped after step {step}"));
+                if told {
+                    self.settle(id);
+                } else {
+                    self.begin_ending(id, lost(format!("{who} stopped by itself")), StopMode::Abort, now_ms);
+                }
+            }
+            Outcome::Lost { error, culprit } => {
+                let blamed = culprit.map(|c| format!(", caused by {c}")).unwrap_or_default();
+                self.log(id, format!("{who} lost its peers: {error}{blamed}"));
+                self.begin_ending(id, lost(format!("{who}: {error}")), StopMode::Abort, now_ms);
+            }
+            Outcome::Failed { error } => {
+                self.log(id, format!("{who} failed: {error}"));
+                let error = format!("{who}: {error}");
+                self.begin_ending(id, Ending::Fail { error }, StopMode::Abort, now_ms);
+            }
+        }
+    }
+
+    fn handle_leaving(&mut self, worker: WorkerId, now_ms: u64) {
+        self.workers.leaving(worker);
+        let Some((job, generation)) = self.workers.engaged(worker) else { return };
+        if self.is_current(worker, job, generation) {
+            let reason = format!("{worker} on {} leaves", self.workers.host(worker));
+            self.begin_ending(job, Ending::Recover { reason, planned: true }, StopMode::Checkpoint, now_ms);
+        } else {
+            self.drop_reservation(job);
+            self.schedule();
+        }
+    }
+
+    /// A checkpoint has become visible.
+    pub fn handle_checkpoint_stored(&mut self, job: JobId, step: u64) {
+        if let Some(known) = self.jobs.get_mut(&job) {
+            known.record.checkpoint = Some(step);
+            known.record.step = known.record.step.max(step);
+            self.persist(job);
+        }
+    }
+
+    /// The answer to [`Action::FindCheckpoint`]: the step of the newest good checkpoint, or why none can be looked for.
+    pub fn handle_checkpoint_found(
+        &mut self,
+        id: JobId,
+        generation: Generation,
+        found: Result<Option<u64>, String>,
+    ) {
+        let Some(job) = self.jobs.get_mut(&id).filter(|j| j.record.generation == generation) else { return };
+        let Phase::Reserved(workers) = &job.phase else { return };
+        let workers = workers.clone();
+        let step = match found {
+            Ok(step) => step,
+            Err(error) => {
+                job.record.state = JobState::Failed;
+                job.record.reason.clone_from(&error);
+                self.log(id, format!("failed: {error}"));
+                self.drop_reservation(id);
+                self.persist(id);
+                self.schedule();
+                return;
+            }
+        };
+        let names: Vec<_> = workers.iter().map(|w| format!("{w} on {}", self.workers.host(*w))).collect();
+        let record = &mut job.record;
+        record.state = JobState::Running;
+        record.reason = "its workers step".to_owned();
+        record.members.clone_from(&workers);
+        record.checkpoint = step;
+        record.step = step.unwrap_or(0);
+        record.weights_digest = None;
+        let from = step.map_or_else(|| "the initial weights".to_owned(), |s| format!("the checkpoint of step {s}"));
+        let line = format!("{generation} starts from {from} on {}", names.join(", "));
+        job.phase = Phase::Live(Live::new(generation, &workers, &MemberState::Present));
+        self.log(id, line);
+        self.persist(id);
+        let resume = step.map_or(Resumption::Fresh, |step| Resumption::Checkpoint { step });
+        for assignment in self.assignments(id, generation, &workers, resume) {
+            let worker = workers[assignment.rank.index()];
+            self.send(worker, ToWorker::Start(Box::new(assignment)));
+        }
+    }
+
+    /// Time passes: who has been away or deaf for too long is lost.
+    pub fn handle_tick(&mut self, now_ms: u64) {
+        let mut lost = Vec::new();
+        for (id, job) in &self.jobs {
+            let Some(live) = job.live() else { continue };
+            let engagement = (*id, live.generation);
+            let deaf = live.abort_by_ms.is_some_and(|by| by <= now_ms);
+            for member in &live.members {
+                match member.state {
+                    MemberState::Away { until_ms, restart } if until_ms <= now_ms => {
+                        lost.push((member.worker, engagement, "did not come back", restart));
+                    }
+                    MemberState::Present if deaf => {
+                        lost.push((member.worker, engagement, "did not stop", false));
+                        let reason = "it did not stop when told to; start it again".to_owned();
+                        let message = ToWorker::Dismiss { reason };
+                        self.actions.push_back(Action::Send { worker: member.worker, message });
+                    }
+                    _ => {}
+                }
+            }
+        }
+        for (worker, engagement, what, restart) in lost {
+            self.handle_member_lost(worker, engagement, what, restart, now_ms);
+        }
+        self.schedule();
+    }
+
+    /// A worker does not take part any longer in what it was engaged in.
+    fn handle_member_lost(
+        &mut self,
+        worker: WorkerId,
+        engagement: (JobId, Generation),
+        what: &str,
+        planned: bool,
+        now_ms: u64,
+    ) {
+        let (id, generation) = engagement;
+        let current = self.is_current(worker, id, generation);
+        self.workers.release(worker, engagement);
+        if !current {
+            let reserved = self.jobs.get(&id).is_some_and(|j| match &j.phase {
+                Phase::Reserved(workers) => j.record.generation == generation && workers.contains(&worker),
+                _ => false,
+            });
+            if reserved {
+                self.drop_reservation(id);
+            }
+            return;
+        }
+        let host = self.workers.host(worker).to_owned();
+        let Some(live) = self.jobs.get_mut(&id).and_then(Job::live_mut) else { return };
+        let Some(rank) = live.rank_of(worker) else { return };
+        live.members[rank].state = MemberState::Gone;
+        let reason = format!("rank {rank} ({worker} on {host}) {what}");
+        self.log(id, reason.clone());
+        self.begin_ending(id, Ending::Recover { reason, planned }, StopMode::Abort, now_ms);
+    }
+}
+
+/// Helpers of all parts
+impl Core {
+    pub(crate) fn new_job_id(&mut self) -> JobId {
+        self.last_job = JobId(self.last_job.0 + 1);
+        self.last_job
+    }
+
+    pub(crate) fn log(&mut self, job: JobId, line: String) {
+        self.actions.push_back(Action::Log { job, line });
+    }
+
+    pub(crate) fn send(&mut self, worker: WorkerId, message: ToWorker) {
+        self.actions.push_back(Action::Send { worker, message });
+    }
+
+    pub(crate) fn persist(&mut self, id: JobId) {
+        if let Some(job) = self.jobs.get(&id) {
+            self.actions.push_back(Action::PersistJob(Box::new(job.record.clone())));
+        }
+    }
+
+    fn assignments(
+        &self,
+        id: JobId,
+        generation: Generation,
+        workers: &[WorkerId],
+        resume: Resumption,
+    ) -> Vec<Assignment> {
+        let Some(record) = self.job(id) else { return Vec::new() };
+        let ranked = || workers.iter().zip(0..).map(|(w, r)| (*w, Rank(r)));
+        let peers: Vec<_> = ranked()
+            .map(|(worker, rank)| Peer {
+                rank,
+                worker,
+                host: self.workers.host(worker).to_owned(),
+                addresses: self.workers.register(worker).map(|r| r.addresses.clone()).unwrap_or_default(),
+            })
+            .collect();
+        ranked()
+            .map(|(_, rank)| Assignment {
+                job: id,
+                generation,
+                rank,
+                placement: Placement::even(record.logical_shards, workers.len() as u32),
+                peers: peers.clone(),
+                file: record.file.clone(),
+                toml: record.toml.clone(),
+                datasets: record.datasets.clone(),
+                resume,
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,165 @@
+//! A job in the core, and what an operator can ask of it.
+
+use crate::core::{Action, Core};
+use crate::generation::Live;
+use crate::record::{Ending, JobRecord, NewJob};
+use lockstep_common::ids::{JobId, WorkerId};
+use lockstep_common::wire::{JobState, StepRecord, StopMode};
+use thiserror::Error;
+
+/// Why a command was refused.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum CommandError {
+    /// There is no such job.
+    #[error("there is no job {0}; `coordinator jobs` lists them")]
+    UnknownJob(JobId),
+    /// The job is in a state in which the command makes no sense.
+    #[error("{job} is {state} and cannot be {verb}")]
+    NotNow {
+        /// The job.
+        job: JobId,
+        /// Its state.
+        state: JobState,
+        /// What was asked, as a participle.
+        verb: &'static str,
+    },
+    /// The worker's certificate is good, but its coordinator has forgotten it.
+    #[error("{0} is not known to this coordinator; remove the worker's data directory and join with a new token")]
+    UnknownWorker(WorkerId),
+}
+
+/// How far a job's membership is.
+pub(crate) enum Phase {
+    /// It has none.
+    Idle,
+    /// Its workers are chosen; the newest good checkpoint is being looked for.
+    Reserved(Vec<WorkerId>),
+    /// At work.
+    Live(Live),
+}
+
+pub(crate) struct Job {
+    pub(crate) record: JobRecord,
+    pub(crate) phase: Phase,
+    /// Seconds a step, a moving average.
+    pub(crate) pace_s: Option<f64>,
+}
+
+impl Job {
+    pub(crate) fn new(record: JobRecord) -> Self {
+        Self { record, phase: Phase::Idle, pace_s: None }
+    }
+
+    pub(crate) fn live(&self) -> Option<&Live> {
+        match &self.phase {
+            Phase::Live(live) => Some(live),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn live_mut(&mut self) -> Option<&mut Live> {
+        match &mut self.phase {
+            Phase::Live(live) => Some(live),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn waits(&self) -> bool {
+        self.record.state == JobState::Queued && matches!(self.phase, Phase::Idle)
+    }
+
+    /// Smallest and largest membership as of now.
+    pub(crate) fn range(&self) -> (u32, u32) {
+        match self.record.wait_for {
+            Some(n) => (n, n),
+            None => (self.record.min_workers, self.record.max_workers),
+        }
+    }
+
+    pub(crate) fn step_done(&mut self, step: &StepRecord) {
+        /// About 50 steps back count for the estimate of the end.
+        const NEWEST_WEIGHT: f64 = 0.02;
+        self.record.step = step.step;
+        self.record.epoch = step.epoch;
+        self.record.total_steps = step.total_steps;
+        self.record.metrics.extend(step.values.iter().map(|(k, v)| (k.clone(), *v)));
+        let pace = self.pace_s.map_or(step.seconds, |p| p + NEWEST_WEIGHT * (step.seconds - p));
+        self.pace_s = Some(pace);
+    }
+}
+
+/// Commands
+impl Core {
+    /// Puts a job in the queue.
+    pub fn submit(&mut self, job: NewJob, now_ms: u64) -> JobId {
+        let id = self.new_job_id();
+        let record = JobRecord::new(id, job, now_ms);
+        self.log(id, format!("submitted as {id} `{}`", record.name));
+        self.actions.push_back(Action::PersistJob(Box::new(record.clone())));
+        self.jobs.insert(id, Job::new(record));
+        self.schedule();
+        id
+    }
+
+    /// Ends a job without a checkpoint.
+    pub fn cancel(&mut self, id: JobId, now_ms: u64) -> Result<(), CommandError> {
+        self.halt(id, Ending::Cancel, StopMode::Abort, JobState::Cancelled, "cancelled", now_ms)
+    }
+
+    /// Stops a job with a checkpoint and frees its workers.
+    pub fn pause(&mut self, id: JobId, now_ms: u64) -> Result<(), CommandError> {
+        self.halt(id, Ending::Pause, StopMode::Checkpoint, JobState::Paused, "paused", now_ms)
+    }
+
+    /// Puts a paused job back in the queue, at the place that its number gives it.
+    pub fn resume(&mut self, id: JobId) -> Result<(), CommandError> {
+        let job = self.jobs.get_mut(&id).ok_or(CommandError::UnknownJob(id))?;
+        if job.record.state != JobState::Paused {
+            return Err(CommandError::NotNow { job: id, state: job.record.state, verb: "resumed" });
+        }
+        job.record.state = JobState::Queued;
+        self.log(id, "put back in the queue".to_owned());
+        self.persist(id);
+        self.schedule();
+        Ok(())
+    }
+
+    /// Makes the job wait for exactly this many workers, or for its own range again.
+    pub fn set_wait_for(&mut self, id: JobId, workers: Option<u32>) -> Result<(), CommandError> {
+        self.jobs.get_mut(&id).ok_or(CommandError::UnknownJob(id))?.record.wait_for = workers;
+        self.persist(id);
+        self.schedule();
+        Ok(())
+    }
+
+    fn halt(
+        &mut self,
+        id: JobId,
+        ending: Ending,
+        mode: StopMode,
+        rest: JobState,
+        verb: &'static str,
+        now_ms: u64,
+    ) -> Result<(), CommandError> {
+        let job = self.jobs.get(&id).ok_or(CommandError::UnknownJob(id))?;
+        let state = job.record.state;
+        let again = job.record.ending.as_ref() == Some(&ending) || state == rest;
+        if state.is_final() || again {
+            return Err(CommandError::NotNow { job: id, state, verb });
+        }
+        let live = job.live().is_some();
+        self.log(id, format!("to be {verb} by an operator"));
+        if live {
+            self.begin_ending(id, ending, mode, now_ms);
+            return Ok(());
+        }
+        self.drop_reservation(id);
+        if let Some(job) = self.jobs.get_mut(&id) {
+            job.record.state = rest;
+            job.record.reason = format!("{verb} by an operator");
+        }
+        self.persist(id);
+        self.schedule();
+        Ok(())
+    }
+}

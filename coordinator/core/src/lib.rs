@@ -1,0 +1,20 @@
+//! The coordinator's decisions, without its input and output: membership, generations, queue, placement, recovery.
+//!
+//! [`Core`] is a state machine. Events go in through `handle_*` and commands, what has to be done comes out of
+//! [`Core::poll_action`], in an order that must be kept: an [`Action::Persist`] is durable before the actions
+//! behind it are carried out. The time is an argument, in milliseconds of a clock that never runs backwards. The
+//! core knows neither sockets, files, clocks nor randomness, so that any sequence of events can be tried on it.
+
+mod core;
+mod decide;
+mod generation;
+mod jobs;
+mod record;
+mod recovery;
+mod workers;
+
+pub use crate::core::{Action, Config, Core, Reception, Restored};
+pub use decide::{Decision, WaitReason, Waiting, decide};
+pub use jobs::CommandError;
+pub use record::{Ending, JobRecord, NewJob, WorkerRecord};
+pub use workers::{Activity, WorkerView};

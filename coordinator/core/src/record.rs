@@ -1,0 +1,169 @@
+//! What is kept of a job and of a worker: the records survive a restart of the coordinator.
+
+use lockstep_common::ids::{Generation, JobId, WorkerId};
+use lockstep_common::wire::{DatasetBrief, JobState, StopMode};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// A job as it is submitted, already checked.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NewJob {
+    /// The job file's name, for messages.
+    pub file: String,
+    /// The job file.
+    pub toml: String,
+    /// The job's name.
+    pub name: String,
+    /// V.
+    pub logical_shards: u32,
+    /// The job waits until this many workers are free.
+    pub min_workers: u32,
+    /// The job never takes more.
+    pub max_workers: u32,
+    /// How many checkpoints are kept.
+    pub keep_checkpoints: u32,
+    /// Its datasets by content.
+    pub datasets: Vec<DatasetBrief>,
+    /// Waits for exactly this many workers, whatever the range says.
+    pub wait_for: Option<u32>,
+}
+
+/// All that is kept of a job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobRecord {
+    /// Its number.
+    pub id: JobId,
+    /// The job file's name, for messages.
+    pub file: String,
+    /// The job file.
+    pub toml: String,
+    /// Its name.
+    pub name: String,
+    /// V.
+    pub logical_shards: u32,
+    /// The smallest membership.
+    pub min_workers: u32,
+    /// The largest membership.
+    pub max_workers: u32,
+    /// How many checkpoints are kept.
+    pub keep_checkpoints: u32,
+    /// Its datasets by content.
+    pub datasets: Vec<DatasetBrief>,
+    /// Waits for exactly this many workers, whatever the range says.
+    pub wait_for: Option<u32>,
+    /// When it was submitted, in the core's milliseconds.
+    pub submitted_ms: u64,
+    /// Its state.
+    pub state: JobState,
+    /// Why it is in that state.
+    pub reason: String,
+    /// Its newest membership.
+    pub generation: Generation,
+    /// The workers of that membership by rank; empty while it has none.
+    pub members: Vec<WorkerId>,
+    /// Why that membership is being ended, if it is.
+    pub ending: Option<Ending>,
+    /// The last committed step that was reported.
+    pub step: u64,
+    /// All of its steps; 0 until known.
+    pub total_steps: u64,
+    /// The epoch of that step.
+    pub epoch: u64,
+    /// The newest figures by name.
+    pub metrics: BTreeMap<String, f64>,
+    /// BLAKE3 of the final weights, once rank 0 has finished.
+    pub weights_digest: Option<String>,
+    /// The step of the newest stored checkpoint.
+    pub checkpoint: Option<u64>,
+    /// Generations in a row that failed without getting further.
+    pub fruitless: u32,
+    /// The furthest step at the last failure.
+    pub furthest: u64,
+    /// The error of the first of those failures.
+    pub first_error: String,
+}
+
+impl JobRecord {
+    pub(crate) fn new(id: JobId, job: NewJob, now_ms: u64) -> Self {
+        Self {
+            id,
+            file: job.file,
+            toml: job.toml,
+            name: job.name,
+            logical_shards: job.logical_shards,
+            min_workers: job.min_workers,
+            max_workers: job.max_workers,
+            keep_checkpoints: job.keep_checkpoints,
+            datasets: job.datasets,
+            wait_for: job.wait_for,
+            submitted_ms: now_ms,
+            state: JobState::Queued,
+            reason: String::new(),
+            generation: Generation(0),
+            members: Vec::new(),
+            ending: None,
+            step: 0,
+            total_steps: 0,
+            epoch: 0,
+            metrics: BTreeMap::new(),
+            weights_digest: None,
+            checkpoint: None,
+            fruitless: 0,
+            furthest: 0,
+            first_error: String::new(),
+        }
+    }
+}
+
+/// Why a generation is being ended, which decides what comes after it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ending {
+    /// It lost a worker: the job goes on in another generation.
+    Recover {
+        /// What happened.
+        reason: String,
+        /// Whether a worker left on its own account, which is no failure of the job.
+        planned: bool,
+    },
+    /// An error that another generation would meet again.
+    Fail {
+        /// The first error.
+        error: String,
+    },
+    /// An operator wants it gone.
+    Cancel,
+    /// An operator wants it stopped with a checkpoint.
+    Pause,
+}
+
+impl Ending {
+    /// How ranks are told to leave for this reason.
+    pub(crate) fn stop_mode(&self) -> StopMode {
+        match self {
+            Self::Pause | Self::Recover { planned: true, .. } => StopMode::Checkpoint,
+            Self::Cancel | Self::Fail { .. } | Self::Recover { planned: false, .. } => StopMode::Abort,
+        }
+    }
+
+    /// Whether this reason takes the place of `other`: an operator's wish that of a recovery, and what ends the job
+    /// that of all else. The first of two equals stays.
+    pub(crate) fn outweighs(&self, other: &Self) -> bool {
+        let weight = |ending: &Self| match ending {
+            Self::Recover { .. } => 0,
+            Self::Pause => 1,
+            Self::Cancel | Self::Fail { .. } => 2,
+        };
+        weight(self) > weight(other)
+    }
+}
+
+/// All that is kept of a worker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerRecord {
+    /// Its number, which is in its certificate.
+    pub id: WorkerId,
+    /// The name of the host that enrolled.
+    pub host: String,
+    /// When it enrolled, in the core's milliseconds.
+    pub enrolled_ms: u64,
+}

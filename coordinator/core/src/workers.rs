@@ -1,0 +1,171 @@
+//! The workers: who is connected, and who is engaged in which generation.
+
+use crate::record::WorkerRecord;
+use lockstep_common::ids::{Generation, JobId, WorkerId};
+use lockstep_common::wire::Register;
+use std::collections::BTreeMap;
+
+/// What a worker does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activity {
+    /// Connected and free.
+    Idle,
+    /// In a job.
+    Busy,
+    /// Not connected.
+    Away,
+}
+
+impl Activity {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Idle, Self::Busy, Self::Away];
+
+    /// The word for lists and labels.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Busy => "busy",
+            Self::Away => "away",
+        }
+    }
+}
+
+/// A worker as others may see it.
+#[derive(Clone, Copy, Debug)]
+pub struct WorkerView<'a> {
+    /// What is kept of it.
+    pub record: &'a WorkerRecord,
+    /// What it does.
+    pub activity: Activity,
+    /// Its newest introduction, if it has introduced itself since the coordinator's start.
+    pub register: Option<&'a Register>,
+    /// The job and generation that it is engaged in.
+    pub engaged: Option<(JobId, Generation)>,
+    /// When it was last heard of.
+    pub heard_ms: u64,
+}
+
+pub(crate) struct Worker {
+    record: WorkerRecord,
+    session: Option<u64>,
+    register: Option<Register>,
+    engaged: Option<(JobId, Generation)>,
+    leaving: bool,
+    heard_ms: u64,
+}
+
+#[derive(Default)]
+pub(crate) struct Workers(BTreeMap<WorkerId, Worker>);
+
+impl Workers {
+    pub(crate) fn restored(records: Vec<WorkerRecord>) -> Self {
+        Self(records.into_iter().map(|r| (r.id, Worker::new(r))).collect())
+    }
+
+    pub(crate) fn add(&mut self, record: WorkerRecord) {
+        self.0.insert(record.id, Worker::new(record));
+    }
+
+    pub(crate) fn views(&self) -> impl Iterator<Item = WorkerView<'_>> {
+        self.0.values().map(Worker::view)
+    }
+
+    /// Connected workers without a job, in ascending order.
+    pub(crate) fn idle(&self) -> Vec<WorkerId> {
+        self.0.iter().filter(|(_, w)| w.is_idle()).map(|(id, _)| *id).collect()
+    }
+
+    pub(crate) fn knows(&self, id: WorkerId) -> bool {
+        self.0.contains_key(&id)
+    }
+
+    pub(crate) fn register(&self, id: WorkerId) -> Option<&Register> {
+        self.0.get(&id)?.register.as_ref()
+    }
+
+    pub(crate) fn host(&self, id: WorkerId) -> &str {
+        self.0.get(&id).map_or("?", Worker::host)
+    }
+
+    pub(crate) fn engaged(&self, id: WorkerId) -> Option<(JobId, Generation)> {
+        self.0.get(&id)?.engaged
+    }
+
+    pub(crate) fn connect(&mut self, id: WorkerId, session: u64, register: Register, now_ms: u64) {
+        if let Some(worker) = self.0.get_mut(&id) {
+            worker.session = Some(session);
+            worker.leaving = false;
+            worker.heard_ms = now_ms;
+            worker.register = Some(register);
+        }
+    }
+
+    /// Whether `session` was the worker's newest, so that the worker is away now.
+    pub(crate) fn disconnect(&mut self, id: WorkerId, session: u64, now_ms: u64) -> bool {
+        match self.0.get_mut(&id) {
+            Some(worker) if worker.session == Some(session) => {
+                worker.session = None;
+                worker.heard_ms = now_ms;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    pub(crate) fn heard(&mut self, id: WorkerId, now_ms: u64) {
+        if let Some(worker) = self.0.get_mut(&id) {
+            worker.heard_ms = now_ms;
+        }
+    }
+
+    /// The worker takes no further job in this session.
+    pub(crate) fn leaving(&mut self, id: WorkerId) {
+        if let Some(worker) = self.0.get_mut(&id) {
+            worker.leaving = true;
+        }
+    }
+
+    pub(crate) fn engage(&mut self, id: WorkerId, engagement: (JobId, Generation)) {
+        if let Some(worker) = self.0.get_mut(&id) {
+            worker.engaged = Some(engagement);
+        }
+    }
+
+    /// Frees the worker, if it is engaged in just this.
+    pub(crate) fn release(&mut self, id: WorkerId, engagement: (JobId, Generation)) {
+        if let Some(worker) = self.0.get_mut(&id)
+            && worker.engaged == Some(engagement)
+        {
+            worker.engaged = None;
+        }
+    }
+}
+
+impl Worker {
+    fn new(record: WorkerRecord) -> Self {
+        Self { heard_ms: record.enrolled_ms, record, session: None, register: None, engaged: None, leaving: false }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.session.is_some() && self.engaged.is_none() && !self.leaving
+    }
+
+    fn host(&self) -> &str {
+        self.register.as_ref().map_or(&self.record.host, |r| &r.host)
+    }
+
+    fn view(&self) -> WorkerView<'_> {
+        let activity = match (self.session, self.is_idle()) {
+            (None, _) => Activity::Away,
+            (Some(_), true) => Activity::Idle,
+            (Some(_), false) => Activity::Busy,
+        };
+        WorkerView {
+            record: &self.record,
+            activity,
+            register: self.register.as_ref(),
+            engaged: self.engaged,
+            heard_ms: self.heard_ms,
+        }
+    }
+}
