@@ -33,20 +33,30 @@ def read_idx(folder, name):
 
 
 def nin(classes=10):
-    """Lin, Chen, Yan 2013, the MNIST widths: 349,674 parameters, batch norm's aside."""
+    """As worker/nn/src/models/nin.rs with MNIST widths, batch norm and no final ReLU."""
 
     def convolution(inputs, outputs, size):
-        return [nn.Conv2d(inputs, outputs, size, padding=size // 2), nn.BatchNorm2d(outputs), nn.ReLU()]
+        return [nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False), nn.BatchNorm2d(outputs)]
+
+    def block(inputs, widths, size):
+        first, second, third = widths
+        return [
+            *convolution(inputs, first, size), nn.ReLU(), *convolution(first, second, 1), nn.ReLU(),
+            *convolution(second, third, 1),
+        ]  # fmt: skip
 
     def shrink():
-        return [nn.MaxPool2d(3, 2, ceil_mode=True), nn.Dropout(0.5)]
+        return [nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True), nn.Dropout(0.5)]
 
-    return nn.Sequential(
-        *convolution(1, 96, 5), *convolution(96, 64, 1), *convolution(64, 48, 1), *shrink(),
-        *convolution(48, 128, 5), *convolution(128, 96, 1), *convolution(96, 48, 1), *shrink(),
-        *convolution(48, 128, 5), *convolution(128, 96, 1), nn.Conv2d(96, classes, 1),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    network = nn.Sequential(
+        *block(1, (96, 64, 48), 5), *shrink(),
+        *block(48, (128, 96, 48), 5), *shrink(),
+        *block(48, (128, 96, classes), 5), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
     )  # fmt: skip
+    for layer in network:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=0.05)
+    return network
 
 
 def augment(images, generator, pixels=2):
