@@ -1,0 +1,352 @@
+// Batch normalization over the global batch, fused with an optional ReLU.
+//
+// Every logical shard computes its own sums; a Rust callback replaces them by those of all shards, once in
+// forward and once in backward. The gradients of gamma and beta are this shard's share: they are reduced with
+// all other gradients. A shard without samples takes part in both exchanges with zeros.
+
+#include <torch/torch.h>
+
+#include <vector>
+
+#include "failure.h"
+#include "kernels.h"
+
+namespace {
+
+using lockstep::Affine;
+using lockstep::CallbackError;
+using lockstep::DropError;
+using lockstep::Extent;
+using lockstep::Failure;
+using torch::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// A Rust closure. `call` replaces the shard's values by the merged ones and returns an error or null.
+struct MergeCallback {
+  void* context;
+  void* (*call)(void* context, bool backward, double* values, size_t count);
+  void (*drop)(void* context);
+  DropError drop_error;
+};
+
+// The callback, owned by the graph.
+class Merger : public torch::CustomClassHolder {
+ public:
+  explicit Merger(MergeCallback callback) : callback_(callback) {}
+  Merger(const Merger&) = delete;
+  Merger& operator=(const Merger&) = delete;
+  ~Merger() override { callback_.drop(callback_.context); }
+
+  void merge(bool backward, std::vector<double>& values) const {
+    if (void* error = callback_.call(callback_.context, backward, values.data(), values.size())) {
+      throw CallbackError(error, callback_.drop_error);
+    }
+  }
+
+ private:
+  MergeCallback callback_;
+};
+
+const lockstep::KernelTable& kernel_table() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f")) return lockstep::avx512::table;
+  if (__builtin_cpu_supports("avx2")) return lockstep::avx2::table;
+#endif
+  return lockstep::generic::table;
+}
+
+template <class T>
+const lockstep::Kernels<T>& kernels() {
+  static const lockstep::KernelTable& table = kernel_table();
+  if constexpr (std::is_same_v<T, float>) {
+    return table.f32;
+  } else {
+    return table.f64;
+  }
+}
+
+// Statistics of the global batch.
+struct Moments {
+  double count;
+  std::vector<double> mean;
+  std::vector<double> inverse_std;
+
+  // From [n, mean[C], M2[C]], with the biased variance that normalization uses.
+  Moments(const std::vector<double>& merged, double eps) : count(merged[0]) {
+    const size_t channels = (merged.size() - 1) / 2;
+    mean.assign(merged.begin() + 1, merged.begin() + 1 + channels);
+    for (size_t c = 0; c < channels; ++c) {
+      const double variance = count > 0 ? merged[1 + channels + c] / count : 0.0;
+      inverse_std.push_back(1.0 / std::sqrt(variance + eps));
+    }
+  }
+
+  // For keeping in the graph.
+  explicit Moments(const Tensor& packed) {
+    const double* values = packed.const_data_ptr<double>();
+    const int64_t channels = (packed.numel() - 1) / 2;
+    count = values[0];
+    mean.assign(values + 1, values + 1 + channels);
+    inverse_std.assign(values + 1 + channels, values + 1 + 2 * channels);
+  }
+
+  Tensor pack() const {
+    Tensor packed = torch::empty({static_cast<int64_t>(1 + 2 * mean.size())}, torch::kDouble);
+    double* values = packed.mutable_data_ptr<double>();
+    *values++ = count;
+    values = std::copy(mean.begin(), mean.end(), values);
+    std::copy(inverse_std.begin(), inverse_std.end(), values);
+    return packed;
+  }
+};
+
+// dx = gamma / std * (g - A - x_hat * B) with A and B the means over the global batch of g and of g * x_hat,
+// split into per-channel coefficients of (x - mean).
+struct InputGradient {
+  std::vector<double> slope;
+  std::vector<double> offset;
+
+  InputGradient(const Moments& moments, const std::vector<double>& scale, const std::vector<double>& sums) {
+    const size_t channels = scale.size();
+    const double share = moments.count > 0 ? 1.0 / moments.count : 0.0;
+    for (size_t c = 0; c < channels; ++c) {
+      slope.push_back(-scale[c] * moments.inverse_std[c] * sums[channels + c] * share);
+      offset.push_back(-scale[c] * sums[c] * share);
+    }
+  }
+};
+
+Tensor to_tensor(const std::vector<double>& values, const torch::TensorOptions& options) {
+  return torch::tensor(values, torch::kDouble).to(options);
+}
+
+std::vector<double> to_vector(const Tensor& tensor) {
+  const Tensor host = tensor.to(torch::kCPU, torch::kDouble).contiguous();
+  const double* values = host.const_data_ptr<double>();
+  return {values, values + host.numel()};
+}
+
+// gamma / std, per channel.
+std::vector<double> scales(const Tensor& gamma, const Moments& moments) {
+  std::vector<double> scale = to_vector(gamma);
+  for (size_t c = 0; c < scale.size(); ++c) scale[c] *= moments.inverse_std[c];
+  return scale;
+}
+
+// One implementation per memory layout: the same four passes.
+struct Passes {
+  virtual ~Passes() = default;
+  // [mean[C], M2[C]] of this shard.
+  virtual std::vector<double> moments() = 0;
+  virtual Tensor normalize() = 0;
+  // [sum of g [C], sum of g * (x - mean) [C]] of this shard.
+  virtual std::vector<double> gradient_sums(const Tensor& dy) = 0;
+  virtual Tensor input_gradient(const Tensor& dy, const InputGradient& gradient) = 0;
+};
+
+Extent extent_of(const Tensor& x) {
+  int64_t length = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) length *= x.size(d);
+  return {x.size(0), x.size(1), length};
+}
+
+// What normalization needs beside x.
+struct Parameters {
+  const Moments* moments = nullptr;
+  std::vector<double> scale;
+  Tensor beta;
+  bool relu = false;
+};
+
+// Contiguous f32 or f64 on a CPU: the fused kernels.
+template <class T>
+class HostPasses : public Passes {
+ public:
+  HostPasses(const Tensor& x, const Parameters& parameters)
+      : x_(x), extent_(extent_of(x)), moments_(parameters.moments), relu_(parameters.relu) {
+    if (moments_ != nullptr) {
+      mean_.assign(moments_->mean.begin(), moments_->mean.end());
+      scale_.assign(parameters.scale.begin(), parameters.scale.end());
+      const std::vector<double> beta = to_vector(parameters.beta);
+      beta_.assign(beta.begin(), beta.end());
+    }
+  }
+
+  std::vector<double> moments() override {
+    std::vector<double> out(2 * extent_.channels);
+    kernels<T>().moments(data(x_), extent_, out.data(), out.data() + extent_.channels);
+    return out;
+  }
+
+  Tensor normalize() override {
+    Tensor y = torch::empty_like(x_);
+    kernels<T>().normalize(data(x_), y.template mutable_data_ptr<T>(), extent_, affine());
+    return y;
+  }
+
+  std::vector<double> gradient_sums(const Tensor& dy) override {
+    std::vector<double> out(2 * extent_.channels);
+    kernels<T>().gradient_sums(
+        data(x_), data(dy), extent_, affine(), moments_->mean.data(), out.data(), out.data() + extent_.channels);
+    return out;
+  }
+
+  Tensor input_gradient(const Tensor& dy, const InputGradient& gradient) override {
+    const std::vector<T> slope(gradient.slope.begin(), gradient.slope.end());
+    const std::vector<T> offset(gradient.offset.begin(), gradient.offset.end());
+    Tensor dx = torch::empty_like(x_);
+    kernels<T>().input_gradient(
+        data(x_), data(dy), dx.template mutable_data_ptr<T>(), extent_, affine(), slope.data(), offset.data());
+    return dx;
+  }
+
+ private:
+  static const T* data(const Tensor& tensor) { return tensor.template const_data_ptr<T>(); }
+  Affine<T> affine() const { return {mean_.data(), scale_.data(), beta_.data(), relu_}; }
+
+  Tensor x_;
+  Extent extent_;
+  const Moments* moments_;
+  bool relu_;
+  std::vector<T> mean_, scale_, beta_;
+};
+
+// Any other device, layout or type, through libtorch's own operations; sums in double precision.
+class AtenPasses : public Passes {
+ public:
+  AtenPasses(const Tensor& x, const Parameters& parameters) : x_(x), moments_(parameters.moments), relu_(parameters.relu) {
+    if (moments_ != nullptr) {
+      const auto arithmetic = x.options().dtype(x.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat);
+      centred_ = x.to(arithmetic) - per_channel(to_tensor(moments_->mean, arithmetic));
+      scale_ = per_channel(to_tensor(parameters.scale, arithmetic));
+      value_ = centred_ * scale_ + per_channel(parameters.beta.to(arithmetic));
+    }
+  }
+
+  std::vector<double> moments() override {
+    const Tensor x = rows(x_);
+    const int64_t count = std::max<int64_t>(x.size(1), 1);
+    const Tensor mean = x.sum(1) / count;
+    const Tensor m2 = (x - mean.unsqueeze(1)).square().sum(1);
+    return to_vector(torch::cat({mean, m2}));
+  }
+
+  Tensor normalize() override { return (relu_ ? value_.relu() : value_).to(x_.options()); }
+
+  std::vector<double> gradient_sums(const Tensor& dy) override {
+    const Tensor g = rows(masked(dy));
+    return to_vector(torch::cat({g.sum(1), (g * rows(centred_)).sum(1)}));
+  }
+
+  Tensor input_gradient(const Tensor& dy, const InputGradient& gradient) override {
+    const Tensor slope = per_channel(to_tensor(gradient.slope, centred_.options()));
+    const Tensor offset = per_channel(to_tensor(gradient.offset, centred_.options()));
+    return (masked(dy) * scale_ + (centred_ * slope + offset)).to(x_.options());
+  }
+
+ private:
+  // [C, values] in double precision.
+  static Tensor rows(const Tensor& tensor) {
+    const Tensor by_channel = tensor.to(torch::kDouble).transpose(0, 1);
+    return by_channel.reshape({by_channel.size(0), tensor.numel() / std::max<int64_t>(by_channel.size(0), 1)});
+  }
+
+  Tensor per_channel(const Tensor& values) const {
+    std::vector<int64_t> shape(x_.dim(), 1);
+    shape[1] = values.numel();
+    return values.view(shape);
+  }
+
+  Tensor masked(const Tensor& dy) const {
+    const Tensor g = dy.to(value_.options());
+    return relu_ ? g.masked_fill(value_ <= 0, 0) : g;
+  }
+
+  Tensor x_;
+  const Moments* moments_;
+  bool relu_;
+  Tensor centred_, scale_, value_;
+};
+
+std::unique_ptr<Passes> passes(const Tensor& x, const Parameters& parameters) {
+  if (x.is_cpu() && x.is_contiguous() && x.scalar_type() == torch::kFloat) {
+    return std::make_unique<HostPasses<float>>(x, parameters);
+  }
+  if (x.is_cpu() && x.is_contiguous() && x.scalar_type() == torch::kDouble) {
+    return std::make_unique<HostPasses<double>>(x, parameters);
+  }
+  return std::make_unique<AtenPasses>(x, parameters);
+}
+
+class GlobalBatchNorm : public torch::autograd::Function<GlobalBatchNorm> {
+ public:
+  static Tensor forward(
+      AutogradContext* ctx,
+      const Tensor& x,
+      const Tensor& gamma,
+      const Tensor& beta,
+      double eps,
+      bool relu,
+      c10::intrusive_ptr<Merger> merger) {
+    const Extent extent = extent_of(x);
+    std::vector<double> merged = passes(x, {})->moments();
+    merged.insert(merged.begin(), static_cast<double>(extent.samples * extent.length));
+    merger->merge(/*backward=*/false, merged);
+
+    const Moments moments(merged, eps);
+    ctx->save_for_backward({x, gamma, beta, moments.pack()});
+    ctx->saved_data["relu"] = relu;
+    ctx->saved_data["merger"] = c10::IValue::make_capsule(merger);
+    return passes(x, {&moments, scales(gamma, moments), beta, relu})->normalize();
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &gamma = saved[1], &beta = saved[2];
+    const Moments moments(saved[3]);
+    const auto merger = c10::static_intrusive_pointer_cast<Merger>(ctx->saved_data["merger"].toCapsule());
+    const Tensor dy = x.is_contiguous() ? gradients[0].contiguous() : gradients[0];
+    const std::vector<double> scale = scales(gamma, moments);
+    const auto pass = passes(x, {&moments, scale, beta, ctx->saved_data["relu"].toBool()});
+
+    // [sum of g, sum of g * x_hat].
+    std::vector<double> sums = pass->gradient_sums(dy);
+    const size_t channels = sums.size() / 2;
+    for (size_t c = 0; c < channels; ++c) sums[channels + c] *= moments.inverse_std[c];
+    const auto split = sums.begin() + channels;
+    const Tensor dbeta = to_tensor({sums.begin(), split}, beta.options());
+    const Tensor dgamma = to_tensor({split, sums.end()}, gamma.options());
+
+    // Every shard takes part, whether or not it needs dx itself.
+    merger->merge(/*backward=*/true, sums);
+    Tensor dx;
+    if (ctx->needs_input_grad(0)) {
+      dx = pass->input_gradient(dy, InputGradient(moments, scale, sums));
+    }
+    return {dx, dgamma, dbeta, Tensor(), Tensor(), Tensor()};
+  }
+};
+
+}  // namespace
+
+// Takes ownership of the callback, also when it fails. The result is the caller's, null after a failure.
+extern "C" Tensor* lockstep_batch_norm(
+    const Tensor* x,
+    const Tensor* gamma,
+    const Tensor* beta,
+    double eps,
+    bool relu,
+    MergeCallback callback,
+    Failure* failure) noexcept {
+  Tensor* y = nullptr;
+  lockstep::guarded(failure, [&] {
+    auto merger = c10::make_intrusive<Merger>(callback);
+    TORCH_CHECK(x->dim() >= 2, "batch norm needs [N, C, ...], got ", x->sizes());
+    TORCH_CHECK(
+        gamma->numel() == x->size(1) && beta->numel() == x->size(1),
+        "batch norm over ", gamma->numel(), " channels got an input of shape ", x->sizes());
+    y = new Tensor(GlobalBatchNorm::apply(*x, *gamma, *beta, eps, relu, std::move(merger)));
+  });
+  return y;
+}

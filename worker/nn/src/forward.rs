@@ -1,0 +1,123 @@
+//! What a forward pass knows beside its input: which step and samples it is for, and whom batch norm talks to.
+
+use crate::error::NnError;
+use lockstep_common::ids::LogicalShard;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// One batch norm in one pass; the same on all logical shards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BnCall {
+    /// The network, as the trainer numbers them.
+    pub network: u16,
+    /// The layer's number within its network, in the order of construction.
+    pub layer: u32,
+    /// Which use of the layer within the phase, from 0: a discriminator sees real images, then fake ones.
+    pub use_index: u16,
+    /// Whether this is the exchange of the backward pass.
+    pub backward: bool,
+}
+
+/// The exchange behind synchronized batch norm. Every logical shard makes the same calls in the same order;
+/// each returns the merged values to all of them.
+pub trait BatchNormSync: Send + Sync {
+    /// Merges `[n, mean[C], M2[C]]` over all shards, as [`merge_moments`](crate::moments::merge_moments) does.
+    fn merge_moments(&self, call: BnCall, shard: LogicalShard, local: Vec<f64>) -> Result<Vec<f64>, NnError>;
+
+    /// Adds the shards' values.
+    fn sum(&self, call: BnCall, shard: LogicalShard, local: Vec<f64>) -> Result<Vec<f64>, NnError>;
+}
+
+/// No exchange: each shard is a batch by itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LocalOnly;
+
+impl BatchNormSync for LocalOnly {
+    fn merge_moments(&self, _: BnCall, _: LogicalShard, local: Vec<f64>) -> Result<Vec<f64>, NnError> {
+        Ok(local)
+    }
+
+    fn sum(&self, _: BnCall, _: LogicalShard, local: Vec<f64>) -> Result<Vec<f64>, NnError> {
+        Ok(local)
+    }
+}
+
+/// The statistics of one batch in one layer, for the trainer to apply when the step is committed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BnRecord {
+    /// The network, as the trainer numbers them.
+    pub network: u16,
+    /// The layer's full name.
+    pub layer: String,
+    /// Values per channel: samples times positions.
+    pub count: f64,
+    /// Mean per channel.
+    pub mean: Vec<f64>,
+    /// Variance per channel with divisor n − 1, as running statistics hold it.
+    pub var_unbiased: Vec<f64>,
+}
+
+/// The context of one logical shard's forward pass, through all networks of one phase.
+pub struct Forward {
+    /// Whether this is training: batch statistics and dropout.
+    pub train: bool,
+    /// The job's seed.
+    pub seed: u64,
+    /// The step.
+    pub step: u64,
+    /// The phase within the step.
+    pub phase: u16,
+    /// The logical shard that computes.
+    pub shard: LogicalShard,
+    /// The number of the network that computes, set by the trainer before it calls each.
+    pub network: u16,
+    /// Whether batch statistics are recorded for the running ones.
+    pub update_stats: bool,
+    /// A number for each row of the input that is the same whoever computes the row.
+    pub samples: Vec<u64>,
+    /// Whom synchronized batch norm talks to.
+    pub sync: Arc<dyn BatchNormSync>,
+    /// Batch statistics so far, in the order of the calls, which is the same on all shards.
+    pub records: Vec<BnRecord>,
+    uses: HashMap<(u16, String), u16>,
+}
+
+impl Forward {
+    /// A training pass over `samples` in network 0 and phase 0.
+    pub fn training(
+        seed: u64,
+        step: u64,
+        shard: LogicalShard,
+        samples: Vec<u64>,
+        sync: Arc<dyn BatchNormSync>,
+    ) -> Self {
+        Self {
+            train: true,
+            seed,
+            step,
+            phase: 0,
+            shard,
+            network: 0,
+            update_stats: true,
+            samples,
+            sync,
+            records: Vec::new(),
+            uses: HashMap::new(),
+        }
+    }
+
+    /// An evaluation pass: running statistics, no randomness, no exchange.
+    pub fn evaluation() -> Self {
+        let mut forward = Self::training(0, 0, LogicalShard(0), Vec::new(), Arc::new(LocalOnly));
+        forward.train = false;
+        forward.update_stats = false;
+        forward
+    }
+
+    /// How often the operation `name` of the current network has been used in this phase before.
+    pub(crate) fn use_index(&mut self, name: &str) -> u16 {
+        let uses = self.uses.entry((self.network, name.to_owned())).or_default();
+        *uses += 1;
+        *uses - 1
+    }
+}

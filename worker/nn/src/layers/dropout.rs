@@ -1,0 +1,75 @@
+//! Dropout whose mask depends on (seed, step, sample, operation), not on who computes the sample.
+
+use crate::error::NnError;
+use crate::forward::Forward;
+use lockstep_common::rng::Stream;
+use tch::{Kind, Tensor};
+
+/// Levels of the keep probability: 16 random bits decide about one element.
+const LEVELS: f64 = 65536.0;
+
+/// Keeps each element of `x` [N, ...] with probability `keep` and scales it by 1 / `keep`; the identity outside
+/// of training. `name` tells the operations of a network apart.
+///
+/// `keep` is rounded to a multiple of 2⁻¹⁶, in the mask and in the scale alike.
+pub fn dropout(x: &Tensor, keep: f64, name: &str, fwd: &mut Forward) -> Result<Tensor, NnError> {
+    if !fwd.train || keep >= 1.0 {
+        return Ok(x.shallow_clone());
+    }
+    let shape = x.size();
+    let rows = shape.first().copied().unwrap_or(0) as usize;
+    if rows != fwd.samples.len() {
+        return Err(NnError::Shape {
+            what: format!("dropout `{name}`"),
+            expected: format!("{} rows, one per sample of the shard", fwd.samples.len()),
+            got: format!("an input of shape {shape:?}"),
+        });
+    }
+    let use_index = fwd.use_index(name);
+    let draws = Draws {
+        seed: fwd.seed,
+        purpose: format!("dropout {}/{name}", fwd.network),
+        at: [fwd.step, u64::from(fwd.phase), u64::from(use_index)],
+        level: (keep * LEVELS).round().max(1.0),
+    };
+    let per_row = shape[1..].iter().product::<i64>() as usize;
+    let mask = match x.f_kind()? {
+        Kind::Double => Tensor::f_from_slice(&draws.mask(&fwd.samples, per_row, |scale| scale))?,
+        kind => {
+            Tensor::f_from_slice(&draws.mask(&fwd.samples, per_row, |scale| scale as f32))?.f_to_kind(kind)?
+        }
+    };
+    Ok(x.f_mul(&mask.f_reshape(&shape)?.f_to_device(x.device())?)?)
+}
+
+/// The random bits of one operation.
+struct Draws {
+    seed: u64,
+    purpose: String,
+    at: [u64; 3],
+    /// Of [`LEVELS`], how many keep an element.
+    level: f64,
+}
+
+impl Draws {
+    /// 0 or 1 / keep for each element of each sample's row.
+    fn mask<T: Copy>(&self, samples: &[u64], per_row: usize, number: impl Fn(f64) -> T) -> Vec<T> {
+        let (kept, dropped) = (number(LEVELS / self.level), number(0.0));
+        let [step, phase, use_index] = self.at;
+        let mut mask = Vec::with_capacity(samples.len() * per_row);
+        let mut bits = vec![0u8; 2 * per_row];
+        for &sample in samples {
+            let coordinates = [step, phase, sample, use_index];
+            Stream::new(self.seed, &self.purpose, &coordinates).fill_bytes(&mut bits);
+            mask.extend(bits.chunks_exact(2).map(|pair| {
+                let draw = u16::from_le_bytes([pair[0], pair[1]]);
+                if u32::from(draw) < self.level as u32 {
+                    kept
+                } else {
+                    dropped
+                }
+            }));
+        }
+        mask
+    }
+}

@@ -1,0 +1,87 @@
+//! Reads an architecture's own keys of a job file.
+
+use super::ModelInfo;
+use crate::error::NnError;
+use lockstep_common::job::ModelSpec;
+use lockstep_common::suggest::did_you_mean;
+use serde_json::Value;
+
+/// Refuses a key that `info` does not list.
+pub(super) fn check_names(info: &ModelInfo, spec: &ModelSpec) -> Result<(), NnError> {
+    let known = || info.options.iter().map(|o| o.name);
+    match spec
+        .options
+        .keys()
+        .find(|key| !known().any(|name| name == key.as_str()))
+    {
+        Some(key) => Err(fault(
+            spec,
+            key,
+            format!("is unknown{}", did_you_mean(key, known())),
+        )),
+        None => Ok(()),
+    }
+}
+
+/// A whole number from 1 to a million, or `default`.
+pub(super) fn count(spec: &ModelSpec, name: &str, default: i64) -> Result<i64, NnError> {
+    let valid = |value: &Value| value.as_i64().filter(|n| (1..=1_000_000).contains(n));
+    read(
+        spec,
+        name,
+        default,
+        valid,
+        "is not a whole number from 1 to 1000000",
+    )
+}
+
+/// A probability to drop, in [0, 1), or `default`.
+pub(super) fn drop_rate(spec: &ModelSpec, name: &str, default: f64) -> Result<f64, NnError> {
+    let valid = |value: &Value| value.as_f64().filter(|p| (0.0..1.0).contains(p));
+    read(spec, name, default, valid, "is not a number from 0 to below 1")
+}
+
+/// True, false or `default`.
+pub(super) fn switch(spec: &ModelSpec, name: &str, default: bool) -> Result<bool, NnError> {
+    read(spec, name, default, Value::as_bool, "is neither true nor false")
+}
+
+/// One of `choices` by its name, the first by default.
+pub(super) fn choice<T: Copy>(spec: &ModelSpec, name: &str, choices: &[(&str, T)]) -> Result<T, NnError> {
+    let valid = |value: &Value| {
+        let text = value.as_str()?;
+        choices
+            .iter()
+            .find(|(choice, _)| *choice == text)
+            .map(|(_, value)| *value)
+    };
+    let names: Vec<_> = choices.iter().map(|(choice, _)| format!("`{choice}`")).collect();
+    read(
+        spec,
+        name,
+        choices[0].1,
+        valid,
+        &format!("is not one of {}", names.join(", ")),
+    )
+}
+
+fn read<T>(
+    spec: &ModelSpec,
+    name: &str,
+    default: T,
+    valid: impl Fn(&Value) -> Option<T>,
+    problem: &str,
+) -> Result<T, NnError> {
+    match spec.options.get(name) {
+        None => Ok(default),
+        Some(value) => valid(value).ok_or_else(|| fault(spec, name, format!("= {value} {problem}"))),
+    }
+}
+
+fn fault(spec: &ModelSpec, option: &str, problem: String) -> NnError {
+    NnError::Option {
+        model: spec.name.clone(),
+        option: option.to_owned(),
+        problem,
+    }
+}

@@ -1,0 +1,163 @@
+//! Batch statistics as flat vectors: merging shards, and what a committed step leaves in the running statistics.
+
+use crate::error::NnError;
+use crate::forward::BnRecord;
+use crate::vars::Vars;
+use tch::{Tensor, no_grad};
+
+/// Share of a new batch in the running statistics, PyTorch's default.
+pub const RUNNING_MOMENTUM: f64 = 0.1;
+
+/// Adds the moments of another part of the batch to `into`, both laid out `[n, mean[C], M2[C]]`.
+///
+/// Chan, Golub and LeVeque's pairwise update: stable where E[x²] − E[x]² cancels. The operation is not exactly
+/// associative, so a result that must not depend on the workers needs one fixed order of merging.
+///
+/// Panics if the lengths differ.
+pub fn merge_moments(into: &mut [f64], other: &[f64]) {
+    assert_eq!(into.len(), other.len(), "moments of different layers");
+    let (n, m) = (into[0], other[0]);
+    if m == 0.0 {
+        return;
+    }
+    if n == 0.0 {
+        into.copy_from_slice(other);
+        return;
+    }
+    let (total, channels) = (n + m, (into.len() - 1) / 2);
+    for c in 1..=channels {
+        let delta = other[c] - into[c];
+        into[c] += delta * (m / total);
+        into[channels + c] += other[channels + c] + delta * delta * (n * m / total);
+    }
+    into[0] = total;
+}
+
+/// The records of one shard as one vector whose sum over all shards [`average_records`] turns into their
+/// average, weighted by the samples: for batch norm over each shard by itself.
+pub fn weighted_records(records: &[BnRecord]) -> Vec<f64> {
+    let mut flat = Vec::new();
+    for record in records {
+        flat.push(record.count);
+        flat.extend(
+            record
+                .mean
+                .iter()
+                .chain(&record.var_unbiased)
+                .map(|v| v * record.count),
+        );
+    }
+    flat
+}
+
+/// Replaces the statistics in `records` by the average in `summed`, the sum over all shards of
+/// [`weighted_records`].
+pub fn average_records(records: &mut [BnRecord], summed: &[f64]) -> Result<(), NnError> {
+    let expected: usize = records.iter().map(|r| 1 + 2 * r.mean.len()).sum();
+    if summed.len() != expected {
+        return Err(NnError::Shape {
+            what: "averaging batch statistics".to_owned(),
+            expected: format!("{expected} values"),
+            got: format!("{}", summed.len()),
+        });
+    }
+    let mut values = summed.iter().copied();
+    for record in records {
+        record.count = values.next().unwrap_or(0.0);
+        let share = if record.count > 0.0 {
+            1.0 / record.count
+        } else {
+            0.0
+        };
+        for (slot, value) in record
+            .mean
+            .iter_mut()
+            .chain(&mut record.var_unbiased)
+            .zip(values.by_ref())
+        {
+            *slot = value * share;
+        }
+    }
+    Ok(())
+}
+
+/// Moves the running statistics of `vars` towards the batches in `records`, in their order.
+///
+/// A record of fewer than two values has no unbiased variance and changes nothing.
+pub fn apply_running_stats<'a>(
+    vars: &Vars,
+    records: impl IntoIterator<Item = &'a BnRecord>,
+    momentum: f64,
+) -> Result<(), NnError> {
+    for record in records.into_iter().filter(|r| r.count > 1.0) {
+        for (buffer, batch) in [
+            ("running_mean", &record.mean),
+            ("running_var", &record.var_unbiased),
+        ] {
+            let tensor = &vars.var(&format!("{}.{buffer}", record.layer))?.tensor;
+            let mut running = Vec::<f64>::try_from(tensor.f_to_kind(tch::Kind::Double)?)?;
+            for (r, b) in running.iter_mut().zip(batch) {
+                *r = (1.0 - momentum) * *r + momentum * b;
+            }
+            no_grad(|| tensor.detach().f_copy_(&Tensor::f_from_slice(&running)?))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn moments(values: &[f64]) -> Vec<f64> {
+        let n = values.len() as f64;
+        let mean = if n > 0.0 {
+            values.iter().sum::<f64>() / n
+        } else {
+            0.0
+        };
+        vec![n, mean, values.iter().map(|v| (v - mean).powi(2)).sum()]
+    }
+
+    #[test]
+    fn merged_moments_equal_those_of_all_values_even_far_from_zero() {
+        // With E[x²] − E[x]² the variance of these values would come out as 0 or worse.
+        let values: Vec<f64> = (0..100).map(|i| 1e9 + f64::from(i % 7)).collect();
+        let mut merged = moments(&[]);
+        for part in [&values[..1], &values[1..40], &[], &values[40..]] {
+            merge_moments(&mut merged, &moments(part));
+        }
+        let whole = moments(&values);
+        assert_eq!(merged[0], whole[0]);
+        assert!((merged[1] - whole[1]).abs() < 1e-6);
+        assert!(
+            (merged[2] / whole[2] - 1.0).abs() < 1e-6,
+            "{} {}",
+            merged[2],
+            whole[2]
+        );
+    }
+
+    #[test]
+    fn records_average_by_their_sample_counts() {
+        let record = |count, mean, var| BnRecord {
+            network: 0,
+            layer: "bn".into(),
+            count,
+            mean: vec![mean],
+            var_unbiased: vec![var],
+        };
+        let mut mine = vec![record(1.0, 4.0, 0.0)];
+        let summed: Vec<f64> = weighted_records(&mine)
+            .iter()
+            .zip(weighted_records(&[record(3.0, 8.0, 4.0)]))
+            .map(|(a, b)| a + b)
+            .collect();
+        average_records(&mut mine, &summed).unwrap();
+        assert_eq!(
+            (mine[0].count, mine[0].mean[0], mine[0].var_unbiased[0]),
+            (4.0, 7.0, 3.0)
+        );
+        assert!(average_records(&mut mine, &summed[1..]).is_err());
+    }
+}

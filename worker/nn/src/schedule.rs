@@ -1,0 +1,108 @@
+//! How the learning rate and the momentum change: pure functions of the step.
+
+use lockstep_common::job::{OptimizerSpec, ScheduleSpec};
+use std::f64::consts::PI;
+
+/// The factor on the learning rate at `step` (from 0) of `total_steps`.
+pub fn lr_factor(spec: &ScheduleSpec, step: u64, total_steps: u64, steps_per_epoch: u64) -> f64 {
+    let warmup = match spec {
+        ScheduleSpec::Constant { warmup_steps }
+        | ScheduleSpec::Step { warmup_steps, .. }
+        | ScheduleSpec::Cosine { warmup_steps, .. }
+        | ScheduleSpec::Exponential { warmup_steps, .. } => *warmup_steps,
+    };
+    if step < warmup {
+        return (step + 1) as f64 / warmup as f64;
+    }
+    match *spec {
+        ScheduleSpec::Constant { .. } => 1.0,
+        ScheduleSpec::Step {
+            every_epochs, gamma, ..
+        } => {
+            let epochs = step as f64 / steps_per_epoch.max(1) as f64;
+            gamma.powf((epochs / every_epochs).floor())
+        }
+        ScheduleSpec::Cosine { final_factor, .. } => {
+            let progress = (step - warmup) as f64 / total_steps.saturating_sub(warmup).max(1) as f64;
+            final_factor + (1.0 - final_factor) * 0.5 * (1.0 + (PI * progress.min(1.0)).cos())
+        }
+        ScheduleSpec::Exponential { decay, floor, .. } => decay.powf(-(step as f64)).max(floor),
+    }
+}
+
+/// The momentum at `step`: ramped linearly if the optimizer says so, else constant. `None` for an optimizer
+/// that has none.
+pub fn momentum(spec: &OptimizerSpec, step: u64) -> Option<f64> {
+    match *spec {
+        OptimizerSpec::Sgd {
+            momentum,
+            momentum_final: Some(end),
+            momentum_ramp_steps,
+            ..
+        } => {
+            let progress = (step as f64 / momentum_ramp_steps.max(1) as f64).min(1.0);
+            Some(momentum + (end - momentum) * progress)
+        }
+        OptimizerSpec::Sgd { momentum, .. } => Some(momentum),
+        OptimizerSpec::Adam { .. } | OptimizerSpec::Adamw { .. } => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(spec: &ScheduleSpec, expected: &[(u64, f64)]) {
+        for &(step, factor) in expected {
+            let got = lr_factor(spec, step, 110, 20);
+            assert!(
+                (got - factor).abs() < 1e-12,
+                "{spec:?} at {step}: {got} instead of {factor}"
+            );
+        }
+    }
+
+    #[test]
+    fn factors_at_the_corners_of_each_schedule() {
+        check(
+            &ScheduleSpec::Constant { warmup_steps: 0 },
+            &[(0, 1.0), (500, 1.0)],
+        );
+        check(
+            &ScheduleSpec::Constant { warmup_steps: 4 },
+            &[(0, 0.25), (2, 0.75), (3, 1.0), (4, 1.0)],
+        );
+        let step = ScheduleSpec::Step {
+            every_epochs: 2.0,
+            gamma: 0.1,
+            warmup_steps: 0,
+        };
+        check(&step, &[(0, 1.0), (39, 1.0), (40, 0.1), (80, 0.01)]);
+        let cosine = ScheduleSpec::Cosine {
+            final_factor: 0.0,
+            warmup_steps: 10,
+        };
+        check(&cosine, &[(9, 1.0), (10, 1.0), (60, 0.5), (110, 0.0), (200, 0.0)]);
+        let exponential = ScheduleSpec::Exponential {
+            decay: 2.0,
+            floor: 0.1,
+            warmup_steps: 0,
+        };
+        check(&exponential, &[(0, 1.0), (2, 0.25), (50, 0.1)]);
+    }
+
+    #[test]
+    fn momentum_ramps_and_stays() {
+        let spec = OptimizerSpec::Sgd {
+            lr: 0.1,
+            momentum: 0.5,
+            momentum_final: Some(0.7),
+            momentum_ramp_steps: 10,
+            nesterov: false,
+            weight_decay: 0.0,
+            no_decay_norm_bias: false,
+        };
+        let at = |step| momentum(&spec, step).unwrap();
+        assert_eq!((at(0), at(5), at(10), at(1000)), (0.5, 0.6, 0.7, 0.7));
+    }
+}
