@@ -43,9 +43,16 @@ pub fn routes(registry: Registry, readiness: Readiness) -> Router {
         }
     };
     let ready = move || async move {
-        if readiness.is_ready() { (StatusCode::OK, "ready\n") } else { (StatusCode::SERVICE_UNAVAILABLE, "not ready\n") }
+        if readiness.is_ready() {
+            (StatusCode::OK, "ready\n")
+        } else {
+            (StatusCode::SERVICE_UNAVAILABLE, "not ready\n")
+        }
     };
-    Router::new().route("/metrics", get(metrics)).route("/healthz", get(|| async { "ok\n" })).route("/readyz", get(ready))
+    Router::new()
+        .route("/metrics", get(metrics))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready))
 }
 
 /// Serves `routes` on `address` in the background of the current tokio runtime; returns where.
@@ -65,6 +72,8 @@ pub async fn serve(address: SocketAddr, routes: Router) -> Result<SocketAddr, Ht
 pub fn process_registry() -> Registry {
     let registry = Registry::new();
     // Registering the first collector of an empty registry cannot collide.
-    let _ = registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()));
+    let _ = registry.register(Box::new(
+        prometheus::process_collector::ProcessCollector::for_self(),
+    ));
     registry
 }

@@ -26,7 +26,9 @@ pub struct Token {
 
 /// Why a text is not a token.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("this is not a whole join token (they start with `{PREFIX}`); copy it again, or make one with `coordinator token new`")]
+#[error(
+    "this is not a whole join token (they start with `{PREFIX}`); copy it again, or make one with `coordinator token new`"
+)]
 pub struct BadToken;
 
 impl Token {
@@ -35,7 +37,11 @@ impl Token {
         let (mut id, mut secret) = ([0; 8], [0; 32]);
         getrandom::fill(&mut id)?;
         getrandom::fill(&mut secret)?;
-        Ok(Self { id, secret, ca: *blake3::hash(ca_der).as_bytes() })
+        Ok(Self {
+            id,
+            secret,
+            ca: *blake3::hash(ca_der).as_bytes(),
+        })
     }
 
     /// The public name as text.
@@ -97,7 +103,10 @@ mod tests {
         for i in 0..text.len() {
             let mut bytes = text.clone().into_bytes();
             bytes[i] = if bytes[i] == b'A' { b'B' } else { b'A' };
-            assert!(String::from_utf8(bytes).unwrap().parse::<Token>().is_err(), "letter {i}");
+            assert!(
+                String::from_utf8(bytes).unwrap().parse::<Token>().is_err(),
+                "letter {i}"
+            );
         }
         assert!(text[..text.len() - 1].parse::<Token>().is_err());
         assert!(!format!("{token:?}").contains(&hex::encode(token.secret)));

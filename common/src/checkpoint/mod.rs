@@ -12,6 +12,7 @@
 mod manifest;
 mod store;
 mod tensors;
+mod transfer;
 mod writer;
 
 pub use manifest::{CheckpointInfo, CheckpointManifest, FileEntry, ManifestProblem};

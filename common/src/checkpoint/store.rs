@@ -261,7 +261,7 @@ fn read_file(path: &Path) -> Result<Vec<u8>, CheckpointError> {
 }
 
 /// Checks one file against the manifest. The weights must also have the digest by which runs are compared.
-fn check_file(
+pub(super) fn check_file(
     path: &Path,
     entry: &FileEntry,
     bytes: &[u8],

@@ -28,10 +28,30 @@ pub struct ModelEntry {
 pub fn catalogue() -> &'static [ModelEntry] {
     use ModelRole::{Classifier, Discriminator, Generator};
     &[
-        ModelEntry { name: "nin", role: Classifier, options: &["widths", "classes", "in_channels", "final_relu", "dropout"] },
-        ModelEntry { name: "small-cnn", role: Classifier, options: &["classes", "in_channels", "width"] },
-        ModelEntry { name: "mlp", role: Classifier, options: &["classes", "inputs", "hidden", "dropout"] },
-        ModelEntry { name: "gan-generator", role: Generator, options: &["latent", "hidden", "outputs"] },
-        ModelEntry { name: "gan-discriminator", role: Discriminator, options: &["inputs", "hidden", "pieces", "dropout"] },
+        ModelEntry {
+            name: "nin",
+            role: Classifier,
+            options: &["widths", "classes", "in_channels", "final_relu", "dropout"],
+        },
+        ModelEntry {
+            name: "small-cnn",
+            role: Classifier,
+            options: &["classes", "in_channels", "width"],
+        },
+        ModelEntry {
+            name: "mlp",
+            role: Classifier,
+            options: &["classes", "inputs", "hidden", "dropout"],
+        },
+        ModelEntry {
+            name: "gan-generator",
+            role: Generator,
+            options: &["latent", "hidden", "outputs"],
+        },
+        ModelEntry {
+            name: "gan-discriminator",
+            role: Discriminator,
+            options: &["inputs", "hidden", "pieces", "dropout"],
+        },
     ]
 }

@@ -4,7 +4,9 @@ use super::NetError;
 use super::authority::Identity;
 use super::pinned::PinnedAuthority;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{ClientConfig, Endpoint, EndpointConfig, IdleTimeout, ServerConfig, TokioRuntime, TransportConfig, VarInt};
+use quinn::{
+    ClientConfig, Endpoint, EndpointConfig, IdleTimeout, ServerConfig, TokioRuntime, TransportConfig, VarInt,
+};
 use rustls::RootCertStore;
 use rustls::crypto::CryptoProvider;
 use rustls::server::WebPkiClientVerifier;
@@ -46,16 +48,27 @@ pub fn bind(address: SocketAddr, server: Option<ServerConfig>) -> Result<Endpoin
         let _ = socket.set_send_buffer_size(SOCKET_BUFFER_BYTES);
         socket.set_nonblocking(true)?;
         socket.bind(&address.into())?;
-        Endpoint::new(EndpointConfig::default(), server, socket.into(), Arc::new(TokioRuntime))
+        Endpoint::new(
+            EndpointConfig::default(),
+            server,
+            socket.into(),
+            Arc::new(TokioRuntime),
+        )
     };
     open().map_err(|source: std::io::Error| {
         let hint = match source.kind() {
-            std::io::ErrorKind::AddrInUse => "; another process has this port: choose another or stop that one",
+            std::io::ErrorKind::AddrInUse => {
+                "; another process has this port: choose another or stop that one"
+            }
             std::io::ErrorKind::AddrNotAvailable => "; this machine has no such address",
             std::io::ErrorKind::PermissionDenied => "; choose a port above 1023",
             _ => "",
         };
-        NetError::Bind { address, source, hint }
+        NetError::Bind {
+            address,
+            source,
+            hint,
+        }
     })
 }
 
@@ -63,7 +76,11 @@ pub fn bind(address: SocketAddr, server: Option<ServerConfig>) -> Result<Endpoin
 /// answer nothing but an enrolment.
 pub fn server_config(identity: &Identity, enrolment: bool) -> Result<ServerConfig, NetError> {
     let verifier = WebPkiClientVerifier::builder_with_provider(roots(identity)?, provider());
-    let verifier = if enrolment { verifier.allow_unauthenticated() } else { verifier };
+    let verifier = if enrolment {
+        verifier.allow_unauthenticated()
+    } else {
+        verifier
+    };
     let mut tls = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(bad)?
@@ -89,7 +106,10 @@ pub fn client_config(identity: &Identity) -> Result<ClientConfig, NetError> {
 
 /// Calls the coordinator of the cluster whose CA certificate has this BLAKE3 `fingerprint`, without a certificate.
 pub fn enrolment_config(fingerprint: [u8; 32]) -> Result<ClientConfig, NetError> {
-    let verifier = PinnedAuthority { fingerprint, provider: provider() };
+    let verifier = PinnedAuthority {
+        fingerprint,
+        provider: provider(),
+    };
     let tls = rustls::ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(bad)?

@@ -14,7 +14,10 @@ pub async fn connect(
 ) -> Result<Connection, NetError> {
     let mut failure = NetError::Address("nothing".to_owned());
     for &address in addresses {
-        let failed = |cause: String| NetError::Connect { address: address.to_string(), cause };
+        let failed = |cause: String| NetError::Connect {
+            address: address.to_string(),
+            cause,
+        };
         match endpoint.connect_with(config.clone(), address, server_name) {
             Err(e) => failure = failed(e.to_string()),
             Ok(connecting) => match connecting.await {
@@ -30,16 +33,26 @@ pub async fn connect(
 pub fn explain(error: &ConnectionError) -> String {
     let text = error.to_string();
     match error {
-        ConnectionError::TimedOut => "nobody answers there; check the address and that the process runs".to_owned(),
+        ConnectionError::TimedOut => {
+            "nobody answers there; check the address and that the process runs".to_owned()
+        }
         ConnectionError::ApplicationClosed(close) => {
-            format!("the peer closed the connection: {}", String::from_utf8_lossy(&close.reason))
+            format!(
+                "the peer closed the connection: {}",
+                String::from_utf8_lossy(&close.reason)
+            )
         }
         ConnectionError::LocallyClosed => "the connection was closed on this side".to_owned(),
         _ if text.contains("another cluster") => {
-            "the coordinator belongs to another cluster than the token; use a token made by this coordinator".to_owned()
+            "the coordinator belongs to another cluster than the token; use a token made by this coordinator"
+                .to_owned()
         }
-        _ if text.contains("UnknownIssuer") || text.contains("unknown CA") || text.contains("BadSignature") => {
-            "the two sides belong to different clusters (their certificates have different authorities)".to_owned()
+        _ if text.contains("UnknownIssuer")
+            || text.contains("unknown CA")
+            || text.contains("BadSignature") =>
+        {
+            "the two sides belong to different clusters (their certificates have different authorities)"
+                .to_owned()
         }
         _ if text.contains("application protocol") => "the peer is not a Lockstep process".to_owned(),
         _ => text,
@@ -87,5 +100,8 @@ impl Exchange {
 }
 
 fn lost(connection: &Connection, error: &ConnectionError) -> NetError {
-    NetError::Connect { address: connection.remote_address().to_string(), cause: explain(error) }
+    NetError::Connect {
+        address: connection.remote_address().to_string(),
+        cause: explain(error),
+    }
 }

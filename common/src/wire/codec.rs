@@ -30,7 +30,9 @@ pub enum FrameError {
     #[error("the peer is not a Lockstep process: it opened with {0:02x?}")]
     NotLockstep([u8; 4]),
     /// The peer is of another release.
-    #[error("the peer speaks protocol {theirs}, this program speaks {PROTOCOL}; run the same release of Lockstep on both")]
+    #[error(
+        "the peer speaks protocol {theirs}, this program speaks {PROTOCOL}; run the same release of Lockstep on both"
+    )]
     Version {
         /// The peer's version.
         theirs: u32,
@@ -53,7 +55,8 @@ fn config() -> impl bincode::config::Config {
 
 /// The bytes of one message, without the length.
 pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
-    let bytes = bincode::serde::encode_to_vec(message, config()).map_err(|e| FrameError::Malformed(e.to_string()))?;
+    let bytes =
+        bincode::serde::encode_to_vec(message, config()).map_err(|e| FrameError::Malformed(e.to_string()))?;
     if bytes.len() > MAX_FRAME_BYTES {
         return Err(FrameError::TooLarge { bytes: bytes.len() });
     }
@@ -65,10 +68,13 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, FrameError> {
     if bytes.len() > MAX_FRAME_BYTES {
         return Err(FrameError::TooLarge { bytes: bytes.len() });
     }
-    let (message, used) =
-        bincode::serde::decode_from_slice(bytes, config()).map_err(|e| FrameError::Malformed(e.to_string()))?;
+    let (message, used) = bincode::serde::decode_from_slice(bytes, config())
+        .map_err(|e| FrameError::Malformed(e.to_string()))?;
     if used != bytes.len() {
-        return Err(FrameError::Malformed(format!("{} bytes after the message", bytes.len() - used)));
+        return Err(FrameError::Malformed(format!(
+            "{} bytes after the message",
+            bytes.len() - used
+        )));
     }
     Ok(message)
 }
@@ -97,7 +103,10 @@ pub async fn read_preamble(r: &mut (impl AsyncRead + Unpin)) -> Result<(), Frame
 }
 
 /// Writes one message.
-pub async fn write_frame<T: Serialize>(w: &mut (impl AsyncWrite + Unpin), message: &T) -> Result<(), FrameError> {
+pub async fn write_frame<T: Serialize>(
+    w: &mut (impl AsyncWrite + Unpin),
+    message: &T,
+) -> Result<(), FrameError> {
     let body = encode(message)?;
     let mut frame = Vec::with_capacity(4 + body.len());
     frame.extend_from_slice(&(body.len() as u32).to_le_bytes());
@@ -136,7 +145,10 @@ mod tests {
     use proptest::prelude::*;
 
     fn block_on<F: Future>(f: F) -> F::Output {
-        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(f)
+        tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap()
+            .block_on(f)
     }
 
     proptest! {
@@ -172,7 +184,9 @@ mod tests {
     fn another_protocol_version_is_told_so() {
         let mut bytes = b"LKST".to_vec();
         bytes.extend_from_slice(&(PROTOCOL + 1).to_le_bytes());
-        let e = block_on(read_preamble(&mut bytes.as_slice())).unwrap_err().to_string();
+        let e = block_on(read_preamble(&mut bytes.as_slice()))
+            .unwrap_err()
+            .to_string();
         assert!(e.contains(&format!("speaks protocol {}", PROTOCOL + 1)), "{e}");
         let e = block_on(read_preamble(&mut &b"GET / HTTP/1.1\r\n"[..])).unwrap_err();
         assert!(matches!(e, FrameError::NotLockstep(_)), "{e}");

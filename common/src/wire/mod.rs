@@ -4,9 +4,11 @@ mod codec;
 mod messages;
 
 pub use codec::{
-    FrameError, MAX_FRAME_BYTES, PROTOCOL, decode, encode, read_frame, read_preamble, write_frame, write_preamble,
+    FrameError, MAX_FRAME_BYTES, PROTOCOL, decode, encode, read_frame, read_preamble, write_frame,
+    write_preamble,
 };
 pub use messages::{
-    Assignment, CheckpointHead, DatasetBrief, FileHead, FromWorker, JobState, JobSummary, LogLine, Outcome, Peer, Refusal,
-    Register, Request, Response, Resumption, Running, StepRecord, StopMode, ToWorker, TokenPurpose, WorkerSummary,
+    Assignment, CheckpointHead, DatasetBrief, FileHead, FromWorker, JobState, JobSummary, LogLine, Outcome,
+    Peer, Refusal, Register, Request, Response, Resumption, Running, StepRecord, StopMode, ToWorker,
+    TokenPurpose, WorkerSummary,
 };

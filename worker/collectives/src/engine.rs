@@ -1,0 +1,442 @@
+//! The collectives in flight on one rank, and what happens to them.
+//!
+//! Transports call `handle_*`; collectives call [`Engine::send`]. No lock is held while sending or while a
+//! collective computes, and the order of locks is the engine's, then a collective's.
+
+use crate::buffer::{Buffer, Pool};
+use crate::error::CollectiveError;
+use crate::frame::{Header, Stage};
+use crate::tag::Tag;
+use crate::transport::{Farewell, Frame, Lane, Transport};
+use bytes::Bytes;
+use crossbeam_channel::Receiver;
+use lockstep_common::ids::{Generation, Rank};
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+use tokio::sync::Notify;
+use tokio::sync::futures::OwnedNotified;
+
+/// How many bytes a peer may send for collectives that this rank has not started before its lanes are read no
+/// further: two 25 MB buckets of gradients, so that a rank that is one collective behind slows nobody.
+const EARLY_BYTES: usize = 64 << 20;
+
+/// Hands a complete collective's result to those who wait for it.
+pub(crate) type Publish = Box<dyn FnOnce() + Send>;
+
+/// One collective in flight.
+pub(crate) trait Collective: Send + Sync {
+    /// Sends this rank's part. The result if nothing remains to be received.
+    fn launch(&self, engine: &Engine) -> Result<Option<Publish>, CollectiveError>;
+
+    /// Takes in a frame. The result for the one that completes the collective.
+    fn handle_frame(
+        &self,
+        engine: &Engine,
+        header: &Header,
+        payload: Buffer,
+    ) -> Result<Option<Publish>, CollectiveError>;
+
+    /// Gives the waiters an error for a result.
+    fn fail(&self, error: &CollectiveError);
+
+    /// The ranks that still have to send something, and whether they have sent a part.
+    fn missing(&self) -> Vec<(Rank, bool)>;
+}
+
+/// What a group has moved so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Stats {
+    /// Bytes of frames handed to the transport.
+    pub bytes_sent: u64,
+    /// Bytes of frames that arrived.
+    pub bytes_received: u64,
+    /// Collectives completed.
+    pub collectives: u64,
+    /// Seconds from start to completion, summed over collectives (those that overlap count each).
+    pub seconds: f64,
+    /// Frames of an older generation, dropped.
+    pub stale_frames: u64,
+}
+
+/// The state of one rank's group.
+pub(crate) struct Engine {
+    rank: Rank,
+    world: u32,
+    generation: Generation,
+    timeout: Duration,
+    transport: Option<Box<dyn Transport>>,
+    pool: Pool,
+    state: Mutex<State>,
+    early_space: Arc<Notify>,
+    bytes_sent: AtomicU64,
+    bytes_received: AtomicU64,
+    collectives: AtomicU64,
+    nanoseconds: AtomicU64,
+    stale_frames: AtomicU64,
+}
+
+struct State {
+    failed: Option<CollectiveError>,
+    in_flight: HashMap<Tag, InFlight>,
+    early: HashMap<Tag, Vec<(Header, Buffer)>>,
+    peers: Vec<Peer>,
+}
+
+struct InFlight {
+    started: Instant,
+    collective: Arc<dyn Collective>,
+}
+
+#[derive(Clone)]
+struct Peer {
+    last_heard: Instant,
+    early_bytes: usize,
+    left: bool,
+}
+
+impl Engine {
+    /// The engine of `rank` among `world`. `transport` is absent only in a world of one.
+    pub(crate) fn new(
+        rank: Rank,
+        world: u32,
+        generation: Generation,
+        timeout: Duration,
+        transport: Option<Box<dyn Transport>>,
+    ) -> Arc<Self> {
+        let peer = Peer {
+            last_heard: Instant::now(),
+            early_bytes: 0,
+            left: false,
+        };
+        Arc::new(Self {
+            rank,
+            world,
+            generation,
+            timeout,
+            transport,
+            pool: Pool::default(),
+            state: Mutex::new(State {
+                failed: None,
+                in_flight: HashMap::new(),
+                early: HashMap::new(),
+                peers: vec![peer; world as usize],
+            }),
+            early_space: Arc::new(Notify::new()),
+            bytes_sent: AtomicU64::new(0),
+            bytes_received: AtomicU64::new(0),
+            collectives: AtomicU64::new(0),
+            nanoseconds: AtomicU64::new(0),
+            stale_frames: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    /// The other ranks, starting behind this one, so that not everybody sends to rank 0 first.
+    pub(crate) fn others(&self) -> impl Iterator<Item = Rank> + use<> {
+        let (rank, world) = (self.rank.0, self.world);
+        (1..world).map(move |d| Rank((rank + d) % world))
+    }
+
+    pub(crate) fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    pub(crate) fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    pub(crate) fn failure(&self) -> Option<CollectiveError> {
+        self.state.lock().failed.clone()
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        Stats {
+            bytes_sent: self.bytes_sent.load(Relaxed),
+            bytes_received: self.bytes_received.load(Relaxed),
+            collectives: self.collectives.load(Relaxed),
+            seconds: Duration::from_nanos(self.nanoseconds.load(Relaxed)).as_secs_f64(),
+            stale_frames: self.stale_frames.load(Relaxed),
+        }
+    }
+
+    /// A frame arrived from `from`.
+    pub(crate) fn handle_frame(&self, from: Rank, header: Header, payload: Buffer) {
+        self.bytes_received
+            .fetch_add((crate::frame::HEADER_LEN + payload.len()) as u64, Relaxed);
+        if header.generation < self.generation {
+            self.stale_frames.fetch_add(1, Relaxed);
+            return;
+        }
+        if let Some(detail) = self.refuse(from, &header) {
+            return self.abort(CollectiveError::Protocol { rank: from, detail });
+        }
+        let collective = {
+            let mut state = self.state.lock();
+            if state.failed.is_some() {
+                return;
+            }
+            state.peers[from.index()].last_heard = Instant::now();
+            match state.in_flight.get(&header.tag) {
+                Some(entry) => entry.collective.clone(),
+                None => {
+                    state.peers[from.index()].early_bytes += payload.len();
+                    state.early.entry(header.tag).or_default().push((header, payload));
+                    return;
+                }
+            }
+        };
+        self.advance(header.tag, collective.handle_frame(self, &header, payload));
+    }
+
+    /// A transport cannot make sense of what `from` sent.
+    pub(crate) fn handle_malformed(&self, from: Rank, detail: String) {
+        self.abort(CollectiveError::Protocol { rank: from, detail });
+    }
+
+    /// The connection to `from` broke.
+    pub(crate) fn handle_lost(&self, from: Rank, reason: String) {
+        let tag = {
+            let state = self.state.lock();
+            if state.peers[from.index()].left {
+                return;
+            }
+            state.oldest_that_needs(from)
+        };
+        self.abort(CollectiveError::PeerLost {
+            rank: from,
+            tag,
+            reason,
+        });
+    }
+
+    /// `from` left after it had sent everything.
+    pub(crate) fn handle_left(&self, from: Rank) {
+        let tag = {
+            let mut state = self.state.lock();
+            state.peers[from.index()].left = true;
+            state.oldest_that_needs(from)
+        };
+        if tag.is_some() {
+            self.abort(CollectiveError::PeerLeft { rank: from, tag });
+        }
+    }
+
+    /// `from` ended the group and said why.
+    pub(crate) fn handle_farewell(&self, from: Rank, farewell: Farewell) {
+        let Farewell { culprit, message } = farewell;
+        self.abort(CollectiveError::Forwarded {
+            by: from,
+            culprit,
+            message,
+        });
+    }
+
+    /// Someone waited for `tag` up to the time-out. Ends the group if a rank it needs has been silent for that
+    /// long; otherwise says how long to wait before asking again.
+    pub(crate) fn handle_overdue(&self, tag: Tag) -> Duration {
+        let now = Instant::now();
+        let error = {
+            let state = self.state.lock();
+            let Some(entry) = state.in_flight.get(&tag) else {
+                return self.timeout;
+            };
+            let silence = |rank: Rank| now - state.peers[rank.index()].last_heard.max(entry.started).min(now);
+            let missing = entry.collective.missing();
+            let silent: Vec<_> = missing
+                .iter()
+                .copied()
+                .filter(|&(rank, _)| silence(rank) >= self.timeout)
+                .collect();
+            if silent.is_empty() {
+                let longest = missing
+                    .iter()
+                    .map(|&(rank, _)| silence(rank))
+                    .max()
+                    .unwrap_or_default();
+                return self.timeout - longest;
+            }
+            let entered = silent.iter().all(|&(_, entered)| entered);
+            let missing = silent.iter().filter(|s| s.1 == entered).map(|s| s.0).collect();
+            CollectiveError::TimedOut {
+                tag,
+                missing,
+                entered,
+                waited: now - entry.started,
+            }
+        };
+        self.abort(error);
+        self.timeout
+    }
+
+    /// What to await before reading more from `from`, if it is far ahead of this rank. Check again after it.
+    pub(crate) fn early_space(&self, from: Rank) -> Option<OwnedNotified> {
+        let freed = self.early_space.clone().notified_owned();
+        (self.state.lock().peers[from.index()].early_bytes >= EARLY_BYTES).then_some(freed)
+    }
+
+    /// Starts a collective: sends this rank's part and takes in what arrived early.
+    pub(crate) fn start(&self, tag: Tag, collective: Arc<dyn Collective>) -> Result<(), CollectiveError> {
+        let early = {
+            let mut state = self.state.lock();
+            if let Some(error) = &state.failed {
+                return Err(error.clone());
+            }
+            if state.in_flight.contains_key(&tag) {
+                return Err(CollectiveError::TagInUse(tag));
+            }
+            let entry = InFlight {
+                started: Instant::now(),
+                collective: collective.clone(),
+            };
+            state.in_flight.insert(tag, entry);
+            let early = state.early.remove(&tag).unwrap_or_default();
+            for (header, payload) in &early {
+                state.peers[header.source.index()].early_bytes -= payload.len();
+            }
+            early
+        };
+        self.advance(tag, collective.launch(self));
+        if !early.is_empty() {
+            self.early_space.notify_waiters();
+        }
+        for (header, payload) in early {
+            self.advance(tag, collective.handle_frame(self, &header, payload));
+        }
+        let gone = {
+            let state = self.state.lock();
+            let mut gone = (0..self.world).map(Rank).filter(|r| state.peers[r.index()].left);
+            gone.find(|&rank| state.needs(tag, rank))
+        };
+        if let Some(rank) = gone {
+            self.abort(CollectiveError::PeerLeft { rank, tag: Some(tag) });
+        }
+        Ok(())
+    }
+
+    /// Queues a frame of a collective in flight.
+    pub(crate) fn send(&self, to: Rank, lane: Lane, part: Part, payload: Vec<Bytes>) {
+        let payload_len = payload.iter().map(Bytes::len).sum();
+        let Part {
+            tag,
+            signature,
+            stage,
+            offset,
+            total,
+        } = part;
+        let header = Header {
+            generation: self.generation,
+            source: self.rank,
+            tag,
+            signature,
+            stage,
+            offset,
+            total,
+            payload_len,
+        };
+        if let Some(transport) = &self.transport {
+            self.bytes_sent
+                .fetch_add((crate::frame::HEADER_LEN + payload_len) as u64, Relaxed);
+            transport.send(to, lane, Frame { header, payload });
+        }
+    }
+
+    /// Fails every collective, pending and future, and tells the peers. Only the first cause counts.
+    pub(crate) fn abort(&self, error: CollectiveError) {
+        let in_flight = {
+            let mut state = self.state.lock();
+            if state.failed.is_some() {
+                return;
+            }
+            state.failed = Some(error.clone());
+            state.early.clear();
+            state.peers.iter_mut().for_each(|peer| peer.early_bytes = 0);
+            std::mem::take(&mut state.in_flight)
+        };
+        tracing::debug!(rank = self.rank.0, generation = self.generation.0, %error, "group ends");
+        for entry in in_flight.values() {
+            entry.collective.fail(&error);
+        }
+        self.early_space.notify_waiters();
+        if let Some(transport) = &self.transport {
+            transport.abort(&Farewell {
+                culprit: error.culprit(),
+                message: error.first_cause(),
+            });
+        }
+    }
+
+    /// Leaves in good order; the receiver is disconnected when everything sent has arrived.
+    pub(crate) fn leave(&self) -> Option<Receiver<()>> {
+        self.transport.as_ref().map(|transport| transport.leave())
+    }
+
+    fn refuse(&self, from: Rank, header: &Header) -> Option<String> {
+        if header.generation > self.generation {
+            Some(format!(
+                "a frame of {} in a group of {}",
+                header.generation, self.generation
+            ))
+        } else if header.source != from {
+            Some(format!("a frame in the name of {}", header.source))
+        } else {
+            None
+        }
+    }
+
+    fn advance(&self, tag: Tag, progress: Result<Option<Publish>, CollectiveError>) {
+        match progress {
+            Ok(None) => {}
+            Ok(Some(publish)) => {
+                if let Some(entry) = self.state.lock().in_flight.remove(&tag) {
+                    self.collectives.fetch_add(1, Relaxed);
+                    self.nanoseconds
+                        .fetch_add(entry.started.elapsed().as_nanos() as u64, Relaxed);
+                }
+                publish();
+            }
+            Err(error) => self.abort(error),
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.early_space.notify_waiters();
+        self.leave();
+    }
+}
+
+impl State {
+    fn needs(&self, tag: Tag, rank: Rank) -> bool {
+        self.in_flight.get(&tag).is_some_and(|entry| {
+            entry
+                .collective
+                .missing()
+                .iter()
+                .any(|&(missing, _)| missing == rank)
+        })
+    }
+
+    fn oldest_that_needs(&self, rank: Rank) -> Option<Tag> {
+        let waiting = self.in_flight.iter().filter(|(tag, _)| self.needs(**tag, rank));
+        waiting
+            .min_by_key(|(_, entry)| entry.started)
+            .map(|(tag, _)| *tag)
+    }
+}
+
+/// What part of which collective a frame carries.
+#[derive(Clone, Copy)]
+pub(crate) struct Part {
+    pub(crate) tag: Tag,
+    pub(crate) signature: u8,
+    pub(crate) stage: Stage,
+    pub(crate) offset: u64,
+    pub(crate) total: u64,
+}

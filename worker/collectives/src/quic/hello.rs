@@ -1,0 +1,309 @@
+//! The first words on a connection between two ranks, and where accepted connections wait for their group.
+
+use super::close;
+use lockstep_common::ids::{Generation, JobId, Rank};
+use parking_lot::Mutex;
+use std::collections::{HashMap, VecDeque};
+use std::time::Duration;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+/// The version of everything ranks say to each other.
+pub const PROTOCOL_VERSION: u16 = 1;
+
+const HELLO_MAGIC: [u8; 4] = *b"LKSH";
+const WELCOME_MAGIC: [u8; 4] = *b"LKSW";
+/// Magic 4, version 2, job 8, generation 8, rank 4.
+const HELLO_LEN: usize = 26;
+/// Magic 4, version 2, rank 4.
+const WELCOME_LEN: usize = 10;
+
+/// How long a connected peer may take to say hello.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How many connections may wait for groups that this worker has not been told to form yet: those of one
+/// generation, with room for a second.
+const EARLY_CONNECTIONS: usize = 128;
+
+/// Why a greeting failed.
+#[derive(Debug, thiserror::Error)]
+pub enum HelloError {
+    /// The connection broke.
+    #[error("the connection broke during the greeting: {0}")]
+    Lost(String),
+    /// The peer does not speak this protocol.
+    #[error("the peer's greeting is not one between ranks")]
+    Malformed,
+    /// The peer runs another version.
+    #[error(
+        "the peer speaks version {0} of the ranks' protocol, this worker {PROTOCOL_VERSION}: run the same release everywhere"
+    )]
+    Version(u16),
+    /// Another rank answered.
+    #[error("{actual} answered instead of {expected}")]
+    WrongRank {
+        /// Who was called.
+        expected: Rank,
+        /// Who answered.
+        actual: Rank,
+    },
+    /// The peer said no.
+    #[error("refused: {0}")]
+    Refused(String),
+    /// The peer said nothing.
+    #[error("no greeting within {} s", HELLO_TIMEOUT.as_secs())]
+    Silent,
+}
+
+/// Who dials, and for what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Hello {
+    pub(crate) job: JobId,
+    pub(crate) generation: Generation,
+    pub(crate) rank: Rank,
+}
+
+impl Hello {
+    fn encode(self) -> [u8; HELLO_LEN] {
+        let mut out = [0; HELLO_LEN];
+        out[..4].copy_from_slice(&HELLO_MAGIC);
+        out[4..6].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
+        out[6..14].copy_from_slice(&self.job.0.to_le_bytes());
+        out[14..22].copy_from_slice(&self.generation.0.to_le_bytes());
+        out[22..].copy_from_slice(&self.rank.0.to_le_bytes());
+        out
+    }
+
+    fn decode(bytes: &[u8; HELLO_LEN]) -> Result<Self, HelloError> {
+        check_version(&HELLO_MAGIC, bytes)?;
+        Ok(Self {
+            job: JobId(u64::from_le_bytes(field(bytes, 6))),
+            generation: Generation(u64::from_le_bytes(field(bytes, 14))),
+            rank: Rank(u32::from_le_bytes(field(bytes, 22))),
+        })
+    }
+}
+
+fn check_version(magic: &[u8; 4], bytes: &[u8]) -> Result<(), HelloError> {
+    if bytes[..4] != *magic {
+        return Err(HelloError::Malformed);
+    }
+    match u16::from_le_bytes(field(bytes, 4)) {
+        PROTOCOL_VERSION => Ok(()),
+        other => Err(HelloError::Version(other)),
+    }
+}
+
+fn field<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    let mut field = [0; N];
+    field.copy_from_slice(&bytes[at..at + N]);
+    field
+}
+
+/// The dialling side: says who this is and waits until the peer has formed the same group.
+pub(crate) async fn introduce(
+    connection: &quinn::Connection,
+    me: Hello,
+    expected: Rank,
+) -> Result<(), HelloError> {
+    let (mut send, mut recv) = connection.open_bi().await.map_err(lost)?;
+    send.write_all(&me.encode()).await.map_err(|error| match error {
+        quinn::WriteError::ConnectionLost(error) => lost(error),
+        other => HelloError::Lost(other.to_string()),
+    })?;
+    let mut reply = [0; WELCOME_LEN];
+    read(&mut recv, &mut reply).await?;
+    check_version(&WELCOME_MAGIC, &reply)?;
+    let actual = Rank(u32::from_le_bytes(field(&reply, 6)));
+    if actual == expected {
+        Ok(())
+    } else {
+        Err(HelloError::WrongRank { expected, actual })
+    }
+}
+
+/// A connection whose peer has said which rank of which group it is, and waits to be welcomed.
+#[derive(Debug)]
+pub struct Accepted {
+    connection: quinn::Connection,
+    send: quinn::SendStream,
+    hello: Hello,
+}
+
+impl Accepted {
+    /// Reads the greeting on a connection that the endpoint accepted.
+    ///
+    /// A peer of another version, or one that says something else, is told so and closed.
+    async fn read(connection: quinn::Connection) -> Result<Self, HelloError> {
+        let greeting = async {
+            let (send, mut recv) = connection.accept_bi().await.map_err(lost)?;
+            let mut bytes = [0; HELLO_LEN];
+            read(&mut recv, &mut bytes).await?;
+            Ok((send, Hello::decode(&bytes)?))
+        };
+        match tokio::time::timeout(HELLO_TIMEOUT, greeting)
+            .await
+            .unwrap_or(Err(HelloError::Silent))
+        {
+            Ok((send, hello)) => Ok(Self {
+                connection,
+                send,
+                hello,
+            }),
+            Err(error) => {
+                let reason = match error {
+                    HelloError::Version(theirs) => format!(
+                        "this worker speaks version {PROTOCOL_VERSION} of the ranks' protocol, you {theirs}: \
+                         run the same release everywhere"
+                    ),
+                    _ => error.to_string(),
+                };
+                connection.close(close::REFUSED, reason.as_bytes());
+                Err(error)
+            }
+        }
+    }
+
+    /// The rank the peer claims.
+    pub fn rank(&self) -> Rank {
+        self.hello.rank
+    }
+
+    /// The connection, to check its certificate.
+    pub fn connection(&self) -> &quinn::Connection {
+        &self.connection
+    }
+
+    /// Tells the peer why it is not wanted.
+    pub fn refuse(self, reason: &str) {
+        self.connection.close(close::REFUSED, reason.as_bytes());
+    }
+
+    /// Answers in the name of `rank`, this worker's.
+    pub(crate) async fn welcome(mut self, rank: Rank) -> Result<quinn::Connection, HelloError> {
+        let mut reply = [0; WELCOME_LEN];
+        reply[..4].copy_from_slice(&WELCOME_MAGIC);
+        reply[4..6].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
+        reply[6..].copy_from_slice(&rank.0.to_le_bytes());
+        self.send
+            .write_all(&reply)
+            .await
+            .map_err(|error| HelloError::Lost(error.to_string()))?;
+        Ok(self.connection)
+    }
+}
+
+/// Where a worker's accepted connections wait until the group they are for is being formed.
+///
+/// A peer may hear of a new generation before this worker does, so connections for newer generations wait;
+/// those for older ones are refused.
+#[derive(Debug, Default)]
+pub struct Lobby {
+    state: Mutex<LobbyState>,
+}
+
+#[derive(Debug, Default)]
+struct LobbyState {
+    expected: HashMap<JobId, Expected>,
+    early: VecDeque<Accepted>,
+}
+
+#[derive(Debug)]
+struct Expected {
+    generation: Generation,
+    door: UnboundedSender<Accepted>,
+}
+
+impl Lobby {
+    /// An empty lobby.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The connections for `generation` of `job`, for [`MeshConfig`](super::MeshConfig).
+    /// From here on those for older generations of the job are refused.
+    pub fn expect(&self, job: JobId, generation: Generation) -> UnboundedReceiver<Accepted> {
+        let (door, receiver) = unbounded_channel();
+        let mut state = self.state.lock();
+        state.expected.insert(job, Expected { generation, door });
+        for accepted in std::mem::take(&mut state.early) {
+            state.admit(accepted);
+        }
+        receiver
+    }
+
+    /// Ends what [`expect`](Self::expect) began: connections for `job` wait again.
+    pub fn forget(&self, job: JobId) {
+        self.state.lock().expected.remove(&job);
+    }
+
+    /// Takes in a connection that the worker's endpoint accepted.
+    pub async fn handle(&self, connection: quinn::Connection) -> Result<(), HelloError> {
+        let accepted = Accepted::read(connection).await?;
+        self.state.lock().admit(accepted);
+        Ok(())
+    }
+}
+
+impl LobbyState {
+    fn admit(&mut self, accepted: Accepted) {
+        let Hello { job, generation, .. } = accepted.hello;
+        match self.expected.get(&job) {
+            Some(expected) if generation == expected.generation => {
+                if let Err(returned) = expected.door.send(accepted) {
+                    returned
+                        .0
+                        .refuse(&format!("{generation} of {job} is formed already, or has failed"));
+                }
+            }
+            Some(expected) if generation < expected.generation => {
+                let reason = format!("{generation} of {job} is over, it is at {}", expected.generation);
+                accepted.refuse(&reason);
+            }
+            _ => {
+                self.early.push_back(accepted);
+                if self.early.len() > EARLY_CONNECTIONS
+                    && let Some(oldest) = self.early.pop_front()
+                {
+                    oldest.refuse("too many connections wait for groups this worker does not know");
+                }
+            }
+        }
+    }
+}
+
+async fn read(recv: &mut quinn::RecvStream, into: &mut [u8]) -> Result<(), HelloError> {
+    recv.read_exact(into).await.map_err(|error| match error {
+        quinn::ReadExactError::FinishedEarly(_) => HelloError::Malformed,
+        quinn::ReadExactError::ReadError(quinn::ReadError::ConnectionLost(error)) => lost(error),
+        quinn::ReadExactError::ReadError(other) => HelloError::Lost(other.to_string()),
+    })
+}
+
+fn lost(error: quinn::ConnectionError) -> HelloError {
+    match error {
+        quinn::ConnectionError::ApplicationClosed(frame) if frame.error_code == close::REFUSED => {
+            HelloError::Refused(String::from_utf8_lossy(&frame.reason).into_owned())
+        }
+        other => HelloError::Lost(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hello_survives_the_wire_and_another_version_is_named() {
+        let hello = Hello {
+            job: JobId(3),
+            generation: Generation(7),
+            rank: Rank(2),
+        };
+        let mut bytes = hello.encode();
+        assert_eq!(Hello::decode(&bytes).unwrap(), hello);
+        bytes[4] = 9;
+        assert!(matches!(Hello::decode(&bytes), Err(HelloError::Version(9))));
+        bytes[0] = 0;
+        assert!(matches!(Hello::decode(&bytes), Err(HelloError::Malformed)));
+    }
+}

@@ -1,0 +1,266 @@
+//! Groups over real QUIC on the loopback interface.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use lockstep_collectives::{CollectiveError, Group, ReduceOp, Tag, TagKind};
+use lockstep_common::ids::{Generation, Rank, WorkerId};
+use lockstep_common::placement::Placement;
+use proptest::prelude::*;
+use std::time::{Duration, Instant};
+use support::cluster::{GENERATION, JOB, mesh, workers};
+use support::{Draw, assert_same, in_ranks, leaves_of, placement_strategy, reference};
+
+const TIMEOUT: Duration = Duration::from_secs(20);
+
+fn gradient(step: u64) -> Tag {
+    Tag::new(step, 0, TagKind::Gradient)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(8))]
+
+    #[test]
+    fn results_over_quic_equal_the_reference_tree(
+        placement in placement_strategy(7), len in prop_oneof![0usize..40, 60_000usize..400_000], seed: u64,
+    ) {
+        let leaves: Vec<Vec<f32>> =
+            (0..placement.shards()).map(|s| f32::leaf(seed, s, len, ReduceOp::Sum)).collect();
+        let moments: Vec<Vec<f64>> =
+            (0..placement.shards()).map(|s| f64::leaf(seed, s, 65, ReduceOp::Moments)).collect();
+        let workers = workers(placement.world_size());
+        let groups = mesh(&workers, &placement, TIMEOUT);
+        in_ranks(&groups, |group| {
+            let sum = group.all_reduce(gradient(1), leaves_of(group, &leaves), ReduceOp::Sum).unwrap();
+            let tag = Tag::new(1, 0, TagKind::BatchNorm { backward: false });
+            let merged = group.all_reduce(tag, leaves_of(group, &moments), ReduceOp::Moments).unwrap();
+            assert_same(&merged.wait().unwrap(), &reference(&moments, ReduceOp::Moments));
+            assert_same(&sum.wait().unwrap(), &reference(&leaves, ReduceOp::Sum));
+        });
+    }
+}
+
+/// Four buckets make more than a lane may run ahead of a rank that has started none of them.
+#[test]
+fn a_rank_far_ahead_waits_for_the_other() {
+    const LEN: usize = 12_000_000;
+    let placement = Placement::even(2, 2);
+    let workers = workers(2);
+    let groups = mesh(&workers, &placement, TIMEOUT);
+    let start = |group: &Group, step| {
+        group
+            .all_reduce(gradient(step), vec![vec![step as f32; LEN]], ReduceOp::Sum)
+            .unwrap()
+    };
+    let ahead: Vec<_> = (1..=4).map(|step| start(&groups[0], step)).collect();
+    // The broadcast of the rank that is ahead, on the small lane, passes the buckets.
+    let tag = Tag::new(0, 0, TagKind::Broadcast);
+    groups[0]
+        .broadcast(tag, Rank(0), Some(b"go".to_vec()))
+        .unwrap()
+        .wait()
+        .unwrap();
+    let sent = groups[1].broadcast(tag, Rank(0), None).unwrap();
+    assert_eq!(*sent.wait().unwrap(), b"go"[..]);
+    assert!(ahead.iter().all(|pending| !pending.is_ready()));
+    let behind: Vec<_> = (1..=4).map(|step| start(&groups[1], step)).collect();
+    for (pending, step) in ahead
+        .iter()
+        .chain(&behind)
+        .zip([1.0, 2.0, 3.0, 4.0].into_iter().cycle())
+    {
+        let sum = pending.wait().unwrap();
+        assert_eq!(sum.len(), LEN);
+        assert!(sum.iter().all(|&v| v == 2.0 * step));
+    }
+}
+
+#[test]
+fn death_of_a_rank_in_mid_collective_names_it_on_all_others() {
+    for len in [10, 1_000_000] {
+        let placement = Placement::even(3, 3);
+        let mut workers = workers(3);
+        let mut groups = mesh(&workers, &placement, TIMEOUT);
+        let tag = Tag::new(41, 1, TagKind::Gradient).index(3);
+        let survivors: Vec<_> = groups[..2]
+            .iter()
+            .map(|group| {
+                group
+                    .all_reduce(tag, vec![vec![1f32; len]], ReduceOp::Sum)
+                    .unwrap()
+            })
+            .collect();
+        // The process ends: no goodbye of the group, its sockets are gone.
+        let (dead, group) = (workers.pop().unwrap(), groups.pop().unwrap());
+        dead.runtime.shutdown_background();
+        dead.endpoint.close(0u32.into(), b"");
+        std::mem::forget(group);
+        for (group, pending) in groups.iter().zip(survivors) {
+            let error = pending.wait().unwrap_err();
+            assert_eq!(error.culprit(), Some(Rank(2)), "{error}");
+            let text = error.to_string();
+            assert!(
+                text.contains("lost rank 2 in gradient bucket 3 of step 41, phase 1"),
+                "{text}"
+            );
+            let next = group.barrier(Tag::new(42, 0, TagKind::Barrier)).err().unwrap();
+            assert_eq!(next, error);
+        }
+    }
+}
+
+#[test]
+fn an_abort_reaches_the_others_with_its_first_cause() {
+    let workers = workers(3);
+    let groups = mesh(&workers, &Placement::even(3, 3), TIMEOUT);
+    let barrier = Tag::new(1, 0, TagKind::Barrier);
+    let waiting: Vec<_> = groups[..2]
+        .iter()
+        .map(|group| group.barrier(barrier).unwrap())
+        .collect();
+    groups[2].abort(CollectiveError::Aborted(
+        "the loss of step 1 is not a number".to_owned(),
+    ));
+    groups[2].abort(CollectiveError::Aborted("a second cause".to_owned()));
+    for pending in waiting {
+        match pending.wait().unwrap_err() {
+            CollectiveError::Forwarded { message, .. } => {
+                assert_eq!(message, "the loss of step 1 is not a number");
+            }
+            other => panic!("{other}"),
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_closes_leaves_nothing_behind_undelivered() {
+    const LEN: usize = 3_000_000;
+    let workers = workers(2);
+    let mut groups = mesh(&workers, &Placement::even(2, 2), TIMEOUT);
+    let stays = groups.remove(0);
+    let leaves = groups.remove(0);
+    let tag = Tag::new(1, 0, TagKind::Broadcast);
+    drop(leaves.broadcast(tag, Rank(1), Some(vec![7; LEN])).unwrap());
+    leaves.close(TIMEOUT);
+    assert_eq!(
+        *stays.broadcast(tag, Rank(1), None).unwrap().wait().unwrap(),
+        vec![7; LEN]
+    );
+    let error = match stays.barrier(Tag::new(2, 0, TagKind::Barrier)) {
+        Ok(barrier) => barrier.wait().unwrap_err(),
+        Err(error) => error,
+    };
+    assert_eq!(error.culprit(), Some(Rank(1)), "{error}");
+}
+
+#[test]
+fn another_generation_is_refused_with_the_reason() {
+    let workers = workers(2);
+    let placement = Placement::even(2, 2);
+    // Worker 1 is at the newer generation; worker 0 still dials for the older one.
+    let _newer = workers[1].lobby.expect(JOB, Generation(GENERATION.0 + 1));
+    let config = workers[0].config(0, vec![workers[1].peer(1)], &placement, TIMEOUT);
+    let error = workers[0].connect(config).err().unwrap();
+    assert_eq!(error.culprit(), Some(Rank(1)));
+    assert!(
+        error
+            .to_string()
+            .contains("refused: g4 of j1 is over, it is at g5"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_worker_that_is_not_the_expected_one_is_refused() {
+    let workers = workers(2);
+    let placement = Placement::even(2, 2);
+    let mut peer = workers[1].peer(1);
+    peer.worker = WorkerId(99);
+    let error = workers[0]
+        .connect(workers[0].config(0, vec![peer], &placement, TIMEOUT))
+        .err()
+        .unwrap();
+    assert!(
+        error.to_string().contains("is not w99, by its certificate"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_peer_that_never_comes_is_named_when_time_is_up() {
+    let workers = workers(2);
+    let placement = Placement::even(2, 2);
+    let limit = Duration::from_millis(300);
+    let started = Instant::now();
+    let config = workers[1].config(1, vec![workers[0].peer(0)], &placement, limit);
+    let error = workers[1].connect(config).err().unwrap();
+    assert_eq!(
+        error.to_string(),
+        "no connection to rank 0: it has not dialled this rank in time"
+    );
+    assert!(started.elapsed() >= limit);
+}
+
+/// A peer with a valid certificate that speaks the greeting, then rubbish.
+#[test]
+fn rubbish_ends_the_group_and_names_the_rank() {
+    let frame = |len: u32| {
+        let mut frame = b"LKSF".to_vec();
+        frame.extend(GENERATION.0.to_le_bytes());
+        frame.extend(0u32.to_le_bytes());
+        frame.extend([0; 17 + 2 + 16]);
+        frame.extend(len.to_le_bytes());
+        frame
+    };
+    let cases = [
+        (
+            b"GET / HTTP/1.1\r\nHost: a.very.long.name.for.a.host.example\r\n\r\n".to_vec(),
+            "magic number",
+        ),
+        (frame(u32::MAX), "a payload of 4294967295 bytes"),
+        (frame(8)[..30].to_vec(), "ends inside a frame"),
+    ];
+    for (bytes, expected) in cases {
+        let workers = workers(2);
+        let placement = Placement::even(2, 2);
+        let group = std::thread::scope(|scope| {
+            let config = workers[1].config(1, vec![workers[0].peer(0)], &placement, TIMEOUT);
+            let honest = scope.spawn(|| workers[1].connect(config).unwrap());
+            workers[0].runtime.block_on(async {
+                let peer = workers[1].peer(1);
+                let tls = workers[0].client_config.clone();
+                let dialled = workers[0]
+                    .endpoint
+                    .connect_with(tls, peer.addresses[0], &peer.server_name);
+                let connection = dialled.unwrap().await.unwrap();
+                let (mut send, mut recv) = connection.open_bi().await.unwrap();
+                let mut hello = b"LKSH\x01\x00".to_vec();
+                hello.extend(JOB.0.to_le_bytes());
+                hello.extend(GENERATION.0.to_le_bytes());
+                hello.extend(0u32.to_le_bytes());
+                send.write_all(&hello).await.unwrap();
+                recv.read_exact(&mut [0; 10]).await.unwrap();
+                for lane in [0u8, 1] {
+                    let mut stream = connection.open_uni().await.unwrap();
+                    stream.write_all(&[lane]).await.unwrap();
+                    if lane == 0 {
+                        stream.write_all(&bytes).await.unwrap();
+                    }
+                    stream.finish().unwrap();
+                }
+                // The honest side accepts its group, reads the rubbish and closes.
+                connection.accept_uni().await.unwrap();
+                let closed = connection.closed().await;
+                assert!(
+                    closed.to_string().contains("rank 0 broke the protocol"),
+                    "{closed}"
+                );
+            });
+            honest.join().unwrap()
+        });
+        let error = group.failure().unwrap();
+        assert_eq!(error.culprit(), Some(Rank(0)));
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+}

@@ -1,0 +1,90 @@
+//! The command line of `worker`.
+
+use clap::{Args, Parser, Subcommand};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Trains what a Lockstep coordinator assigns.
+#[derive(Parser)]
+#[command(version, propagate_version = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Join a cluster and work until told to leave.
+    Join(JoinArgs),
+    /// List the architectures: name, parameters, input, reference.
+    Models {
+        /// Print JSON for scripts.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Where the computing is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DeviceArg {
+    Cpu,
+    Cuda(usize),
+}
+
+impl std::str::FromStr for DeviceArg {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s.strip_prefix("cuda:") {
+            None if s == "cpu" => Ok(Self::Cpu),
+            Some(index) if index.parse::<usize>().is_ok() => Ok(Self::Cuda(index.parse().unwrap_or_default())),
+            _ => Err("a device is `cpu` or `cuda:0`, `cuda:1`, ...".to_owned()),
+        }
+    }
+}
+
+impl std::fmt::Display for DeviceArg {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
+        }
+    }
+}
+
+#[derive(Args, Clone)]
+pub(crate) struct JoinArgs {
+    /// The coordinator, as `host:port`.
+    #[arg(long)]
+    pub(crate) coordinator: String,
+    /// A join token from `coordinator token new`; needed only the first time.
+    #[arg(long, env = "LOCKSTEP_TOKEN", hide_env_values = true)]
+    pub(crate) token: Option<String>,
+    /// Where to compute: `cpu`, or `cuda:0`, `cuda:1`, ...
+    #[arg(long, default_value = "cpu")]
+    pub(crate) device: DeviceArg,
+    /// Threads that compute at a time; all cores by default.
+    #[arg(long)]
+    pub(crate) threads: Option<u32>,
+    /// The UDP address that other workers connect to; port 0 takes a free one.
+    #[arg(long, default_value = "0.0.0.0:0")]
+    pub(crate) listen: SocketAddr,
+    /// An address under which other workers reach this one, if not the one that faces the coordinator.
+    #[arg(long)]
+    pub(crate) advertise: Vec<SocketAddr>,
+    /// Serve Prometheus metrics on this address.
+    #[arg(long)]
+    pub(crate) metrics: Option<SocketAddr>,
+    /// Where this worker keeps its certificate and its dataset cache [default: ~/.lockstep/worker].
+    #[arg(long, env = "LOCKSTEP_WORKER_DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// A dataset store on this host, read in place instead of being copied into the cache.
+    #[arg(long)]
+    pub(crate) datasets: Vec<PathBuf>,
+    /// The most that the dataset cache may take, in bytes.
+    #[arg(long, default_value_t = 20 << 30)]
+    pub(crate) cache_bytes: u64,
+    /// Leave as soon as standard input ends: the worker of a `coordinator run` does not outlive it.
+    #[arg(long, hide = true)]
+    pub(crate) exit_on_stdin_close: bool,
+}

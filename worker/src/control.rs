@@ -1,0 +1,204 @@
+//! The worker's line to its coordinator, as the training threads see it.
+//!
+//! Reports go into an outbox that outlives the connection, because a running job goes on while the coordinator
+//! is away. Requests block the calling thread until there is a connection and an answer.
+
+use lockstep_common::ids::{Generation, JobId};
+use lockstep_common::net::{Exchange, NetError};
+use lockstep_common::wire::{CheckpointHead, FileHead, FromWorker, Request, Response};
+use parking_lot::Mutex;
+use quinn::Connection;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, watch};
+
+/// Reports kept while the coordinator is away; beyond that the oldest go. A report of steps is a few hundred
+/// bytes and there are at most five a second, so this is some hours and some tens of megabytes.
+const OUTBOX_REPORTS: usize = 100_000;
+
+/// The largest file that is taken from a coordinator: far above any checkpoint of the shipped systems.
+const MAX_FILE_BYTES: u64 = 16 << 30;
+
+#[derive(Clone)]
+pub(crate) struct Control {
+    outbox: Arc<Outbox>,
+    connection: watch::Receiver<Option<Connection>>,
+    runtime: Handle,
+}
+
+#[derive(Default)]
+struct Outbox {
+    queue: Mutex<VecDeque<FromWorker>>,
+    added: Notify,
+}
+
+/// The agent's end: what it publishes and what it sends.
+pub(crate) struct ControlFeed {
+    outbox: Arc<Outbox>,
+    pub(crate) connection: watch::Sender<Option<Connection>>,
+}
+
+pub(crate) fn channel(runtime: Handle) -> (Control, ControlFeed) {
+    let outbox = Arc::new(Outbox::default());
+    let (sender, receiver) = watch::channel(None);
+    (Control { outbox: outbox.clone(), connection: receiver, runtime }, ControlFeed { outbox, connection: sender })
+}
+
+impl ControlFeed {
+    /// The oldest report that is not sent yet. It stays in the outbox until [`Self::sent`].
+    pub(crate) async fn next(&self) -> FromWorker {
+        loop {
+            let added = self.outbox.added.notified();
+            if let Some(report) = self.outbox.queue.lock().front() {
+                return report.clone();
+            }
+            added.await;
+        }
+    }
+
+    /// The report that [`Self::next`] returned has been sent.
+    pub(crate) fn sent(&self) {
+        self.outbox.queue.lock().pop_front();
+    }
+
+    /// Whether everything has been sent.
+    pub(crate) fn is_drained(&self) -> bool {
+        self.outbox.queue.lock().is_empty()
+    }
+}
+
+impl Control {
+    /// Reports to the coordinator, now or once it is back.
+    pub(crate) fn tell(&self, report: FromWorker) {
+        let mut queue = self.outbox.queue.lock();
+        if queue.len() >= OUTBOX_REPORTS {
+            queue.pop_front();
+        }
+        queue.push_back(report);
+        drop(queue);
+        self.outbox.added.notify_one();
+    }
+
+    async fn connected(&self) -> Result<Connection, NetError> {
+        let mut watch = self.connection.clone();
+        let connection = watch.wait_for(Option::is_some).await.ok().and_then(|c| c.clone());
+        connection.ok_or_else(|| NetError::Refused("this worker is leaving".to_owned()))
+    }
+
+    /// Runs `exchange` against the coordinator, again on a new connection each time the old one breaks.
+    fn with_connection<T, F>(&self, exchange: impl Fn(Connection) -> F) -> Result<T, NetError>
+    where
+        F: Future<Output = Result<T, NetError>>,
+    {
+        self.runtime.block_on(async {
+            loop {
+                let connection = self.connected().await?;
+                match exchange(connection.clone()).await {
+                    Err(NetError::Connect { .. } | NetError::Frame(_)) if connection.close_reason().is_some() => {
+                        // Wait until the agent has published the next connection.
+                        let mut watch = self.connection.clone();
+                        let old = connection.stable_id();
+                        let changed = watch.wait_for(|c| c.as_ref().is_none_or(|c| c.stable_id() != old)).await;
+                        changed.map_err(|_| NetError::Refused("this worker is leaving".to_owned()))?;
+                    }
+                    result => return result,
+                }
+            }
+        })
+    }
+
+    /// A dataset's manifest, as JSON.
+    pub(crate) fn manifest(&self, dataset: &str) -> Result<String, NetError> {
+        let request = Request::Manifest { dataset: dataset.to_owned() };
+        self.with_connection(|connection| {
+            let request = request.clone();
+            async move {
+                match Exchange::ask(&connection, &request).await? {
+                    Response::Manifest { json } => Ok(json),
+                    _ => Err(NetError::UnexpectedAnswer),
+                }
+            }
+        })
+    }
+
+    /// One dataset shard.
+    pub(crate) fn shard(&self, dataset: &str, hash: &str) -> Result<Vec<u8>, NetError> {
+        let request = Request::Shard { dataset: dataset.to_owned(), hash: hash.to_owned() };
+        let files = self.with_connection(|connection| fetch(connection, request.clone()))?;
+        files.into_iter().next().map(|(_, bytes)| bytes).ok_or(NetError::UnexpectedAnswer)
+    }
+
+    /// The files of a checkpoint.
+    pub(crate) fn checkpoint(
+        &self,
+        job: JobId,
+        generation: Generation,
+        step: u64,
+    ) -> Result<Vec<(String, Vec<u8>)>, NetError> {
+        let request = Request::GetCheckpoint { job, generation, step };
+        self.with_connection(|connection| fetch(connection, request.clone()))
+    }
+
+    /// Stores a checkpoint with the coordinator; returns once it is durable there.
+    pub(crate) fn store_checkpoint(&self, head: CheckpointHead, files: &[(String, Vec<u8>)]) -> Result<(), NetError> {
+        let request = Request::PutCheckpoint(head);
+        self.with_connection(|connection| store(connection, request.clone(), files))
+    }
+
+    /// Stores a file for people to look at.
+    pub(crate) fn store_artifact(
+        &self,
+        job: JobId,
+        generation: Generation,
+        name: &str,
+        bytes: Vec<u8>,
+    ) -> Result<(), NetError> {
+        let file = FileHead { name: name.to_owned(), bytes: bytes.len() as u64 };
+        let request = Request::PutArtifact { job, generation, file };
+        let files = [(name.to_owned(), bytes)];
+        self.with_connection(|connection| store(connection, request.clone(), &files))
+    }
+}
+
+async fn fetch(connection: Connection, request: Request) -> Result<Vec<(String, Vec<u8>)>, NetError> {
+    let mut exchange = Exchange::open(&connection, &request).await?;
+    let _ = exchange.send.finish();
+    let Response::Files(heads) = exchange.answer().await? else { return Err(NetError::UnexpectedAnswer) };
+    let mut files = Vec::with_capacity(heads.len());
+    for head in heads {
+        if head.bytes > MAX_FILE_BYTES {
+            return Err(NetError::Refused(format!("`{}` is announced with {} bytes", head.name, head.bytes)));
+        }
+        let mut bytes = Vec::new();
+        let mut part = tokio::io::AsyncReadExt::take(&mut exchange.recv, head.bytes);
+        tokio::io::AsyncReadExt::read_to_end(&mut part, &mut bytes).await.map_err(lockstep_common::wire::FrameError::Io)?;
+        if bytes.len() as u64 != head.bytes {
+            return Err(lockstep_common::wire::FrameError::Io(std::io::ErrorKind::UnexpectedEof.into()).into());
+        }
+        files.push((head.name, bytes));
+    }
+    Ok(files)
+}
+
+async fn store(connection: Connection, request: Request, files: &[(String, Vec<u8>)]) -> Result<(), NetError> {
+    let mut exchange = Exchange::open(&connection, &request).await?;
+    let mut sent = Ok(());
+    for (_, bytes) in files {
+        sent = exchange.send.write_all(bytes).await;
+        if sent.is_err() {
+            break;
+        }
+    }
+    let _ = exchange.send.finish();
+    // A refusal (a full disk, say) stops the sending early and is the better explanation.
+    match exchange.answer().await {
+        Ok(Response::Done) => Ok(()),
+        Ok(_) => Err(NetError::UnexpectedAnswer),
+        Err(refused @ NetError::Refused(_)) => Err(refused),
+        Err(other) => match sent {
+            Ok(()) => Err(other),
+            Err(e) => Err(lockstep_common::wire::FrameError::Io(e.into()).into()),
+        },
+    }
+}

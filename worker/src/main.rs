@@ -1,0 +1,34 @@
+//! The `worker` program: joins a cluster and trains what its coordinator assigns.
+
+mod agent;
+mod cli;
+mod control;
+mod data;
+mod identity;
+mod mesh;
+mod metrics;
+mod models;
+mod report;
+mod session;
+mod tasks;
+mod train;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("LOCKSTEP_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    let result = match cli::Cli::parse().command {
+        cli::Command::Join(args) => agent::join(args),
+        cli::Command::Models { json } => models::list(json),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! Connections between workers: accepting them, and forming a generation's group.
+
+use lockstep_collectives::quic::{Lobby, MeshConfig, Peer, transport_config};
+use lockstep_collectives::{CollectiveError, Group};
+use lockstep_common::job::JobSpec;
+use lockstep_common::net::{Role, explain, peer_role};
+use lockstep_common::wire::Assignment;
+use quinn::{ClientConfig, Connection, Endpoint};
+use std::sync::Arc;
+use std::time::Duration;
+
+#[derive(Clone)]
+pub(crate) struct Mesh {
+    endpoint: Endpoint,
+    client_config: ClientConfig,
+    lobby: Arc<Lobby>,
+}
+
+impl Mesh {
+    /// Accepts other workers on `endpoint`, in the background of the current runtime.
+    pub(crate) fn listen(endpoint: Endpoint, mut client_config: ClientConfig) -> Self {
+        client_config.transport_config(Arc::new(transport_config()));
+        let lobby = Arc::new(Lobby::new());
+        let mesh = Self { endpoint: endpoint.clone(), client_config, lobby: lobby.clone() };
+        tokio::spawn(async move {
+            while let Some(incoming) = endpoint.accept().await {
+                let lobby = lobby.clone();
+                tokio::spawn(async move {
+                    let from = incoming.remote_address();
+                    match incoming.await {
+                        Ok(connection) => {
+                            if let Err(error) = lobby.handle(connection).await {
+                                tracing::warn!("refused a worker's connection from {from}: {error}");
+                            }
+                        }
+                        Err(error) => tracing::warn!("refused a connection from {from}: {}", explain(&error)),
+                    }
+                });
+            }
+        });
+        mesh
+    }
+
+    /// Connects the ranks of `assignment`.
+    pub(crate) async fn group(&self, assignment: &Assignment, job: &JobSpec) -> Result<Group, CollectiveError> {
+        let placement = assignment.placement.clone();
+        if assignment.peers.len() == 1 {
+            return Group::solo(placement, job.reduction);
+        }
+        let incoming = self.lobby.expect(assignment.job, assignment.generation);
+        let peers = assignment.peers.iter().filter(|p| p.rank != assignment.rank);
+        let config = MeshConfig {
+            endpoint: self.endpoint.clone(),
+            client_config: self.client_config.clone(),
+            job: assignment.job,
+            generation: assignment.generation,
+            rank: assignment.rank,
+            peers: peers
+                .map(|p| Peer {
+                    rank: p.rank,
+                    worker: p.worker,
+                    addresses: p.addresses.clone(),
+                    server_name: Role::Worker(p.worker).server_name(),
+                })
+                .collect(),
+            placement,
+            reduction: job.reduction,
+            timeout: Duration::from_secs_f64(job.collective.timeout_s),
+            incoming,
+            verify_peer: Arc::new(|connection: &Connection, worker| peer_role(connection) == Some(Role::Worker(worker))),
+        };
+        Group::connect(config).await
+    }
+}

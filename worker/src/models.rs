@@ -1,0 +1,46 @@
+//! `worker models`.
+
+use anyhow::Result;
+use lockstep_common::job::{BatchNorm, ModelSpec};
+use lockstep_nn::models::{ModelInfo, registry, validate};
+use std::io::Write;
+
+/// Prints the registry of architectures, each with the parameters that it has by default.
+pub(crate) fn list(json: bool) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    if json {
+        let rows = registry().iter().map(|info| Ok(row(info, parameters(info)?))).collect::<Result<Vec<_>>>()?;
+        writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
+        return Ok(());
+    }
+    writeln!(out, "{:<18} {:>11}  {:<38} REFERENCE", "NAME", "PARAMETERS", "INPUT")?;
+    for info in registry() {
+        writeln!(out, "{:<18} {:>11}  {:<38} {}", info.name, parameters(info)?, info.input, info.reference)?;
+        for option in info.options {
+            writeln!(out, "    {:<14} default {:<9} {}", option.name, option.default, option.meaning)?;
+        }
+    }
+    Ok(())
+}
+
+fn parameters(info: &ModelInfo) -> Result<u64> {
+    let spec = ModelSpec {
+        name: info.name.to_owned(),
+        batch_norm: BatchNorm::Sync,
+        optimizer: None,
+        options: serde_json::Map::new(),
+    };
+    Ok(validate(&spec)?.parameters)
+}
+
+fn row(info: &ModelInfo, parameters: u64) -> serde_json::Value {
+    let options: Vec<_> = info
+        .options
+        .iter()
+        .map(|o| serde_json::json!({ "name": o.name, "default": o.default, "meaning": o.meaning }))
+        .collect();
+    serde_json::json!({
+        "name": info.name, "summary": info.summary, "parameters": parameters,
+        "input": info.input, "reference": info.reference, "options": options,
+    })
+}

@@ -1,0 +1,114 @@
+//! The kinds of training: which networks there are, which phases a step has, what each computes.
+
+mod classify;
+mod gan;
+
+use crate::train::error::TrainError;
+use crate::train::phase::{PhasePlan, ShardBatch, ShardLoss};
+use lockstep_common::job::{JobSpec, ModelSpec, OptimizerSpec, Task};
+use lockstep_nn::models::{self, Model};
+use lockstep_nn::forward::Forward;
+use lockstep_nn::vars::Vars;
+use tch::Tensor;
+
+/// One network of a job.
+pub(crate) struct NetworkPlan {
+    /// Its name, which prefixes its tensors where a job has several.
+    pub(crate) name: &'static str,
+    pub(crate) model: ModelSpec,
+    pub(crate) optimizer: OptimizerSpec,
+}
+
+/// What a job does, the same on every worker.
+pub(crate) struct TaskPlan {
+    pub(crate) task: Task,
+    pub(crate) networks: Vec<NetworkPlan>,
+    pub(crate) phases: Vec<PhasePlan>,
+    /// Minibatches of the training set that a step consumes.
+    pub(crate) minibatches: usize,
+    /// The figures that an evaluation adds up over the test set, each a sum over samples; none without one.
+    pub(crate) evaluation: &'static [&'static str],
+    job: JobSpec,
+}
+
+/// A logical shard's networks at work. Lives on the shard's thread.
+pub(crate) trait LaneTask: Send {
+    /// The shard's share of the phase's loss and figures.
+    fn forward(
+        &mut self,
+        phase: &PhasePlan,
+        batch: &ShardBatch,
+        forward: &mut Forward,
+    ) -> Result<ShardLoss, TrainError>;
+
+    /// Sums over the samples of `batch`, in the order of [`TaskPlan::evaluation`].
+    fn evaluate(&mut self, batch: &ShardBatch) -> Result<Vec<f64>, TrainError>;
+
+    /// A picture of the state of training, [channels, height, width] with values 0 to 1, where a task has one.
+    fn picture(&mut self) -> Result<Option<Tensor>, TrainError>;
+}
+
+impl TaskPlan {
+    /// The plan of `job`.
+    pub(crate) fn new(job: &JobSpec) -> Self {
+        let networks = job
+            .networks()
+            .into_iter()
+            .map(|(name, model)| NetworkPlan {
+                name,
+                model: model.clone(),
+                optimizer: job.optimizer_of(model).clone(),
+            })
+            .collect();
+        let (phases, evaluation): (_, &'static [&'static str]) = match job.task {
+            Task::Classify => (classify::phases(), classify::EVALUATION),
+            Task::Gan => (gan::phases(job.gan.discriminator_steps), &[]),
+        };
+        let minibatches = phases.iter().map(|p| p.minibatch + 1).max().unwrap_or(1);
+        let evaluation = if job.data.test.is_some() { evaluation } else { &[] };
+        Self { task: job.task, networks, phases, minibatches, evaluation, job: job.clone() }
+    }
+
+    /// The prefix of a network's tensors in checkpoints: none where the job has one network, so that a classifier's
+    /// names are those of its architecture.
+    pub(crate) fn prefix(&self, network: usize) -> String {
+        if self.networks.len() == 1 { String::new() } else { format!("{}.", self.networks[network].name) }
+    }
+
+    /// The master variables of every network, with their initial values.
+    pub(crate) fn build(&self, kind: tch::Kind, device: tch::Device) -> Result<Vec<Vars>, TrainError> {
+        let build = |plan: &NetworkPlan| {
+            let mut vars = Vars::new(plan.name, self.job.seed, kind, device);
+            models::build(&plan.model, &mut vars.root())?;
+            Ok(vars)
+        };
+        self.networks.iter().map(build).collect()
+    }
+
+    /// A lane's networks: over `learning` replicas, and over frozen ones for when another network learns.
+    pub(crate) fn lane(&self, learning: &mut [Vars], frozen: &mut [Vars]) -> Result<Box<dyn LaneTask>, TrainError> {
+        let mut modules = Vec::new();
+        for ((plan, learning), frozen) in self.networks.iter().zip(learning).zip(frozen) {
+            let kind = learning.kind();
+            let device = learning.device();
+            modules.push(Modules {
+                learning: models::build(&plan.model, &mut learning.root())?,
+                frozen: models::build(&plan.model, &mut frozen.root())?,
+                kind,
+                device,
+            });
+        }
+        match self.task {
+            Task::Classify => classify::lane(modules, &self.job),
+            Task::Gan => gan::lane(modules, &self.job),
+        }
+    }
+}
+
+/// One network on a lane, twice over the same weights.
+struct Modules {
+    learning: Box<dyn Model>,
+    frozen: Box<dyn Model>,
+    kind: tch::Kind,
+    device: tch::Device,
+}

@@ -1,0 +1,196 @@
+//! Gradients on their way into the all-reduce, while the backward pass goes on.
+//!
+//! A gradient becomes final in one lane at a time; once every owned shard has delivered every parameter of a bucket,
+//! the bucket is sent. A parameter without a gradient counts as zeros. How parameters are packed into buckets
+//! changes no bit of the result, only when things are sent, so the order is learnt from the first backward pass.
+
+use super::Number;
+use super::error::TrainError;
+use lockstep_collectives::{CollectiveError, Group, Pending, ReduceOp, Tag, TagKind};
+use lockstep_nn::NnError;
+use lockstep_nn::vars::Vars;
+use parking_lot::Mutex;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use tch::{Device, Tensor};
+
+/// Where each parameter of a network lies in its buckets.
+pub(crate) struct BucketPlan {
+    /// By parameter, in name order.
+    places: Vec<Place>,
+    /// Elements per bucket.
+    lengths: Vec<usize>,
+    /// Parameters per bucket.
+    members: Vec<usize>,
+}
+
+struct Place {
+    name: String,
+    shape: Vec<i64>,
+    bucket: usize,
+    offset: usize,
+    elements: usize,
+}
+
+impl BucketPlan {
+    /// Packs the parameters of `vars` in the given `order` (indices in name order), a new bucket whenever
+    /// `bucket_bytes` would be exceeded.
+    pub(crate) fn new(vars: &Vars, order: &[usize], bucket_bytes: u64, element_bytes: usize) -> Self {
+        let mut places: Vec<Place> = vars
+            .parameters()
+            .map(|(name, var)| Place {
+                name: name.to_owned(),
+                shape: var.tensor.size(),
+                bucket: 0,
+                offset: 0,
+                elements: var.tensor.numel(),
+            })
+            .collect();
+        let capacity = (bucket_bytes as usize / element_bytes).max(1);
+        let (mut lengths, mut members) = (Vec::new(), Vec::new());
+        for &index in order {
+            let place = &mut places[index];
+            let full = lengths.last().is_none_or(|&used| used + place.elements > capacity);
+            if full {
+                lengths.push(0);
+                members.push(0);
+            }
+            place.bucket = lengths.len() - 1;
+            place.offset = lengths[place.bucket];
+            lengths[place.bucket] += place.elements;
+            members[place.bucket] += 1;
+        }
+        Self { places, lengths, members }
+    }
+
+    /// How many parameters there are.
+    pub(crate) fn parameters(&self) -> usize {
+        self.places.len()
+    }
+}
+
+/// Sends a full bucket towards the other ranks.
+pub(crate) type Launch<T> = dyn Fn(u32, Vec<Vec<T>>) -> Result<Pending<Vec<T>>, CollectiveError> + Send + Sync;
+
+/// The gradients of one phase.
+pub(crate) struct GradientBuckets<T> {
+    plan: Arc<BucketPlan>,
+    /// Per bucket.
+    buckets: Vec<Bucket<T>>,
+    /// Per owned shard and parameter: whether it has come.
+    delivered: Vec<Vec<AtomicBool>>,
+    /// The order in which the first owned shard delivers.
+    order: Mutex<Vec<usize>>,
+    launch: Box<Launch<T>>,
+}
+
+struct Bucket<T> {
+    /// Per owned shard; emptied when the bucket is sent.
+    leaves: Vec<Mutex<Vec<T>>>,
+    missing: AtomicUsize,
+    pending: Mutex<Option<Pending<Vec<T>>>>,
+}
+
+impl<T: Number> GradientBuckets<T> {
+    /// Empty buckets for `owned` shards.
+    pub(crate) fn new(plan: Arc<BucketPlan>, owned: usize, launch: Box<Launch<T>>) -> Self {
+        let bucket = |(&length, &members): (&usize, &usize)| Bucket {
+            leaves: (0..owned).map(|_| Mutex::new(T::zeros(length))).collect(),
+            missing: AtomicUsize::new(members * owned),
+            pending: Mutex::new(None),
+        };
+        let buckets = plan.lengths.iter().zip(&plan.members).map(bucket).collect();
+        let delivered =
+            (0..owned).map(|_| (0..plan.parameters()).map(|_| AtomicBool::new(false)).collect()).collect();
+        Self { plan, buckets, delivered, order: Mutex::default(), launch }
+    }
+
+    /// Buckets that are all-reduced over `group` as `phase` of `step`.
+    pub(crate) fn for_group(plan: Arc<BucketPlan>, group: Group, step: u64, phase: u16) -> Self {
+        let owned = group.placement().range(group.rank()).len();
+        let launch = move |bucket, leaves| {
+            group.all_reduce(Tag::new(step, phase, TagKind::Gradient).index(bucket), leaves, ReduceOp::Sum)
+        };
+        Self::new(plan, owned, Box::new(launch))
+    }
+
+    /// Takes the final gradient of `parameter` from the shard in `slot`.
+    pub(crate) fn deliver(&self, slot: usize, parameter: usize, gradient: &Tensor) -> Result<(), NnError> {
+        let place = &self.plan.places[parameter];
+        {
+            let mut leaf = self.buckets[place.bucket].leaves[slot].lock();
+            let target = &mut leaf[place.offset..place.offset + place.elements];
+            gradient.f_copy_data(target, place.elements)?;
+        }
+        if slot == 0 {
+            self.order.lock().push(parameter);
+        }
+        self.delivered[slot][parameter].store(true, Ordering::Relaxed);
+        self.account(place.bucket, 1)
+    }
+
+    /// The shard in `slot` has nothing more to deliver; what has not come stays zero.
+    pub(crate) fn finish(&self, slot: usize) -> Result<(), NnError> {
+        for (place, delivered) in self.plan.places.iter().zip(&self.delivered[slot]) {
+            if !delivered.load(Ordering::Relaxed) {
+                self.account(place.bucket, 1)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn account(&self, bucket: usize, count: usize) -> Result<(), NnError> {
+        // Release/acquire: whoever sends the bucket must see what the other lanes wrote into it.
+        if self.buckets[bucket].missing.fetch_sub(count, Ordering::AcqRel) == count {
+            let leaves = self.buckets[bucket].leaves.iter().map(|l| std::mem::take(&mut *l.lock())).collect();
+            let pending = (self.launch)(bucket as u32, leaves).map_err(|e| NnError::Exchange(Box::new(e)))?;
+            *self.buckets[bucket].pending.lock() = Some(pending);
+        }
+        Ok(())
+    }
+
+    /// The reduced gradients by parameter name, once they are there.
+    pub(crate) fn wait(&self, device: Device) -> Result<Vec<(String, Tensor)>, TrainError> {
+        let mut flat = Vec::with_capacity(self.buckets.len());
+        for (index, bucket) in self.buckets.iter().enumerate() {
+            let pending = bucket.pending.lock().take();
+            let pending = pending.ok_or_else(|| TrainError::Fatal(format!("gradient bucket {index} was never sent")))?;
+            flat.push(Tensor::f_from_slice(pending.wait()?.as_slice())?.f_to_device(device)?);
+        }
+        self.plan
+            .places
+            .iter()
+            .map(|place| {
+                let part = flat[place.bucket].f_narrow(0, place.offset as i64, place.elements as i64)?;
+                Ok((place.name.clone(), part.f_view(place.shape.as_slice())?))
+            })
+            .collect()
+    }
+
+    /// The order in which gradients became final: what came, then what did not, last names first.
+    pub(crate) fn observed_order(&self) -> Vec<usize> {
+        let mut order = self.order.lock().clone();
+        let rest = (0..self.plan.parameters()).rev().filter(|i| !order.contains(i)).collect::<Vec<_>>();
+        order.extend(rest);
+        order
+    }
+}
+
+/// The order before any is known: last names first, since names tend to follow the forward pass.
+pub(crate) fn initial_order(parameters: usize) -> Vec<usize> {
+    (0..parameters).rev().collect()
+}
+
+/// An order in bytes, for the other ranks.
+pub(crate) fn encode_order(order: &[usize]) -> Vec<u8> {
+    order.iter().flat_map(|&i| (i as u32).to_le_bytes()).collect()
+}
+
+/// The order in `bytes`; `None` unless it names each of `parameters` once.
+pub(crate) fn decode_order(bytes: &[u8], parameters: usize) -> Option<Vec<usize>> {
+    let (words, []) = bytes.as_chunks::<4>() else { return None };
+    let order: Vec<usize> = words.iter().map(|w| u32::from_le_bytes(*w) as usize).collect();
+    let mut sorted = order.clone();
+    sorted.sort_unstable();
+    sorted.iter().copied().eq(0..parameters).then_some(order)
+}

@@ -1,0 +1,31 @@
+//! Where a step's time goes.
+
+use std::time::Instant;
+
+/// The parts of a step, as the metric `lockstep_step_phase_seconds` names them.
+pub(crate) const PARTS: [&str; 5] = ["data", "forward", "backward", "comm", "optimizer"];
+
+/// Seconds by part. `comm` is what is left of the wall time: waiting for peers that no computing hides.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct StepTimes {
+    pub(crate) data: f64,
+    pub(crate) forward: f64,
+    pub(crate) backward: f64,
+    pub(crate) optimizer: f64,
+}
+
+impl StepTimes {
+    /// Seconds in the order of [`PARTS`], given the step's wall time.
+    pub(crate) fn parts(&self, wall: f64) -> [f64; 5] {
+        let busy = self.data + self.forward + self.backward + self.optimizer;
+        [self.data, self.forward, self.backward, (wall - busy).max(0.0), self.optimizer]
+    }
+}
+
+/// Runs `work` and adds its seconds to `total`.
+pub(crate) fn timed<R>(total: &mut f64, work: impl FnOnce() -> R) -> R {
+    let start = Instant::now();
+    let result = work();
+    *total += start.elapsed().as_secs_f64();
+    result
+}

@@ -1,0 +1,61 @@
+//! Why training stopped before its end.
+
+use lockstep_collectives::CollectiveError;
+use lockstep_common::ids::Rank;
+use lockstep_common::net::NetError;
+use lockstep_common::wire::Outcome;
+use lockstep_nn::NnError;
+use thiserror::Error;
+
+/// Why a generation ended without finishing the job.
+#[derive(Debug, Error)]
+pub(crate) enum TrainError {
+    /// A peer or the network failed; another generation can go on.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
+    /// The network refused its input or libtorch an operation.
+    #[error(transparent)]
+    Network(NnError),
+    /// The coordinator refused or could not be reached.
+    #[error(transparent)]
+    Coordinator(#[from] NetError),
+    /// Anything else that no other membership would mend.
+    #[error("{0}")]
+    Fatal(String),
+    /// Left at once, as told.
+    #[error("left at once, as told")]
+    Aborted,
+}
+
+impl From<NnError> for TrainError {
+    fn from(error: NnError) -> Self {
+        match error {
+            // The exchange behind batch norm and gradients carries collective errors through libtorch.
+            NnError::Exchange(inner) => match inner.downcast::<CollectiveError>() {
+                Ok(collective) => Self::Collective(*collective),
+                Err(other) => Self::Fatal(other.to_string()),
+            },
+            other => Self::Network(other),
+        }
+    }
+}
+
+impl From<tch::TchError> for TrainError {
+    fn from(error: tch::TchError) -> Self {
+        Self::Network(error.into())
+    }
+}
+
+impl TrainError {
+    /// How to report this to the coordinator; `step` is the last committed one.
+    pub(crate) fn outcome(&self, step: u64) -> Outcome {
+        match self {
+            Self::Aborted => Outcome::Stopped { step },
+            Self::Collective(error) => {
+                let culprit: Option<Rank> = error.culprit();
+                Outcome::Lost { error: error.to_string(), culprit }
+            }
+            other => Outcome::Failed { error: other.to_string() },
+        }
+    }
+}

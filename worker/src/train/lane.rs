@@ -1,0 +1,192 @@
+//! One logical shard's thread: its module objects, its autograd graph, its gradient hooks.
+
+use super::Number;
+use super::buckets::GradientBuckets;
+use super::error::TrainError;
+use super::permits::Permits;
+use super::phase::{PhasePlan, ShardBatch};
+use super::rendezvous::{PhaseSync, Rendezvous};
+use crate::tasks::LaneTask;
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use lockstep_common::ids::LogicalShard;
+use lockstep_nn::forward::{BatchNormSync, BnRecord, Forward};
+use lockstep_nn::shim::{GradientHook, backward, on_gradient};
+use lockstep_nn::vars::Vars;
+use parking_lot::Mutex;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+/// What a lane is asked to do in a phase.
+pub(crate) struct PhaseWork<T> {
+    pub(crate) plan: PhasePlan,
+    pub(crate) phase: u16,
+    pub(crate) step: u64,
+    pub(crate) seed: u64,
+    pub(crate) batch: ShardBatch,
+    pub(crate) buckets: Arc<GradientBuckets<T>>,
+}
+
+/// What a lane has done in a phase.
+pub(crate) struct PhaseDone {
+    pub(crate) figures: Vec<f64>,
+    pub(crate) records: Vec<BnRecord>,
+    /// Seconds of computing, without waiting.
+    pub(crate) forward: f64,
+    pub(crate) backward: f64,
+}
+
+type Job<T> = Box<dyn FnOnce(&mut LaneState<T>) + Send>;
+
+/// What lives on the lane's thread.
+struct LaneState<T> {
+    shard: LogicalShard,
+    slot: usize,
+    task: Box<dyn LaneTask>,
+    /// Where the hooks deliver; set for the duration of a phase.
+    sink: Arc<Mutex<Option<Arc<GradientBuckets<T>>>>>,
+    rendezvous: Arc<Rendezvous>,
+    permits: Arc<Permits>,
+    _hooks: Vec<GradientHook>,
+}
+
+/// The handle on a lane. Dropping it ends the thread after the job in progress.
+pub(crate) struct Lane<T> {
+    jobs: Option<Sender<Job<T>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// An answer that a lane owes.
+pub(crate) struct Owed<R>(Receiver<Result<R, TrainError>>);
+
+impl<R> Owed<R> {
+    /// Waits for it.
+    pub(crate) fn wait(self) -> Result<R, TrainError> {
+        self.0.recv().unwrap_or_else(|_| Err(TrainError::Fatal("a training thread panicked; see the worker's log".to_owned())))
+    }
+}
+
+impl<T: Number> Lane<T> {
+    /// Starts the lane of the owned shard in `slot`. `replicas` are its autograd leaves, network by network.
+    pub(crate) fn start(
+        shard: LogicalShard,
+        slot: usize,
+        task: Box<dyn LaneTask>,
+        replicas: &[Vars],
+        rendezvous: Arc<Rendezvous>,
+        permits: Arc<Permits>,
+    ) -> Result<Self, TrainError> {
+        let sink: Arc<Mutex<Option<Arc<GradientBuckets<T>>>>> = Arc::default();
+        let mut hooks = Vec::new();
+        for vars in replicas {
+            for (index, (_, var)) in vars.parameters().enumerate() {
+                let sink = sink.clone();
+                let deliver = move |gradient: &tch::Tensor| {
+                    let buckets = sink.lock().clone();
+                    buckets.map_or(Ok(()), |b| b.deliver(slot, index, gradient))
+                };
+                hooks.push(on_gradient(&var.tensor, Box::new(deliver))?);
+            }
+        }
+        let mut state = LaneState { shard, slot, task, sink, rendezvous, permits, _hooks: hooks };
+        let (jobs, inbox) = unbounded::<Job<T>>();
+        let thread = std::thread::Builder::new()
+            .name(format!("lane-{}", shard.0))
+            .spawn(move || {
+                // One intra-op thread: the shard's bits must not depend on how many cores this worker has.
+                tch::set_num_threads(1);
+                for job in inbox {
+                    job(&mut state);
+                }
+            })
+            .map_err(|e| TrainError::Fatal(format!("cannot start a training thread: {e}")))?;
+        Ok(Self { jobs: Some(jobs), thread: Some(thread) })
+    }
+
+    fn submit<R: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut LaneState<T>) -> Result<R, TrainError> + Send + 'static,
+    ) -> Owed<R> {
+        let (answer, owed) = bounded(1);
+        if let Some(jobs) = &self.jobs {
+            // A lane that is gone drops the sender, which `Owed::wait` reports.
+            let _ = jobs.send(Box::new(move |state| {
+                let _ = answer.send(job(state));
+            }));
+        }
+        Owed(owed)
+    }
+
+    /// Runs one phase.
+    pub(crate) fn run(&self, work: PhaseWork<T>) -> Owed<PhaseDone> {
+        self.submit(move |state| {
+            let done = state.run(work);
+            *state.sink.lock() = None;
+            if let Err(error) = &done {
+                // The other lanes may be waiting for this one.
+                state.rendezvous.fail(lockstep_collectives::CollectiveError::Aborted(error.to_string()));
+            }
+            done
+        })
+    }
+
+    /// Runs `work` on this lane's networks in evaluation.
+    pub(crate) fn evaluate<R: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut dyn LaneTask) -> Result<R, TrainError> + Send + 'static,
+    ) -> Owed<R> {
+        self.submit(move |state| {
+            state.permits.acquire();
+            let result = tch::no_grad(|| work(state.task.as_mut()));
+            state.permits.release();
+            result
+        })
+    }
+}
+
+impl<T> Drop for Lane<T> {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic has been reported through `Owed`.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl<T: Number> LaneState<T> {
+    fn run(&mut self, work: PhaseWork<T>) -> Result<PhaseDone, TrainError> {
+        *self.sink.lock() = Some(work.buckets.clone());
+        self.permits.acquire();
+        let done = self.compute(&work);
+        self.permits.release();
+        done
+    }
+
+    fn compute(&mut self, work: &PhaseWork<T>) -> Result<PhaseDone, TrainError> {
+        let sync: Arc<dyn BatchNormSync> =
+            Arc::new(PhaseSync { rendezvous: self.rendezvous.clone(), step: work.step, phase: work.phase });
+        let samples = work.batch.samples.clone();
+        let mut forward = Forward::training(work.seed, work.step, self.shard, samples, sync);
+        forward.phase = work.phase;
+        self.rendezvous.take_waited(self.slot);
+
+        let start = Instant::now();
+        let shard_loss = self.task.forward(&work.plan, &work.batch, &mut forward)?;
+        let forward_seconds = start.elapsed().as_secs_f64() - self.rendezvous.take_waited(self.slot);
+
+        let start = Instant::now();
+        if shard_loss.loss.requires_grad() {
+            backward(&shard_loss.loss)?;
+        }
+        work.buckets.finish(self.slot)?;
+        let backward_seconds = start.elapsed().as_secs_f64() - self.rendezvous.take_waited(self.slot);
+        Ok(PhaseDone {
+            figures: shard_loss.figures,
+            records: std::mem::take(&mut forward.records),
+            forward: forward_seconds,
+            backward: backward_seconds,
+        })
+    }
+}
+

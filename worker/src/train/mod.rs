@@ -1,0 +1,43 @@
+//! The training loop and its parts.
+//!
+//! A worker owns some logical shards of every global batch. Each has a [`lane`]: a thread with its own module
+//! objects and autograd graph over the shared weights. The [`trainer`] leads them through the phases of each step,
+//! while [`buckets`] sends gradients as they become final and [`rendezvous`] merges batch-norm sums.
+
+pub(crate) mod buckets;
+pub(crate) mod checkpoint;
+pub(crate) mod clock;
+pub(crate) mod device;
+pub(crate) mod error;
+pub(crate) mod evaluate;
+pub(crate) mod lane;
+pub(crate) mod permits;
+pub(crate) mod phase;
+pub(crate) mod picture;
+pub(crate) mod rendezvous;
+pub(crate) mod replica;
+pub(crate) mod statistics;
+pub(crate) mod trainer;
+
+/// The number type of a job's weights, gradients and arithmetic.
+pub(crate) trait Number: lockstep_collectives::Element + tch::kind::Element + Default {
+    /// The nearest value.
+    fn from_f64(value: f64) -> Self;
+
+    /// All zero.
+    fn zeros(len: usize) -> Vec<Self> {
+        vec![Self::default(); len]
+    }
+}
+
+impl Number for f32 {
+    fn from_f64(value: f64) -> Self {
+        value as Self
+    }
+}
+
+impl Number for f64 {
+    fn from_f64(value: f64) -> Self {
+        value
+    }
+}

@@ -1,0 +1,48 @@
+//! What a step consists of.
+
+use tch::Tensor;
+
+/// One update of one network within a step.
+#[derive(Clone, Debug)]
+pub(crate) struct PhasePlan {
+    /// Its name in metrics and errors, such as `discriminator`.
+    pub(crate) name: String,
+    /// The network that learns; all others are constants in this phase.
+    pub(crate) learns: u16,
+    /// Which of the step's minibatches it sees. The phase is left out when an epoch's last step has fewer.
+    pub(crate) minibatch: usize,
+    /// The names of the figures that its shards add up.
+    pub(crate) figures: &'static [&'static str],
+}
+
+/// One logical shard's part of one minibatch.
+pub(crate) struct ShardBatch {
+    /// Samples by their number in the dataset, one per row.
+    pub(crate) samples: Vec<u64>,
+    /// [n, channels, height, width].
+    pub(crate) images: Tensor,
+    /// [n], integers.
+    pub(crate) labels: Tensor,
+    /// Samples of the minibatch over all shards.
+    pub(crate) global: u64,
+}
+
+impl ShardBatch {
+    /// The same rows for another phase; the tensors share their memory.
+    pub(crate) fn share(&self) -> Self {
+        Self {
+            samples: self.samples.clone(),
+            images: self.images.shallow_clone(),
+            labels: self.labels.shallow_clone(),
+            ..*self
+        }
+    }
+}
+
+/// What a shard's forward pass comes to. Losses and figures are shares: over all shards they simply add up.
+pub(crate) struct ShardLoss {
+    /// A scalar, to run backward from.
+    pub(crate) loss: Tensor,
+    /// In the order of [`PhasePlan::figures`].
+    pub(crate) figures: Vec<f64>,
+}

@@ -1,0 +1,300 @@
+//! The loop: for every step its phases, for every phase forward, backward, reduce, update.
+
+use super::Number;
+use super::buckets::{BucketPlan, GradientBuckets, decode_order, encode_order, initial_order};
+use super::clock::{StepTimes, timed};
+use super::error::TrainError;
+use super::lane::{Lane, PhaseDone, PhaseWork};
+use super::permits::Permits;
+use super::phase::PhasePlan;
+use super::rendezvous::Rendezvous;
+use super::replica::{Replica, learning_rate};
+use super::statistics::PhaseStatistics;
+use crate::data::loader::StepBatches;
+use crate::tasks::TaskPlan;
+use lockstep_collectives::{CollectiveError, Group, Pending, ReduceOp, Tag, TagKind};
+use lockstep_common::ids::{LogicalShard, Rank};
+use lockstep_common::job::{BatchNorm, JobSpec};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use tch::Device;
+
+/// Leads this worker's lanes through a job's steps.
+pub(crate) struct Trainer<T> {
+    pub(crate) job: JobSpec,
+    pub(crate) plan: Arc<TaskPlan>,
+    pub(crate) group: Group,
+    pub(crate) replica: Replica,
+    lanes: Vec<Lane<T>>,
+    rendezvous: Arc<Rendezvous>,
+    /// By network.
+    buckets: Vec<Arc<BucketPlan>>,
+    /// Whether the order of a network's buckets has been learnt.
+    learnt: Vec<bool>,
+    modes: Vec<BatchNorm>,
+    device: Device,
+    threads: usize,
+}
+
+/// What a step came to, the same on all ranks.
+pub(crate) struct StepDone {
+    /// Figures by name, averaged over the global batch.
+    pub(crate) figures: BTreeMap<String, f64>,
+    /// Whether some rank asks to stop after this step.
+    pub(crate) stop: bool,
+    pub(crate) times: StepTimes,
+}
+
+impl<T: Number> Trainer<T> {
+    /// Builds the networks and starts a lane for every owned shard.
+    pub(crate) fn new(
+        job: JobSpec,
+        plan: Arc<TaskPlan>,
+        group: Group,
+        device: Device,
+        threads: usize,
+    ) -> Result<Self, TrainError> {
+        let replica = Replica::new(&plan, T::KIND, device)?;
+        let owned = group.placement().range(group.rank());
+        let modes: Vec<_> = plan.networks.iter().map(|n| n.model.batch_norm).collect();
+        if device != Device::Cpu && owned.len() > 1 && modes.contains(&BatchNorm::Sync) {
+            // libtorch runs all backward work of one GPU in one thread, where two shards that wait for each other
+            // would wait for ever.
+            return Err(TrainError::Fatal(format!(
+                "this GPU owns {} logical shards with `batch_norm = \"sync\"`, and can compute one; set \
+                 `logical_shards` to the number of GPUs, or `batch_norm = \"local\"`",
+                owned.len()
+            )));
+        }
+        let permits = Arc::new(Permits::new(threads));
+        let rendezvous = Arc::new(Rendezvous::new(group.clone(), permits.clone()));
+        let mut lanes = Vec::new();
+        for (slot, shard) in owned.enumerate() {
+            let alias = |learns: bool| {
+                let each = replica.vars.iter().map(|v| if learns { v.replica() } else { v.frozen() });
+                each.collect::<Result<Vec<_>, _>>()
+            };
+            let (mut learning, mut frozen) = (alias(true)?, alias(false)?);
+            let task = plan.lane(&mut learning, &mut frozen)?;
+            let shard = LogicalShard(shard);
+            lanes.push(Lane::start(shard, slot, task, &learning, rendezvous.clone(), permits.clone())?);
+        }
+        let mut trainer = Self {
+            buckets: Vec::new(),
+            learnt: vec![false; replica.vars.len()],
+            job,
+            plan,
+            group,
+            replica,
+            lanes,
+            rendezvous,
+            modes,
+            device,
+            threads,
+        };
+        for network in 0..trainer.replica.vars.len() {
+            let order = initial_order(trainer.replica.vars[network].parameters().count());
+            let buckets = trainer.bucket_plan(network, &order);
+            trainer.buckets.push(buckets);
+        }
+        Ok(trainer)
+    }
+
+    fn bucket_plan(&self, network: usize, order: &[usize]) -> Arc<BucketPlan> {
+        let vars = &self.replica.vars[network];
+        Arc::new(BucketPlan::new(vars, order, self.job.collective.bucket_bytes, size_of::<T>()))
+    }
+
+    /// The lanes, for evaluation.
+    pub(crate) fn lanes(&self) -> &[Lane<T>] {
+        &self.lanes
+    }
+
+    /// Runs the step that comes next on its `batches` and commits it. `ask_stop` is this rank's wish to stop.
+    pub(crate) fn step(
+        &mut self,
+        batches: StepBatches,
+        total_steps: u64,
+        steps_per_epoch: u64,
+        ask_stop: bool,
+    ) -> Result<StepDone, TrainError> {
+        let result = self.try_step(batches, total_steps, steps_per_epoch, ask_stop);
+        if let Err(error) = &result {
+            // Whoever still waits, here or elsewhere, hears the first cause.
+            self.group.abort(match error {
+                TrainError::Collective(cause) => cause.clone(),
+                other => CollectiveError::Aborted(other.to_string()),
+            });
+        }
+        result.map_err(|error| self.first_cause(error))
+    }
+
+    /// A lane that was woken by another one's failure reports the consequence; the group knows the cause.
+    fn first_cause(&self, error: TrainError) -> TrainError {
+        match (error, self.group.failure()) {
+            (TrainError::Collective(_), Some(cause)) => TrainError::Collective(cause),
+            (error, _) => error,
+        }
+    }
+
+    fn try_step(
+        &mut self,
+        batches: StepBatches,
+        total_steps: u64,
+        steps_per_epoch: u64,
+        ask_stop: bool,
+    ) -> Result<StepDone, TrainError> {
+        let step = self.replica.step;
+        let mut done = StepDone { figures: BTreeMap::new(), stop: false, times: StepTimes::default() };
+        let plan = self.plan.clone();
+        for (phase, phase_plan) in plan.phases.iter().enumerate() {
+            let Some(minibatch) = batches.minibatches.get(phase_plan.minibatch) else { continue };
+            let network = usize::from(phase_plan.learns);
+            let lr = learning_rate(&self.job, &plan, network, step, total_steps, steps_per_epoch);
+            let phase = phase as u16;
+            let buckets: Arc<GradientBuckets<T>> =
+                Arc::new(GradientBuckets::for_group(self.buckets[network].clone(), self.group.clone(), step, phase));
+            let owed: Vec<_> = self
+                .lanes
+                .iter()
+                .zip(minibatch)
+                .map(|(lane, batch)| {
+                    lane.run(PhaseWork {
+                        plan: phase_plan.clone(),
+                        phase,
+                        step,
+                        seed: self.job.seed,
+                        batch: batch.share(),
+                        buckets: buckets.clone(),
+                    })
+                })
+                .collect();
+            // All lanes are waited for, even after a failure: none may still use the weights afterwards.
+            let lanes: Vec<Result<PhaseDone, TrainError>> = owed.into_iter().map(|o| o.wait()).collect();
+            let lanes = first_failure(lanes)?;
+            let forward: f64 = lanes.iter().map(|l| l.forward).sum();
+            let backward: f64 = lanes.iter().map(|l| l.backward).sum();
+            let parallel = self.threads.min(lanes.len()).max(1) as f64;
+            done.times.forward += forward / parallel;
+            done.times.backward += backward / parallel;
+
+            let figures = self.share_figures(step, phase, &lanes, ask_stop)?;
+            let records = lanes.into_iter().map(|l| l.records).collect();
+            let statistics = PhaseStatistics::start(&self.group, step, phase, &self.modes, records)?;
+            let gradients = buckets.wait(self.device)?;
+            let statistics = statistics.finish()?;
+            let figures = figures.wait()?;
+            done.stop |= self.take_figures(phase_plan, &figures, step, &mut done.figures)?;
+            timed(&mut done.times.optimizer, || -> Result<(), TrainError> {
+                self.replica.update(network, gradients, &self.job.clip, lr)?;
+                self.replica.apply_statistics(&statistics)
+            })?;
+            if phase_plan.learns == 0 {
+                done.figures.insert("lr".to_owned(), lr);
+            }
+            if !self.learnt[network] {
+                self.learn_order(step, phase, network, &buckets)?;
+            }
+        }
+        self.replica.step += 1;
+        Ok(done)
+    }
+
+    /// Adds the shards' figures, and the ranks' wishes to stop, over all shards.
+    fn share_figures(
+        &self,
+        step: u64,
+        phase: u16,
+        lanes: &[PhaseDone],
+        ask_stop: bool,
+    ) -> Result<Pending<Vec<f64>>, TrainError> {
+        let leaf = |lane: &PhaseDone| {
+            let stop = if ask_stop { 1.0 } else { 0.0 };
+            lane.figures.iter().copied().chain([stop]).collect::<Vec<f64>>()
+        };
+        let tag = Tag::new(step, phase, TagKind::Commit);
+        Ok(self.group.all_reduce(tag, lanes.iter().map(leaf).collect(), ReduceOp::Sum)?)
+    }
+
+    /// Names the summed figures; says whether some rank asks to stop.
+    fn take_figures(
+        &self,
+        phase: &PhasePlan,
+        sums: &[f64],
+        step: u64,
+        into: &mut BTreeMap<String, f64>,
+    ) -> Result<bool, TrainError> {
+        for (name, value) in phase.figures.iter().zip(sums) {
+            if name.starts_with("loss") && !value.is_finite() {
+                return Err(TrainError::Fatal(format!(
+                    "the {} phase's {name} became {value} at step {}; lower the learning rate, or clip the gradient",
+                    phase.name,
+                    step + 1
+                )));
+            }
+            into.insert((*name).to_owned(), *value);
+        }
+        Ok(sums.last().is_some_and(|stop| *stop > 0.0))
+    }
+
+    /// From the next step on, buckets are packed in the order in which rank 0 saw the gradients become final.
+    fn learn_order(
+        &mut self,
+        step: u64,
+        phase: u16,
+        network: usize,
+        buckets: &GradientBuckets<T>,
+    ) -> Result<(), TrainError> {
+        let own = (self.group.rank() == Rank(0)).then(|| encode_order(&buckets.observed_order()));
+        let tag = Tag::new(step, phase, TagKind::Broadcast);
+        let bytes = self.group.broadcast(tag, Rank(0), own)?.wait()?;
+        let parameters = self.buckets[network].parameters();
+        let order = decode_order(&bytes, parameters).ok_or_else(|| {
+            TrainError::Fatal("rank 0 sent an order of gradients that is not a permutation".to_owned())
+        })?;
+        self.buckets[network] = self.bucket_plan(network, &order);
+        self.learnt[network] = true;
+        Ok(())
+    }
+
+    /// Compares all replicas' digests; an error names the first rank that differs from rank 0.
+    pub(crate) fn compare_replicas(&self) -> Result<String, TrainError> {
+        let digest = self.replica.digest()?;
+        let tag = Tag::new(self.replica.step, 0, TagKind::Digest);
+        let all = self.group.all_gather(tag, digest.clone().into_bytes())?.wait()?;
+        for (rank, other) in all.iter().enumerate() {
+            if other.as_ref() != all[0].as_ref() {
+                return Err(TrainError::Fatal(format!(
+                    "after step {} rank {rank} holds other weights than rank 0: its memory or processor is at fault, \
+                     or its libtorch differs",
+                    self.replica.step
+                )));
+            }
+        }
+        Ok(digest)
+    }
+
+    /// Ends what the lanes may be waiting for.
+    pub(crate) fn abort(&self, cause: CollectiveError) {
+        self.rendezvous.fail(cause.clone());
+        self.group.abort(cause);
+    }
+}
+
+/// All results, or the most telling error: one that is not the mere consequence of another lane's.
+fn first_failure<R>(results: Vec<Result<R, TrainError>>) -> Result<Vec<R>, TrainError> {
+    let mut done = Vec::with_capacity(results.len());
+    let mut failure: Option<TrainError> = None;
+    for result in results {
+        match result {
+            Ok(value) => done.push(value),
+            Err(error) => {
+                let consequence = matches!(error, TrainError::Collective(CollectiveError::Aborted(_)));
+                if failure.is_none() || !consequence {
+                    failure = Some(error);
+                }
+            }
+        }
+    }
+    failure.map_or(Ok(done), Err)
+}
