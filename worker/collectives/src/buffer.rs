@@ -45,11 +45,7 @@ impl Pool {
         if words.len() < needed {
             words.resize(needed, 0);
         }
-        Buffer {
-            words,
-            len,
-            pool: self.clone(),
-        }
+        Buffer { words, len, pool: self.clone() }
     }
 
     /// A buffer that holds a copy of `parts`, one after the other.

@@ -77,18 +77,9 @@ impl<T: Element> Chunked<T> {
         let piece = (PIECE_BYTES / size_of::<T>() / plan.most_nodes().max(1)).max(MIN_PIECE);
         let geometry = Geometry { len, world, piece };
         let own: Vec<_> = (0..geometry.pieces(rank))
-            .map(|_| Piece {
-                nodes: (0..world).map(|_| None).collect(),
-                missing: world - 1,
-            })
+            .map(|_| Piece { nodes: (0..world).map(|_| None).collect(), missing: world - 1 })
             .collect();
-        let pieces = (0..world).map(|r| {
-            if r == rank.index() {
-                0
-            } else {
-                geometry.pieces(Rank(r as u32))
-            }
-        });
+        let pieces = (0..world).map(|r| if r == rank.index() { 0 } else { geometry.pieces(Rank(r as u32)) });
         let results: Vec<_> = pieces.map(|n| vec![false; n]).collect();
         let state = State {
             output: vec![T::zeroed(); len],
@@ -99,52 +90,27 @@ impl<T: Element> Chunked<T> {
             entered: vec![false; world],
         };
         let nodes = nodes.into_iter().map(Arc::new).collect();
-        Self {
-            tag,
-            signature,
-            geometry,
-            plan,
-            rank,
-            nodes,
-            slot,
-            state: Mutex::new(state),
-        }
+        Self { tag, signature, geometry, plan, rank, nodes, slot, state: Mutex::new(state) }
     }
 
     fn part(&self, stage: Stage, range: &Range<usize>) -> Part {
         let (offset, total) = (range.start as u64, self.geometry.len as u64);
-        Part {
-            tag: self.tag,
-            signature: self.signature,
-            stage,
-            offset,
-            total,
-        }
+        Part { tag: self.tag, signature: self.signature, stage, offset, total }
     }
 
     fn broken(&self, rank: Rank, detail: &str) -> CollectiveError {
-        CollectiveError::Protocol {
-            rank,
-            detail: format!("{detail} in {}", self.tag),
-        }
+        CollectiveError::Protocol { rank, detail: format!("{detail} in {}", self.tag) }
     }
 
     fn check(&self, header: &Header) -> Result<(), CollectiveError> {
         let detail = if header.signature != self.signature {
             "it runs another operation or element type under this tag".to_owned()
         } else if header.total != self.geometry.len as u64 {
-            format!(
-                "it reduces {} elements, this rank {}",
-                header.total, self.geometry.len
-            )
+            format!("it reduces {} elements, this rank {}", header.total, self.geometry.len)
         } else {
             return Ok(());
         };
-        Err(CollectiveError::Mismatch {
-            rank: header.source,
-            tag: self.tag,
-            detail,
-        })
+        Err(CollectiveError::Mismatch { rank: header.source, tag: self.tag, detail })
     }
 
     /// Which piece of `owner`'s chunk a frame belongs to, if it is exactly one with `nodes` nodes.
@@ -170,10 +136,8 @@ impl<T: Element> Chunked<T> {
             let mut state = self.state.lock();
             state.entered[source] = true;
             let piece = &mut state.own[index];
-            let slot = piece
-                .nodes
-                .get_mut(source)
-                .filter(|slot| slot.is_none() && source != self.rank.index());
+            let slot =
+                piece.nodes.get_mut(source).filter(|slot| slot.is_none() && source != self.rank.index());
             let Some(slot) = slot else {
                 return Err(self.broken(header.source, "the same piece twice"));
             };
@@ -196,12 +160,7 @@ impl<T: Element> Chunked<T> {
         };
         let result = result.freeze();
         for to in engine.others() {
-            engine.send(
-                to,
-                Lane::Bulk,
-                self.part(Stage::Result, &range),
-                vec![result.clone()],
-            );
+            engine.send(to, Lane::Bulk, self.part(Stage::Result, &range), vec![result.clone()]);
         }
         Ok(self.publish(output))
     }
@@ -250,16 +209,8 @@ impl<T: Element> State<T> {
 
 impl<T: Element> Collective for Chunked<T> {
     fn launch(&self, engine: &Engine) -> Result<Option<Publish>, CollectiveError> {
-        let nodes: Vec<_> = self
-            .nodes
-            .iter()
-            .map(|n| Bytes::from_owner(Shared(n.clone())))
-            .collect();
-        let most = engine
-            .others()
-            .map(|to| self.geometry.pieces(to))
-            .max()
-            .unwrap_or(0);
+        let nodes: Vec<_> = self.nodes.iter().map(|n| Bytes::from_owner(Shared(n.clone()))).collect();
+        let most = engine.others().map(|to| self.geometry.pieces(to)).max().unwrap_or(0);
         for index in 0..most {
             for to in engine.others().filter(|&to| index < self.geometry.pieces(to)) {
                 let range = self.geometry.piece(to, index);
@@ -295,10 +246,7 @@ impl<T: Element> Collective for Chunked<T> {
                 r != self.rank.index() && state.own.iter().any(|p| p.missing > 0 && p.nodes[r].is_none());
             state.results_left[r] > 0 || waits_for_nodes
         };
-        (0..self.geometry.world)
-            .filter(missing)
-            .map(|r| (Rank(r as u32), state.entered[r]))
-            .collect()
+        (0..self.geometry.world).filter(missing).map(|r| (Rank(r as u32), state.entered[r])).collect()
     }
 }
 
@@ -314,11 +262,7 @@ impl Geometry {
     fn chunk(&self, rank: Rank) -> Range<usize> {
         let lines = self.len / ALIGN;
         let edge = |r: usize| {
-            if r == self.world {
-                self.len
-            } else {
-                lines * r / self.world * ALIGN
-            }
+            if r == self.world { self.len } else { lines * r / self.world * ALIGN }
         };
         edge(rank.index())..edge(rank.index() + 1)
     }
@@ -346,13 +290,7 @@ mod tests {
 
     #[test]
     fn pieces_cover_the_vector_once_in_order() {
-        for (len, world, piece) in [
-            (1, 1, 4),
-            (1000, 3, 64),
-            (100_003, 7, 1024),
-            (40, 5, 1024),
-            (16, 2, 7),
-        ] {
+        for (len, world, piece) in [(1, 1, 4), (1000, 3, 64), (100_003, 7, 1024), (40, 5, 1024), (16, 2, 7)] {
             let geometry = Geometry { len, world, piece };
             let mut end = 0;
             for rank in (0..world as u32).map(Rank) {

@@ -106,11 +106,7 @@ impl Engine {
         timeout: Duration,
         transport: Option<Box<dyn Transport>>,
     ) -> Arc<Self> {
-        let peer = Peer {
-            last_heard: Instant::now(),
-            early_bytes: 0,
-            left: false,
-        };
+        let peer = Peer { last_heard: Instant::now(), early_bytes: 0, left: false };
         Arc::new(Self {
             rank,
             world,
@@ -167,8 +163,7 @@ impl Engine {
 
     /// A frame arrived from `from`.
     pub(crate) fn handle_frame(&self, from: Rank, header: Header, payload: Buffer) {
-        self.bytes_received
-            .fetch_add((crate::frame::HEADER_LEN + payload.len()) as u64, Relaxed);
+        self.bytes_received.fetch_add((crate::frame::HEADER_LEN + payload.len()) as u64, Relaxed);
         if header.generation < self.generation {
             self.stale_frames.fetch_add(1, Relaxed);
             return;
@@ -208,11 +203,7 @@ impl Engine {
             }
             state.oldest_that_needs(from)
         };
-        self.abort(CollectiveError::PeerLost {
-            rank: from,
-            tag,
-            reason,
-        });
+        self.abort(CollectiveError::PeerLost { rank: from, tag, reason });
     }
 
     /// `from` left after it had sent everything.
@@ -230,11 +221,7 @@ impl Engine {
     /// `from` ended the group and said why.
     pub(crate) fn handle_farewell(&self, from: Rank, farewell: Farewell) {
         let Farewell { culprit, message } = farewell;
-        self.abort(CollectiveError::Forwarded {
-            by: from,
-            culprit,
-            message,
-        });
+        self.abort(CollectiveError::Forwarded { by: from, culprit, message });
     }
 
     /// Someone waited for `tag` up to the time-out. Ends the group if a rank it needs has been silent for that
@@ -248,27 +235,15 @@ impl Engine {
             };
             let silence = |rank: Rank| now - state.peers[rank.index()].last_heard.max(entry.started).min(now);
             let missing = entry.collective.missing();
-            let silent: Vec<_> = missing
-                .iter()
-                .copied()
-                .filter(|&(rank, _)| silence(rank) >= self.timeout)
-                .collect();
+            let silent: Vec<_> =
+                missing.iter().copied().filter(|&(rank, _)| silence(rank) >= self.timeout).collect();
             if silent.is_empty() {
-                let longest = missing
-                    .iter()
-                    .map(|&(rank, _)| silence(rank))
-                    .max()
-                    .unwrap_or_default();
+                let longest = missing.iter().map(|&(rank, _)| silence(rank)).max().unwrap_or_default();
                 return self.timeout - longest;
             }
             let entered = silent.iter().all(|&(_, entered)| entered);
             let missing = silent.iter().filter(|s| s.1 == entered).map(|s| s.0).collect();
-            CollectiveError::TimedOut {
-                tag,
-                missing,
-                entered,
-                waited: now - entry.started,
-            }
+            CollectiveError::TimedOut { tag, missing, entered, waited: now - entry.started }
         };
         self.abort(error);
         self.timeout
@@ -290,10 +265,7 @@ impl Engine {
             if state.in_flight.contains_key(&tag) {
                 return Err(CollectiveError::TagInUse(tag));
             }
-            let entry = InFlight {
-                started: Instant::now(),
-                collective: collective.clone(),
-            };
+            let entry = InFlight { started: Instant::now(), collective: collective.clone() };
             state.in_flight.insert(tag, entry);
             let early = state.early.remove(&tag).unwrap_or_default();
             for (header, payload) in &early {
@@ -322,13 +294,7 @@ impl Engine {
     /// Queues a frame of a collective in flight.
     pub(crate) fn send(&self, to: Rank, lane: Lane, part: Part, payload: Vec<Bytes>) {
         let payload_len = payload.iter().map(Bytes::len).sum();
-        let Part {
-            tag,
-            signature,
-            stage,
-            offset,
-            total,
-        } = part;
+        let Part { tag, signature, stage, offset, total } = part;
         let header = Header {
             generation: self.generation,
             source: self.rank,
@@ -340,8 +306,7 @@ impl Engine {
             payload_len,
         };
         if let Some(transport) = &self.transport {
-            self.bytes_sent
-                .fetch_add((crate::frame::HEADER_LEN + payload_len) as u64, Relaxed);
+            self.bytes_sent.fetch_add((crate::frame::HEADER_LEN + payload_len) as u64, Relaxed);
             transport.send(to, lane, Frame { header, payload });
         }
     }
@@ -364,10 +329,7 @@ impl Engine {
         }
         self.early_space.notify_waiters();
         if let Some(transport) = &self.transport {
-            transport.abort(&Farewell {
-                culprit: error.culprit(),
-                message: error.first_cause(),
-            });
+            transport.abort(&Farewell { culprit: error.culprit(), message: error.first_cause() });
         }
     }
 
@@ -378,10 +340,7 @@ impl Engine {
 
     fn refuse(&self, from: Rank, header: &Header) -> Option<String> {
         if header.generation > self.generation {
-            Some(format!(
-                "a frame of {} in a group of {}",
-                header.generation, self.generation
-            ))
+            Some(format!("a frame of {} in a group of {}", header.generation, self.generation))
         } else if header.source != from {
             Some(format!("a frame in the name of {}", header.source))
         } else {
@@ -395,8 +354,7 @@ impl Engine {
             Ok(Some(publish)) => {
                 if let Some(entry) = self.state.lock().in_flight.remove(&tag) {
                     self.collectives.fetch_add(1, Relaxed);
-                    self.nanoseconds
-                        .fetch_add(entry.started.elapsed().as_nanos() as u64, Relaxed);
+                    self.nanoseconds.fetch_add(entry.started.elapsed().as_nanos() as u64, Relaxed);
                 }
                 publish();
             }
@@ -414,20 +372,14 @@ impl Drop for Engine {
 
 impl State {
     fn needs(&self, tag: Tag, rank: Rank) -> bool {
-        self.in_flight.get(&tag).is_some_and(|entry| {
-            entry
-                .collective
-                .missing()
-                .iter()
-                .any(|&(missing, _)| missing == rank)
-        })
+        self.in_flight
+            .get(&tag)
+            .is_some_and(|entry| entry.collective.missing().iter().any(|&(missing, _)| missing == rank))
     }
 
     fn oldest_that_needs(&self, rank: Rank) -> Option<Tag> {
         let waiting = self.in_flight.iter().filter(|(tag, _)| self.needs(**tag, rank));
-        waiting
-            .min_by_key(|(_, entry)| entry.started)
-            .map(|(tag, _)| *tag)
+        waiting.min_by_key(|(_, entry)| entry.started).map(|(tag, _)| *tag)
     }
 }
 

@@ -151,14 +151,7 @@ mod tests {
             timed_out.to_string(),
             "rank 2 has not entered gradient bucket 3 of step 41, phase 1 after 10.0 s"
         );
-        let lost = CollectiveError::PeerLost {
-            rank: Rank(1),
-            tag: Some(tag),
-            reason: "timed out".into(),
-        };
-        assert_eq!(
-            lost.to_string(),
-            "lost rank 1 in gradient bucket 3 of step 41, phase 1: timed out"
-        );
+        let lost = CollectiveError::PeerLost { rank: Rank(1), tag: Some(tag), reason: "timed out".into() };
+        assert_eq!(lost.to_string(), "lost rank 1 in gradient bucket 3 of step 41, phase 1: timed out");
     }
 }

@@ -113,13 +113,7 @@ impl Header {
         if offset > total {
             return Err(HeaderError::Offset { offset, total });
         }
-        let tag = Tag {
-            step,
-            phase,
-            kind,
-            index,
-            use_index,
-        };
+        let tag = Tag { step, phase, kind, index, use_index };
         Ok(Self {
             generation,
             source,
@@ -164,19 +158,9 @@ mod tests {
                     Header {
                         generation: Generation(generation),
                         source: Rank(source),
-                        tag: Tag {
-                            step,
-                            phase,
-                            kind: TagKind::from_code(kind).unwrap(),
-                            index,
-                            use_index,
-                        },
+                        tag: Tag { step, phase, kind: TagKind::from_code(kind).unwrap(), index, use_index },
                         signature,
-                        stage: if result {
-                            Stage::Result
-                        } else {
-                            Stage::Contribution
-                        },
+                        stage: if result { Stage::Result } else { Stage::Contribution },
                         offset: a.min(b),
                         total: a.max(b),
                         payload_len: (a as usize) % (MAX_PAYLOAD_BYTES + 1),

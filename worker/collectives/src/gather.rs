@@ -74,52 +74,28 @@ impl Gather {
             blobs[rank.index()].whole = Some(mine.clone());
         }
         let missing = blobs.iter().filter(|blob| blob.whole.is_none()).count();
-        let state = Mutex::new(State {
-            blobs,
-            missing,
-            finish: Some(finish),
-        });
-        Self {
-            tag,
-            signature,
-            mine,
-            expect,
-            fail,
-            state,
-        }
+        let state = Mutex::new(State { blobs, missing, finish: Some(finish) });
+        Self { tag, signature, mine, expect, fail, state }
     }
 
     fn check(&self, header: &Header) -> Result<(), CollectiveError> {
         let rank = header.source;
         if header.signature != self.signature {
             let detail = "it runs another operation or element type under this tag".to_owned();
-            return Err(CollectiveError::Mismatch {
-                rank,
-                tag: self.tag,
-                detail,
-            });
+            return Err(CollectiveError::Mismatch { rank, tag: self.tag, detail });
         }
         match self.expect[rank.index()] {
             Expect::Bytes(expected) if expected != header.total => {
                 let detail = format!("its part has {} bytes, expected {expected}", header.total);
-                Err(CollectiveError::Mismatch {
-                    rank,
-                    tag: self.tag,
-                    detail,
-                })
+                Err(CollectiveError::Mismatch { rank, tag: self.tag, detail })
             }
             Expect::Nothing => {
                 let detail = "it contributes to a collective that wants nothing from it".to_owned();
-                Err(CollectiveError::Mismatch {
-                    rank,
-                    tag: self.tag,
-                    detail,
-                })
+                Err(CollectiveError::Mismatch { rank, tag: self.tag, detail })
             }
-            _ if header.stage != Stage::Contribution => Err(CollectiveError::Protocol {
-                rank,
-                detail: format!("a result piece in {}", self.tag),
-            }),
+            _ if header.stage != Stage::Contribution => {
+                Err(CollectiveError::Protocol { rank, detail: format!("a result piece in {}", self.tag) })
+            }
             _ => Ok(()),
         }
     }
@@ -130,11 +106,7 @@ impl Gather {
             return None;
         }
         let finish = state.finish.take()?;
-        let blobs = state
-            .blobs
-            .iter_mut()
-            .filter_map(|blob| blob.whole.take())
-            .collect();
+        let blobs = state.blobs.iter_mut().filter_map(|blob| blob.whole.take()).collect();
         Some(Box::new(move || finish(blobs)))
     }
 }
@@ -142,11 +114,7 @@ impl Gather {
 impl Collective for Gather {
     fn launch(&self, engine: &Engine) -> Result<Option<Publish>, CollectiveError> {
         if let Some(mine) = &self.mine {
-            let lane = if mine.len() <= SMALL_BYTES {
-                Lane::Small
-            } else {
-                Lane::Bulk
-            };
+            let lane = if mine.len() <= SMALL_BYTES { Lane::Small } else { Lane::Bulk };
             let total = mine.len() as u64;
             for start in (0..mine.len().max(1)).step_by(PIECE_BYTES) {
                 let piece = mine.slice(start..mine.len().min(start + PIECE_BYTES));
@@ -190,9 +158,7 @@ impl Collective for Gather {
         if blob.received < header.total {
             return Ok(None);
         }
-        let whole = blob
-            .join(engine, header.total)
-            .ok_or_else(|| broken("pieces that do not fit"))?;
+        let whole = blob.join(engine, header.total).ok_or_else(|| broken("pieces that do not fit"))?;
         blob.whole = Some(whole);
         state.missing -= 1;
         Ok(Self::complete(&mut state))
@@ -207,14 +173,8 @@ impl Collective for Gather {
         if state.missing == 0 {
             return vec![];
         }
-        let missing = state
-            .blobs
-            .iter()
-            .enumerate()
-            .filter(|(_, blob)| blob.whole.is_none());
-        missing
-            .map(|(rank, blob)| (Rank(rank as u32), !blob.pieces.is_empty()))
-            .collect()
+        let missing = state.blobs.iter().enumerate().filter(|(_, blob)| blob.whole.is_none());
+        missing.map(|(rank, blob)| (Rank(rank as u32), !blob.pieces.is_empty())).collect()
     }
 }
 
@@ -236,11 +196,6 @@ impl Blob {
         if pieces.len() == 1 {
             return pieces.pop().map(|(_, piece)| piece.freeze());
         }
-        Some(
-            engine
-                .pool()
-                .copy(pieces.iter().map(|(_, piece)| piece.bytes()))
-                .freeze(),
-        )
+        Some(engine.pool().copy(pieces.iter().map(|(_, piece)| piece.bytes())).freeze())
     }
 }

@@ -40,20 +40,10 @@ impl Group {
     /// A group of one rank: every collective is ready at once.
     pub fn solo(placement: Placement, reduction: Reduction) -> Result<Self, CollectiveError> {
         if placement.world_size() != 1 {
-            let detail = format!(
-                "a solo group has one rank, the placement {}",
-                placement.world_size()
-            );
+            let detail = format!("a solo group has one rank, the placement {}", placement.world_size());
             return Err(CollectiveError::Config(detail));
         }
-        Ok(Self::new(
-            Rank(0),
-            Generation(0),
-            placement,
-            reduction,
-            Duration::ZERO,
-            None,
-        ))
+        Ok(Self::new(Rank(0), Generation(0), placement, reduction, Duration::ZERO, None))
     }
 
     /// All ranks of a group inside this process, in order of rank.
@@ -64,22 +54,13 @@ impl Group {
     ) -> Result<Vec<Self>, CollectiveError> {
         check_placement(placement)?;
         let mailboxes = local::mesh(placement.world_size());
-        let groups = mailboxes
-            .into_iter()
-            .zip(0..)
-            .map(|((transport, mailbox), rank)| {
-                let transport: Option<Box<dyn Transport>> = Some(Box::new(transport));
-                let group = Self::new(
-                    Rank(rank),
-                    Generation(0),
-                    placement.clone(),
-                    reduction,
-                    timeout,
-                    transport,
-                );
-                local::serve(mailbox, &group.engine)?;
-                Ok(group)
-            });
+        let groups = mailboxes.into_iter().zip(0..).map(|((transport, mailbox), rank)| {
+            let transport: Option<Box<dyn Transport>> = Some(Box::new(transport));
+            let group =
+                Self::new(Rank(rank), Generation(0), placement.clone(), reduction, timeout, transport);
+            local::serve(mailbox, &group.engine)?;
+            Ok(group)
+        });
         groups.collect()
     }
 
@@ -92,14 +73,7 @@ impl Group {
         let (rank, generation, timeout) = (config.rank, config.generation, config.timeout);
         let (placement, reduction) = (config.placement.clone(), config.reduction);
         let (transport, inboxes) = quic::establish(config).await?;
-        let group = Self::new(
-            rank,
-            generation,
-            placement,
-            reduction,
-            timeout,
-            Some(Box::new(transport)),
-        );
+        let group = Self::new(rank, generation, placement, reduction, timeout, Some(Box::new(transport)));
         inboxes.serve(&group.engine);
         Ok(group)
     }
@@ -114,10 +88,7 @@ impl Group {
     ) -> Self {
         let plan = Arc::new(crate::tree::Plan::new(&placement, rank, reduction));
         let engine = Engine::new(rank, placement.world_size(), generation, timeout, transport);
-        Self {
-            engine,
-            shape: Arc::new(Shape { placement, plan }),
-        }
+        Self { engine, shape: Arc::new(Shape { placement, plan }) }
     }
 
     /// This rank.
@@ -158,11 +129,7 @@ impl Group {
         let len = self.check_leaves(tag, &leaves, op)?;
         let plan = &self.shape.plan;
         op.merge_in_place(&mut leaves, &plan.local);
-        let mut nodes: Vec<_> = plan
-            .kept
-            .iter()
-            .map(|&i| std::mem::take(&mut leaves[i]))
-            .collect();
+        let mut nodes: Vec<_> = plan.kept.iter().map(|&i| std::mem::take(&mut leaves[i])).collect();
         drop(leaves);
         let slot = Slot::new();
         let signature = op.code() << 4 | T::CODE;
@@ -199,9 +166,7 @@ impl Group {
             return misuse(format!("the root is {root} in a group of {}", self.world_size()));
         }
         if bytes.is_some() != (root == self.rank()) {
-            return misuse(format!(
-                "the root, {root}, gives the bytes and no other rank does"
-            ));
+            return misuse(format!("the root, {root}, gives the bytes and no other rank does"));
         }
         let mut expect = vec![Expect::Nothing; self.world_size() as usize];
         expect[root.index()] = Expect::Any;
@@ -249,10 +214,7 @@ impl Group {
         }
         let owned = placement.range(self.rank()).len();
         if leaves.len() != owned {
-            let detail = format!(
-                "{} vectors for the {owned} logical shards of this rank",
-                leaves.len()
-            );
+            let detail = format!("{} vectors for the {owned} logical shards of this rank", leaves.len());
             return misuse(detail);
         }
         let len = leaves.first().map_or(0, Vec::len);
@@ -276,18 +238,12 @@ impl Group {
         let plan = self.shape.plan.clone();
         let len = nodes[0].len();
         let bytes_of = |nodes: usize| (nodes * len * size_of::<T>()) as u64;
-        let expect = plan
-            .nodes
-            .iter()
-            .map(|&nodes| Expect::Bytes(bytes_of(nodes)))
-            .collect();
+        let expect = plan.nodes.iter().map(|&nodes| Expect::Bytes(bytes_of(nodes))).collect();
         let mine = nodes.iter().map(|node| bytemuck::cast_slice::<T, u8>(node));
         let mine = self.engine.pool().copy(mine).freeze();
         let result = slot.clone();
         let finish = move |blobs: Vec<Bytes>| {
-            let inputs = blobs
-                .iter()
-                .flat_map(|blob| bytemuck::cast_slice(blob).chunks_exact(len));
+            let inputs = blobs.iter().flat_map(|blob| bytemuck::cast_slice(blob).chunks_exact(len));
             let mut out = vec![T::zeroed(); len];
             op.combine(&mut out, &inputs.collect::<Vec<_>>(), &plan.global);
             result.set(Ok(out));
@@ -330,7 +286,5 @@ fn check_placement(placement: &Placement) -> Result<(), CollectiveError> {
     if placement.is_valid() {
         return Ok(());
     }
-    Err(CollectiveError::Config(
-        "the placement has no ranks, or ranges that overlap".to_owned(),
-    ))
+    Err(CollectiveError::Config("the placement has no ranks, or ranges that overlap".to_owned()))
 }

@@ -32,10 +32,7 @@ pub(crate) struct Local {
 /// The transports and mailboxes of `world` ranks.
 pub(crate) fn mesh(world: u32) -> Vec<(Local, Receiver<Letter>)> {
     let (senders, receivers): (Vec<_>, Vec<_>) = (0..world).map(|_| unbounded()).unzip();
-    let local = |rank| Local {
-        rank: Rank(rank),
-        mailboxes: Mutex::new(senders.clone()),
-    };
+    let local = |rank| Local { rank: Rank(rank), mailboxes: Mutex::new(senders.clone()) };
     (0..world).map(local).zip(receivers).collect()
 }
 
@@ -70,10 +67,7 @@ impl Local {
         for (rank, mailbox) in mailboxes.iter().enumerate() {
             if rank != self.rank.index() {
                 // A closed mailbox belongs to a rank that has gone already.
-                let _ = mailbox.send(Letter {
-                    from: self.rank,
-                    content: content(),
-                });
+                let _ = mailbox.send(Letter { from: self.rank, content: content() });
             }
         }
     }
@@ -83,10 +77,7 @@ impl Transport for Local {
     fn send(&self, to: Rank, _lane: Lane, frame: Frame) {
         if let Some(mailbox) = self.mailboxes.lock().get(to.index()) {
             // As in `end`: the letter `Left` of that rank says the rest.
-            let _ = mailbox.send(Letter {
-                from: self.rank,
-                content: Content::Frame(frame),
-            });
+            let _ = mailbox.send(Letter { from: self.rank, content: Content::Frame(frame) });
         }
     }
 

@@ -83,9 +83,9 @@ impl ReduceOp {
             ReduceOp::Moments if T::MOMENTS.is_none() => {
                 Some(format!("moments are reduced in f64, not {}", T::NAME))
             }
-            ReduceOp::Moments if len.is_multiple_of(2) => Some(format!(
-                "moments are laid out [n, mean[C], m2[C]], an odd length, not {len}"
-            )),
+            ReduceOp::Moments if len.is_multiple_of(2) => {
+                Some(format!("moments are laid out [n, mean[C], m2[C]], an odd length, not {len}"))
+            }
             ReduceOp::Moments => None,
         }
     }
@@ -107,9 +107,7 @@ impl ReduceOp {
     pub(crate) fn combine<T: Element>(self, out: &mut [T], inputs: &[&[T]], merges: &[Merge]) {
         let block = self.block::<T>(out.len());
         let mut sums = vec![T::zeroed(); if inputs.len() > 2 { inputs.len() * block } else { 0 }];
-        let is_sum: Vec<bool> = (0..inputs.len())
-            .map(|i| merges.iter().any(|m| m.into == i))
-            .collect();
+        let is_sum: Vec<bool> = (0..inputs.len()).map(|i| merges.iter().any(|m| m.into == i)).collect();
         for start in (0..out.len()).step_by(block) {
             let range = start..out.len().min(start + block);
             let out = &mut out[range.clone()];
@@ -124,16 +122,8 @@ impl ReduceOp {
                 } else {
                     Default::default()
                 };
-                let right = if is_sum[merge.from] {
-                    &tail[..n]
-                } else {
-                    &inputs[merge.from][range.clone()]
-                };
-                let left = if merge.into == 0 {
-                    &mut *out
-                } else {
-                    &mut head[merge.into * block..][..n]
-                };
+                let right = if is_sum[merge.from] { &tail[..n] } else { &inputs[merge.from][range.clone()] };
+                let left = if merge.into == 0 { &mut *out } else { &mut head[merge.into * block..][..n] };
                 self.merge(left, right);
             }
         }
@@ -203,10 +193,7 @@ mod tests {
         let mut left = moments(&values[..13]);
         merge_moments(&mut left, &moments(&values[13..]));
         for (merged, whole) in left.iter().zip(moments(&values)) {
-            assert!(
-                (merged - whole).abs() <= 1e-10 * whole.abs(),
-                "{merged} instead of {whole}"
-            );
+            assert!((merged - whole).abs() <= 1e-10 * whole.abs(), "{merged} instead of {whole}");
         }
     }
 

@@ -56,20 +56,13 @@ impl<R> Pending<R> {
 
 impl<R> Clone for Pending<R> {
     fn clone(&self) -> Self {
-        Self {
-            slot: self.slot.clone(),
-            engine: self.engine.clone(),
-            tag: self.tag,
-        }
+        Self { slot: self.slot.clone(), engine: self.engine.clone(), tag: self.tag }
     }
 }
 
 impl<R> Slot<R> {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self {
-            outcome: Mutex::new(None),
-            set: Condvar::new(),
-        })
+        Arc::new(Self { outcome: Mutex::new(None), set: Condvar::new() })
     }
 
     /// Sets the outcome and wakes everyone who waits for it. The first outcome stays.

@@ -46,13 +46,7 @@ pub struct Tag {
 impl Tag {
     /// The first use of item 0 of `kind` in `phase` of `step`.
     pub fn new(step: u64, phase: u16, kind: TagKind) -> Self {
-        Self {
-            step,
-            phase,
-            kind,
-            index: 0,
-            use_index: 0,
-        }
+        Self { step, phase, kind, index: 0, use_index: 0 }
     }
 
     /// The same for item `index`.
@@ -118,11 +112,7 @@ impl fmt::Display for TagKind {
 
 impl fmt::Display for Tag {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} {} of step {}, phase {}",
-            self.kind, self.index, self.step, self.phase
-        )?;
+        write!(f, "{} {} of step {}, phase {}", self.kind, self.index, self.step, self.phase)?;
         if self.use_index > 0 {
             write!(f, ", use {}", self.use_index)?;
         }

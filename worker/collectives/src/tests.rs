@@ -38,9 +38,7 @@ fn deliver(group: &Group, header: Header) {
 }
 
 fn start(group: &Group) -> Pending<Vec<f32>> {
-    group
-        .all_reduce(tag(), vec![vec![1f32, 2.0]], ReduceOp::Sum)
-        .unwrap()
+    group.all_reduce(tag(), vec![vec![1f32, 2.0]], ReduceOp::Sum).unwrap()
 }
 
 #[test]
@@ -62,55 +60,13 @@ fn an_honest_frame_completes_before_and_after_the_start() {
 #[test]
 fn dishonest_frames_end_the_group_and_name_the_sender() {
     let cases: [(Header, &str); 7] = [
-        (
-            Header {
-                generation: Generation(1),
-                ..honest()
-            },
-            "a frame of g1 in a group of g0",
-        ),
-        (
-            Header {
-                source: Rank(0),
-                ..honest()
-            },
-            "in the name of rank 0",
-        ),
-        (
-            Header {
-                signature: 2,
-                ..honest()
-            },
-            "another operation or element type",
-        ),
-        (
-            Header {
-                total: 12,
-                ..honest()
-            },
-            "has 12 bytes, expected 8",
-        ),
-        (
-            Header {
-                stage: Stage::Result,
-                ..honest()
-            },
-            "a result piece",
-        ),
-        (
-            Header {
-                offset: 4,
-                ..honest()
-            },
-            "pieces that do not fit",
-        ),
-        (
-            Header {
-                payload_len: 0,
-                ..honest()
-            },
-            "an empty piece",
-        ),
+        (Header { generation: Generation(1), ..honest() }, "a frame of g1 in a group of g0"),
+        (Header { source: Rank(0), ..honest() }, "in the name of rank 0"),
+        (Header { signature: 2, ..honest() }, "another operation or element type"),
+        (Header { total: 12, ..honest() }, "has 12 bytes, expected 8"),
+        (Header { stage: Stage::Result, ..honest() }, "a result piece"),
+        (Header { offset: 4, ..honest() }, "pieces that do not fit"),
+        (Header { payload_len: 0, ..honest() }, "an empty piece"),
     ];
     for (header, expected) in cases {
         let groups = groups(2, TIMEOUT);
@@ -126,43 +82,17 @@ fn dishonest_frames_end_the_group_and_name_the_sender() {
 fn dishonest_pieces_of_a_large_sum_end_the_group() {
     // Rank 0 reduces the first half, 16,384 elements, in one piece.
     const LEN: usize = 32_768;
-    let piece = Header {
-        total: LEN as u64,
-        payload_len: LEN * 2,
-        ..honest()
-    };
+    let piece = Header { total: LEN as u64, payload_len: LEN * 2, ..honest() };
     let cases: [(Header, usize, &str); 4] = [
-        (
-            Header { total: 3, ..piece },
-            LEN * 2,
-            "it reduces 3 elements, this rank 32768",
-        ),
+        (Header { total: 3, ..piece }, LEN * 2, "it reduces 3 elements, this rank 32768"),
         (Header { offset: 1, ..piece }, LEN * 2, "wrong place or size"),
-        (
-            Header {
-                payload_len: 4,
-                ..piece
-            },
-            4,
-            "wrong place or size",
-        ),
-        (
-            Header {
-                stage: Stage::Result,
-                ..piece
-            },
-            LEN * 2,
-            "wrong place or size",
-        ),
+        (Header { payload_len: 4, ..piece }, 4, "wrong place or size"),
+        (Header { stage: Stage::Result, ..piece }, LEN * 2, "wrong place or size"),
     ];
     for (header, len, expected) in cases {
         let groups = groups(2, TIMEOUT);
-        let pending = groups[0]
-            .all_reduce(tag(), vec![vec![1f32; LEN]], ReduceOp::Sum)
-            .unwrap();
-        groups[0]
-            .engine()
-            .handle_frame(Rank(1), header, Pool::default().take(len));
+        let pending = groups[0].all_reduce(tag(), vec![vec![1f32; LEN]], ReduceOp::Sum).unwrap();
+        groups[0].engine().handle_frame(Rank(1), header, Pool::default().take(len));
         let error = pending.wait().unwrap_err();
         assert_eq!(error.culprit(), Some(Rank(1)));
         assert!(error.to_string().contains(expected), "{error}");
@@ -172,14 +102,7 @@ fn dishonest_pieces_of_a_large_sum_end_the_group() {
 #[test]
 fn a_frame_of_an_old_generation_is_dropped_and_counted() {
     let engine = crate::engine::Engine::new(Rank(0), 2, Generation(5), TIMEOUT, None);
-    engine.handle_frame(
-        Rank(1),
-        Header {
-            generation: Generation(4),
-            ..honest()
-        },
-        Pool::default().take(8),
-    );
+    engine.handle_frame(Rank(1), Header { generation: Generation(4), ..honest() }, Pool::default().take(8));
     assert_eq!(engine.stats().stale_frames, 1);
     assert_eq!(engine.failure(), None);
 }
@@ -189,19 +112,10 @@ fn a_silent_rank_is_named_with_step_phase_and_bucket() {
     let limit = Duration::from_millis(200);
     let groups = groups(3, limit);
     let pending: Vec<_> = groups[..2].iter().map(start).collect();
-    let errors: Vec<_> = pending
-        .iter()
-        .map(|pending| pending.wait().unwrap_err())
-        .collect();
-    let first = errors
-        .iter()
-        .find(|e| matches!(e, CollectiveError::TimedOut { .. }))
-        .unwrap();
+    let errors: Vec<_> = pending.iter().map(|pending| pending.wait().unwrap_err()).collect();
+    let first = errors.iter().find(|e| matches!(e, CollectiveError::TimedOut { .. })).unwrap();
     let text = first.to_string();
-    assert!(
-        text.starts_with("rank 2 has not entered gradient bucket 2 of step 7, phase 0 after"),
-        "{text}"
-    );
+    assert!(text.starts_with("rank 2 has not entered gradient bucket 2 of step 7, phase 0 after"), "{text}");
     // Whoever did not time out itself heard the same from the one that did.
     assert!(errors.iter().all(|error| error.culprit() == Some(Rank(2))));
 }
@@ -228,20 +142,10 @@ fn a_rank_that_left_fails_what_needs_it_and_nothing_else() {
     // Rank 2 has no part in it.
     let sent = groups[0].broadcast(broadcast, Rank(0), Some(vec![1])).unwrap();
     sent.wait().unwrap();
-    assert_eq!(
-        *groups[1]
-            .broadcast(broadcast, Rank(0), None)
-            .unwrap()
-            .wait()
-            .unwrap(),
-        [1u8][..]
-    );
+    assert_eq!(*groups[1].broadcast(broadcast, Rank(0), None).unwrap().wait().unwrap(), [1u8][..]);
     let needs = groups[0].barrier(Tag::new(2, 0, TagKind::Barrier)).unwrap();
     let error = needs.wait().unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "rank 2 left the group in barrier 0 of step 2, phase 0"
-    );
+    assert_eq!(error.to_string(), "rank 2 left the group in barrier 0 of step 2, phase 0");
 }
 
 #[test]
@@ -252,24 +156,14 @@ fn wrong_calls_are_refused_and_leave_the_group_intact() {
     assert!(refused(vec![], ReduceOp::Sum).contains("0 vectors for the 1 logical shards"));
     assert!(refused(vec![vec![1.0; 4]], ReduceOp::Moments).contains("an odd length, not 4"));
     let first = start(&groups[0]);
-    let again = groups[0]
-        .all_reduce(tag(), vec![vec![1f32, 2.0]], ReduceOp::Sum)
-        .err()
-        .unwrap();
+    let again = groups[0].all_reduce(tag(), vec![vec![1f32, 2.0]], ReduceOp::Sum).err().unwrap();
     assert_eq!(again, CollectiveError::TagInUse(tag()));
-    let root = groups[0]
-        .broadcast(tag(), Rank(2), None)
-        .err()
-        .unwrap()
-        .to_string();
+    let root = groups[0].broadcast(tag(), Rank(2), None).err().unwrap().to_string();
     assert!(root.contains("the root is rank 2 in a group of 2"));
     let other = start(&groups[1]);
     assert_eq!(other.wait().unwrap(), first.wait().unwrap());
     assert_eq!(*first.wait().unwrap(), [2.0, 4.0]);
     let idle = Group::in_process(&Placement::even(1, 2), Reduction::Exact, TIMEOUT).unwrap();
-    let error = idle[0]
-        .all_reduce(tag(), vec![vec![1f32]], ReduceOp::Sum)
-        .err()
-        .unwrap();
+    let error = idle[0].all_reduce(tag(), vec![vec![1f32]], ReduceOp::Sum).err().unwrap();
     assert!(error.to_string().contains("rank 1 owns no logical shard"));
 }

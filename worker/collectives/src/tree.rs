@@ -44,12 +44,7 @@ impl Plan {
 
     fn exact(placement: &Placement, rank: Rank) -> Self {
         let world = placement.world_size();
-        let mut plan = Self {
-            local: vec![],
-            kept: vec![],
-            nodes: vec![0; world as usize],
-            global: vec![],
-        };
+        let mut plan = Self { local: vec![], kept: vec![], nodes: vec![0; world as usize], global: vec![] };
         if placement.shards() > 0 {
             let owner = |lo, hi| {
                 (0..world).map(Rank).find(|&r| {
@@ -88,20 +83,14 @@ impl Plan {
     }
 
     fn fast(placement: &Placement, rank: Rank) -> Self {
-        let mut plan = Self {
-            local: vec![],
-            kept: vec![],
-            nodes: vec![],
-            global: vec![],
-        };
+        let mut plan = Self { local: vec![], kept: vec![], nodes: vec![], global: vec![] };
         let leaves = placement.range(rank).len() as u32;
         if leaves > 0 {
             plan.kept.push(0);
             merges(0, leaves, 0, &mut plan.local);
         }
-        plan.nodes = (0..placement.world_size())
-            .map(|r| usize::from(!placement.range(Rank(r)).is_empty()))
-            .collect();
+        plan.nodes =
+            (0..placement.world_size()).map(|r| usize::from(!placement.range(Rank(r)).is_empty())).collect();
         let nodes = plan.nodes.iter().sum::<usize>() as u32;
         if nodes > 0 {
             merges(0, nodes, 0, &mut plan.global);
@@ -123,10 +112,7 @@ fn merges(lo: u32, hi: u32, start: u32, out: &mut Vec<Merge>) {
     let middle = split(lo, hi);
     merges(lo, middle, start, out);
     merges(middle, hi, start, out);
-    out.push(Merge {
-        into: (lo - start) as usize,
-        from: (middle - start) as usize,
-    });
+    out.push(Merge { into: (lo - start) as usize, from: (middle - start) as usize });
 }
 
 #[cfg(test)]
@@ -135,15 +121,8 @@ mod tests {
 
     #[test]
     fn splits_at_the_largest_power_of_two() {
-        for (lo, hi, middle) in [
-            (0, 2, 1),
-            (0, 3, 2),
-            (0, 4, 2),
-            (0, 5, 4),
-            (4, 7, 6),
-            (0, 8, 4),
-            (0, 9, 8),
-        ] {
+        for (lo, hi, middle) in [(0, 2, 1), (0, 3, 2), (0, 4, 2), (0, 5, 4), (4, 7, 6), (0, 8, 4), (0, 9, 8)]
+        {
             assert_eq!(split(lo, hi), middle, "[{lo}, {hi})");
         }
     }

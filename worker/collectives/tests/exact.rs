@@ -27,9 +27,7 @@ fn lengths() -> impl Strategy<Value = usize> {
 }
 
 fn check_exact<T: Draw + Element + Bits>(placement: &Placement, len: usize, seed: u64, op: ReduceOp) {
-    let leaves: Vec<Vec<T>> = (0..placement.shards())
-        .map(|s| T::leaf(seed, s, len, op))
-        .collect();
+    let leaves: Vec<Vec<T>> = (0..placement.shards()).map(|s| T::leaf(seed, s, len, op)).collect();
     let expected = reference(&leaves, op);
     let groups = Group::in_process(placement, Reduction::Exact, TIMEOUT).unwrap();
     let tag = Tag::new(1, 0, TagKind::Gradient);
@@ -97,11 +95,8 @@ fn nan_and_infinity_reach_every_rank() {
         leaves[1][1] = f32::INFINITY;
         let tag = Tag::new(len as u64, 0, TagKind::Gradient);
         in_ranks(&groups, |group| {
-            let sum = group
-                .all_reduce(tag, leaves_of(group, &leaves), ReduceOp::Sum)
-                .unwrap()
-                .wait()
-                .unwrap();
+            let sum =
+                group.all_reduce(tag, leaves_of(group, &leaves), ReduceOp::Sum).unwrap().wait().unwrap();
             assert_eq!(sum[0], f32::INFINITY);
             assert!(sum[1].is_nan() && sum[len - 1].is_nan());
             assert_eq!(sum[2], 5.0);
@@ -126,11 +121,7 @@ fn a_thousand_collectives_in_random_interleaving_keep_apart() {
                     let mut sums = vec![];
                     let mut gathers = vec![];
                     for index in order {
-                        let len = if index % 50 == 0 {
-                            20_000
-                        } else {
-                            index as usize % 7
-                        };
+                        let len = if index % 50 == 0 { 20_000 } else { index as usize % 7 };
                         if index % 5 == 4 {
                             let bytes = vec![group.rank().0 as u8; len];
                             let tag = tag(thread, index as u32);
@@ -153,13 +144,8 @@ fn a_thousand_collectives_in_random_interleaving_keep_apart() {
             }
         });
         // Empty vectors need nobody.
-        let empty = (0..EACH)
-            .filter(|i| i % 5 != 4 && i % 7 == 0 && i % 50 != 0)
-            .count() as u64;
-        assert_eq!(
-            group.stats().collectives,
-            u64::from(THREADS) * (u64::from(EACH) - empty)
-        );
+        let empty = (0..EACH).filter(|i| i % 5 != 4 && i % 7 == 0 && i % 50 != 0).count() as u64;
+        assert_eq!(group.stats().collectives, u64::from(THREADS) * (u64::from(EACH) - empty));
     });
 }
 
@@ -171,9 +157,7 @@ fn gather_broadcast_and_barrier_move_any_length() {
         let me = group.rank().0;
         for (step, len) in [0, 1, 65_537, 700_001].into_iter().enumerate() {
             let tag = |kind| Tag::new(step as u64, 0, kind);
-            let gathered = group
-                .all_gather(tag(TagKind::State), bytes(me, len * me as usize))
-                .unwrap();
+            let gathered = group.all_gather(tag(TagKind::State), bytes(me, len * me as usize)).unwrap();
             let root = Rank(step as u32);
             let mine = (group.rank() == root).then(|| bytes(9, len));
             let sent = group.broadcast(tag(TagKind::Broadcast), root, mine).unwrap();
@@ -195,16 +179,6 @@ fn solo_gives_the_bits_of_many_ranks() {
     assert!(sum.is_ready());
     assert_same(&sum.wait().unwrap(), &reference(&leaves, ReduceOp::Sum));
     solo.barrier(tag).unwrap().wait().unwrap();
-    assert_eq!(
-        *solo.all_gather(tag, vec![7]).unwrap().wait().unwrap(),
-        [vec![7u8]]
-    );
-    assert_eq!(
-        *solo
-            .broadcast(tag, Rank(0), Some(vec![8]))
-            .unwrap()
-            .wait()
-            .unwrap(),
-        [8u8][..]
-    );
+    assert_eq!(*solo.all_gather(tag, vec![7]).unwrap().wait().unwrap(), [vec![7u8]]);
+    assert_eq!(*solo.broadcast(tag, Rank(0), Some(vec![8])).unwrap().wait().unwrap(), [8u8][..]);
 }

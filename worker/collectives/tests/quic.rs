@@ -49,27 +49,17 @@ fn a_rank_far_ahead_waits_for_the_other() {
     let workers = workers(2);
     let groups = mesh(&workers, &placement, TIMEOUT);
     let start = |group: &Group, step| {
-        group
-            .all_reduce(gradient(step), vec![vec![step as f32; LEN]], ReduceOp::Sum)
-            .unwrap()
+        group.all_reduce(gradient(step), vec![vec![step as f32; LEN]], ReduceOp::Sum).unwrap()
     };
     let ahead: Vec<_> = (1..=4).map(|step| start(&groups[0], step)).collect();
     // The broadcast of the rank that is ahead, on the small lane, passes the buckets.
     let tag = Tag::new(0, 0, TagKind::Broadcast);
-    groups[0]
-        .broadcast(tag, Rank(0), Some(b"go".to_vec()))
-        .unwrap()
-        .wait()
-        .unwrap();
+    groups[0].broadcast(tag, Rank(0), Some(b"go".to_vec())).unwrap().wait().unwrap();
     let sent = groups[1].broadcast(tag, Rank(0), None).unwrap();
     assert_eq!(*sent.wait().unwrap(), b"go"[..]);
     assert!(ahead.iter().all(|pending| !pending.is_ready()));
     let behind: Vec<_> = (1..=4).map(|step| start(&groups[1], step)).collect();
-    for (pending, step) in ahead
-        .iter()
-        .chain(&behind)
-        .zip([1.0, 2.0, 3.0, 4.0].into_iter().cycle())
-    {
+    for (pending, step) in ahead.iter().chain(&behind).zip([1.0, 2.0, 3.0, 4.0].into_iter().cycle()) {
         let sum = pending.wait().unwrap();
         assert_eq!(sum.len(), LEN);
         assert!(sum.iter().all(|&v| v == 2.0 * step));
@@ -85,11 +75,7 @@ fn death_of_a_rank_in_mid_collective_names_it_on_all_others() {
         let tag = Tag::new(41, 1, TagKind::Gradient).index(3);
         let survivors: Vec<_> = groups[..2]
             .iter()
-            .map(|group| {
-                group
-                    .all_reduce(tag, vec![vec![1f32; len]], ReduceOp::Sum)
-                    .unwrap()
-            })
+            .map(|group| group.all_reduce(tag, vec![vec![1f32; len]], ReduceOp::Sum).unwrap())
             .collect();
         // The process ends: no goodbye of the group, its sockets are gone.
         let (dead, group) = (workers.pop().unwrap(), groups.pop().unwrap());
@@ -100,10 +86,7 @@ fn death_of_a_rank_in_mid_collective_names_it_on_all_others() {
             let error = pending.wait().unwrap_err();
             assert_eq!(error.culprit(), Some(Rank(2)), "{error}");
             let text = error.to_string();
-            assert!(
-                text.contains("lost rank 2 in gradient bucket 3 of step 41, phase 1"),
-                "{text}"
-            );
+            assert!(text.contains("lost rank 2 in gradient bucket 3 of step 41, phase 1"), "{text}");
             let next = group.barrier(Tag::new(42, 0, TagKind::Barrier)).err().unwrap();
             assert_eq!(next, error);
         }
@@ -115,13 +98,8 @@ fn an_abort_reaches_the_others_with_its_first_cause() {
     let workers = workers(3);
     let groups = mesh(&workers, &Placement::even(3, 3), TIMEOUT);
     let barrier = Tag::new(1, 0, TagKind::Barrier);
-    let waiting: Vec<_> = groups[..2]
-        .iter()
-        .map(|group| group.barrier(barrier).unwrap())
-        .collect();
-    groups[2].abort(CollectiveError::Aborted(
-        "the loss of step 1 is not a number".to_owned(),
-    ));
+    let waiting: Vec<_> = groups[..2].iter().map(|group| group.barrier(barrier).unwrap()).collect();
+    groups[2].abort(CollectiveError::Aborted("the loss of step 1 is not a number".to_owned()));
     groups[2].abort(CollectiveError::Aborted("a second cause".to_owned()));
     for pending in waiting {
         match pending.wait().unwrap_err() {
@@ -143,10 +121,7 @@ fn a_rank_that_closes_leaves_nothing_behind_undelivered() {
     let tag = Tag::new(1, 0, TagKind::Broadcast);
     drop(leaves.broadcast(tag, Rank(1), Some(vec![7; LEN])).unwrap());
     leaves.close(TIMEOUT);
-    assert_eq!(
-        *stays.broadcast(tag, Rank(1), None).unwrap().wait().unwrap(),
-        vec![7; LEN]
-    );
+    assert_eq!(*stays.broadcast(tag, Rank(1), None).unwrap().wait().unwrap(), vec![7; LEN]);
     let error = match stays.barrier(Tag::new(2, 0, TagKind::Barrier)) {
         Ok(barrier) => barrier.wait().unwrap_err(),
         Err(error) => error,
@@ -163,12 +138,7 @@ fn another_generation_is_refused_with_the_reason() {
     let config = workers[0].config(0, vec![workers[1].peer(1)], &placement, TIMEOUT);
     let error = workers[0].connect(config).err().unwrap();
     assert_eq!(error.culprit(), Some(Rank(1)));
-    assert!(
-        error
-            .to_string()
-            .contains("refused: g4 of j1 is over, it is at g5"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("refused: g4 of j1 is over, it is at g5"), "{error}");
 }
 
 #[test]
@@ -177,14 +147,8 @@ fn a_worker_that_is_not_the_expected_one_is_refused() {
     let placement = Placement::even(2, 2);
     let mut peer = workers[1].peer(1);
     peer.worker = WorkerId(99);
-    let error = workers[0]
-        .connect(workers[0].config(0, vec![peer], &placement, TIMEOUT))
-        .err()
-        .unwrap();
-    assert!(
-        error.to_string().contains("is not w99, by its certificate"),
-        "{error}"
-    );
+    let error = workers[0].connect(workers[0].config(0, vec![peer], &placement, TIMEOUT)).err().unwrap();
+    assert!(error.to_string().contains("is not w99, by its certificate"), "{error}");
 }
 
 #[test]
@@ -195,10 +159,7 @@ fn a_peer_that_never_comes_is_named_when_time_is_up() {
     let started = Instant::now();
     let config = workers[1].config(1, vec![workers[0].peer(0)], &placement, limit);
     let error = workers[1].connect(config).err().unwrap();
-    assert_eq!(
-        error.to_string(),
-        "no connection to rank 0: it has not dialled this rank in time"
-    );
+    assert_eq!(error.to_string(), "no connection to rank 0: it has not dialled this rank in time");
     assert!(started.elapsed() >= limit);
 }
 
@@ -214,10 +175,7 @@ fn rubbish_ends_the_group_and_names_the_rank() {
         frame
     };
     let cases = [
-        (
-            b"GET / HTTP/1.1\r\nHost: a.very.long.name.for.a.host.example\r\n\r\n".to_vec(),
-            "magic number",
-        ),
+        (b"GET / HTTP/1.1\r\nHost: a.very.long.name.for.a.host.example\r\n\r\n".to_vec(), "magic number"),
         (frame(u32::MAX), "a payload of 4294967295 bytes"),
         (frame(8)[..30].to_vec(), "ends inside a frame"),
     ];
@@ -230,9 +188,7 @@ fn rubbish_ends_the_group_and_names_the_rank() {
             workers[0].runtime.block_on(async {
                 let peer = workers[1].peer(1);
                 let tls = workers[0].client_config.clone();
-                let dialled = workers[0]
-                    .endpoint
-                    .connect_with(tls, peer.addresses[0], &peer.server_name);
+                let dialled = workers[0].endpoint.connect_with(tls, peer.addresses[0], &peer.server_name);
                 let connection = dialled.unwrap().await.unwrap();
                 let (mut send, mut recv) = connection.open_bi().await.unwrap();
                 let mut hello = b"LKSH\x01\x00".to_vec();
@@ -252,10 +208,7 @@ fn rubbish_ends_the_group_and_names_the_rank() {
                 // The honest side accepts its group, reads the rubbish and closes.
                 connection.accept_uni().await.unwrap();
                 let closed = connection.closed().await;
-                assert!(
-                    closed.to_string().contains("rank 0 broke the protocol"),
-                    "{closed}"
-                );
+                assert!(closed.to_string().contains("rank 0 broke the protocol"), "{closed}");
             });
             honest.join().unwrap()
         });

@@ -114,11 +114,7 @@ pub(crate) async fn introduce(
     read(&mut recv, &mut reply).await?;
     check_version(&WELCOME_MAGIC, &reply)?;
     let actual = Rank(u32::from_le_bytes(field(&reply, 6)));
-    if actual == expected {
-        Ok(())
-    } else {
-        Err(HelloError::WrongRank { expected, actual })
-    }
+    if actual == expected { Ok(()) } else { Err(HelloError::WrongRank { expected, actual }) }
 }
 
 /// A connection whose peer has said which rank of which group it is, and waits to be welcomed.
@@ -140,15 +136,8 @@ impl Accepted {
             read(&mut recv, &mut bytes).await?;
             Ok((send, Hello::decode(&bytes)?))
         };
-        match tokio::time::timeout(HELLO_TIMEOUT, greeting)
-            .await
-            .unwrap_or(Err(HelloError::Silent))
-        {
-            Ok((send, hello)) => Ok(Self {
-                connection,
-                send,
-                hello,
-            }),
+        match tokio::time::timeout(HELLO_TIMEOUT, greeting).await.unwrap_or(Err(HelloError::Silent)) {
+            Ok((send, hello)) => Ok(Self { connection, send, hello }),
             Err(error) => {
                 let reason = match error {
                     HelloError::Version(theirs) => format!(
@@ -184,10 +173,7 @@ impl Accepted {
         reply[..4].copy_from_slice(&WELCOME_MAGIC);
         reply[4..6].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
         reply[6..].copy_from_slice(&rank.0.to_le_bytes());
-        self.send
-            .write_all(&reply)
-            .await
-            .map_err(|error| HelloError::Lost(error.to_string()))?;
+        self.send.write_all(&reply).await.map_err(|error| HelloError::Lost(error.to_string()))?;
         Ok(self.connection)
     }
 }
@@ -250,9 +236,7 @@ impl LobbyState {
         match self.expected.get(&job) {
             Some(expected) if generation == expected.generation => {
                 if let Err(returned) = expected.door.send(accepted) {
-                    returned
-                        .0
-                        .refuse(&format!("{generation} of {job} is formed already, or has failed"));
+                    returned.0.refuse(&format!("{generation} of {job} is formed already, or has failed"));
                 }
             }
             Some(expected) if generation < expected.generation => {
@@ -294,11 +278,7 @@ mod tests {
 
     #[test]
     fn a_hello_survives_the_wire_and_another_version_is_named() {
-        let hello = Hello {
-            job: JobId(3),
-            generation: Generation(7),
-            rank: Rank(2),
-        };
+        let hello = Hello { job: JobId(3), generation: Generation(7), rank: Rank(2) };
         let mut bytes = hello.encode();
         assert_eq!(Hello::decode(&bytes).unwrap(), hello);
         bytes[4] = 9;

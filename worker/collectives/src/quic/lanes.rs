@@ -48,10 +48,7 @@ pub(crate) enum LinkError {
 impl Link {
     /// Opens this side's lanes and takes the peer's. Each begins with one byte that says which it is.
     pub(crate) async fn open(connection: quinn::Connection, rank: Rank) -> Result<Self, LinkError> {
-        let send = [
-            open_lane(&connection, Lane::Small).await?,
-            open_lane(&connection, Lane::Bulk).await?,
-        ];
+        let send = [open_lane(&connection, Lane::Small).await?, open_lane(&connection, Lane::Bulk).await?];
         let mut recv = [None, None];
         for _ in LANES {
             let mut stream = connection.accept_uni().await?;
@@ -63,12 +60,7 @@ impl Link {
             }
         }
         match recv {
-            [Some(small), Some(bulk)] => Ok(Self {
-                rank,
-                connection,
-                send,
-                recv: [small, bulk],
-            }),
+            [Some(small), Some(bulk)] => Ok(Self { rank, connection, send, recv: [small, bulk] }),
             _ => Err(LinkError::Lanes),
         }
     }
@@ -110,26 +102,15 @@ pub(crate) fn start(links: Vec<Option<Link>>) -> (QuicTransport, Inboxes) {
     let (arrived, drained) = bounded(0);
     let mut inboxes = Vec::new();
     let peers = links.into_iter().map(|link| {
-        let Link {
-            rank,
-            connection,
-            send,
-            recv,
-        } = link?;
-        let last = Arc::new(LastWriter {
-            connection: connection.clone(),
-            _arrived: arrived.clone(),
-        });
+        let Link { rank, connection, send, recv } = link?;
+        let last = Arc::new(LastWriter { connection: connection.clone(), _arrived: arrived.clone() });
         let queues = send.map(|stream| {
             let (queue, frames) = unbounded_channel();
             tokio::spawn(write(stream, frames, last.clone()));
             queue
         });
         inboxes.push(LinkInbox { rank, recv });
-        Some(PeerLanes {
-            connection,
-            queues: Mutex::new(Some(queues)),
-        })
+        Some(PeerLanes { connection, queues: Mutex::new(Some(queues)) })
     });
     let peers = peers.collect();
     (QuicTransport { peers, drained }, Inboxes(inboxes))
@@ -170,7 +151,6 @@ struct LastWriter {
 
 impl Drop for LastWriter {
     fn drop(&mut self) {
-        let s = self.connection.stats(); eprintln!("STAT mtu {} lost {} sent {} cwnd {} rtt {:?} cong {} udp {:?}", s.path.current_mtu, s.path.lost_packets, s.path.sent_packets, s.path.cwnd, s.path.rtt, s.path.congestion_events, s.udp_tx);
         self.connection.close(close::LEFT, b"");
     }
 }
@@ -207,11 +187,7 @@ impl Inboxes {
         for LinkInbox { rank, recv } in self.0 {
             let ended = Arc::new(AtomicU32::new(0));
             for stream in recv {
-                let inbox = Inbox {
-                    from: rank,
-                    engine: Arc::downgrade(engine),
-                    pool: engine.pool().clone(),
-                };
+                let inbox = Inbox { from: rank, engine: Arc::downgrade(engine), pool: engine.pool().clone() };
                 tokio::spawn(inbox.run(stream, ended.clone()));
             }
         }
@@ -272,17 +248,9 @@ impl Inbox {
         let header = Header::decode(&bytes).map_err(|error| End::Malformed(error.to_string()))?;
         let mut payload = self.pool.take(header.payload_len);
         stream.read_exact(payload.bytes_mut()).await.map_err(broken)?;
-        self.engine
-            .upgrade()
-            .ok_or(End::NobodyListens)?
-            .handle_frame(self.from, header, payload);
+        self.engine.upgrade().ok_or(End::NobodyListens)?.handle_frame(self.from, header, payload);
         // The engine must not be kept alive while waiting, or a dropped group could not leave.
-        while let Some(freed) = self
-            .engine
-            .upgrade()
-            .ok_or(End::NobodyListens)?
-            .early_space(self.from)
-        {
+        while let Some(freed) = self.engine.upgrade().ok_or(End::NobodyListens)?.early_space(self.from) {
             freed.await;
         }
         Ok(())
@@ -311,10 +279,7 @@ impl Farewell {
             None => (u32::MAX, bytes),
         };
         let culprit = (culprit != u32::MAX).then_some(Rank(culprit));
-        Self {
-            culprit,
-            message: String::from_utf8_lossy(text).into_owned(),
-        }
+        Self { culprit, message: String::from_utf8_lossy(text).into_owned() }
     }
 }
 
@@ -325,26 +290,11 @@ mod tests {
     #[test]
     fn a_farewell_survives_the_wire_and_is_cut_between_characters() {
         for culprit in [None, Some(Rank(3))] {
-            let farewell = Farewell {
-                culprit,
-                message: "lost rank 3: süß".to_owned(),
-            };
+            let farewell = Farewell { culprit, message: "lost rank 3: süß".to_owned() };
             assert_eq!(Farewell::decode(&farewell.encode()), farewell);
         }
-        let long = Farewell {
-            culprit: None,
-            message: "ü".repeat(1000),
-        };
-        assert_eq!(
-            Farewell::decode(&long.encode()).message,
-            "ü".repeat(FAREWELL_BYTES / 2)
-        );
-        assert_eq!(
-            Farewell::decode(b"ab"),
-            Farewell {
-                culprit: None,
-                message: "ab".to_owned()
-            }
-        );
+        let long = Farewell { culprit: None, message: "ü".repeat(1000) };
+        assert_eq!(Farewell::decode(&long.encode()).message, "ü".repeat(FAREWELL_BYTES / 2));
+        assert_eq!(Farewell::decode(b"ab"), Farewell { culprit: None, message: "ab".to_owned() });
     }
 }

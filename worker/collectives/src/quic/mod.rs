@@ -90,7 +90,8 @@ pub struct MeshConfig {
 /// Transport parameters for connections between ranks.
 ///
 /// - The MTU starts at QUIC's 1200 bytes and is probed up to 6400: quinn sends ten packets at a time, which have
-///   to stay below 64 KB together for segmentation offload.
+///   to stay below 64 KB together for segmentation offload. The accepting endpoint must allow packets of that
+///   size (`EndpointConfig::max_udp_payload_size`, 1472 by default).
 /// - Windows are 4 MB per stream, the size of the socket's buffers: larger ones overrun the receive buffer, and
 ///   the losses cost a factor of two to four. The connection's window leaves 2 MB more, so that a full bulk lane
 ///   never blocks the small one.
@@ -113,7 +114,7 @@ pub fn transport_config() -> quinn::TransportConfig {
         .initial_rtt(Duration::from_millis(50))
         .keep_alive_interval(Some(Duration::from_millis(500)))
         .max_idle_timeout(Some(quinn::VarInt::from_u32(IDLE_MS).into()))
-        .congestion_controller_factory(Arc::new(quinn::congestion::CubicConfig::default()));
+        .congestion_controller_factory(Arc::new(quinn::congestion::BbrConfig::default()));
     config
 }
 
@@ -121,11 +122,7 @@ pub fn transport_config() -> quinn::TransportConfig {
 pub(crate) async fn establish(config: MeshConfig) -> Result<(QuicTransport, Inboxes), CollectiveError> {
     check(&config)?;
     let deadline = Instant::now() + config.timeout;
-    let me = Hello {
-        job: config.job,
-        generation: config.generation,
-        rank: config.rank,
-    };
+    let me = Hello { job: config.job, generation: config.generation, rank: config.rank };
     let (lower, higher): (Vec<_>, Vec<_>) = config.peers.into_iter().partition(|p| p.rank < config.rank);
     let mut tasks = JoinSet::new();
     for peer in higher {
@@ -143,9 +140,7 @@ pub(crate) async fn establish(config: MeshConfig) -> Result<(QuicTransport, Inbo
     let mut links: Vec<_> = (0..world).map(|_| None).collect();
     while let Some(joined) = tasks.join_next().await {
         let opened = joined.unwrap_or_else(|error| {
-            Err(CollectiveError::Config(format!(
-                "a task that connects ranks ended early: {error}"
-            )))
+            Err(CollectiveError::Config(format!("a task that connects ranks ended early: {error}")))
         })?;
         for link in opened {
             let place = link.rank.index();
@@ -156,12 +151,7 @@ pub(crate) async fn establish(config: MeshConfig) -> Result<(QuicTransport, Inbo
 }
 
 fn check(config: &MeshConfig) -> Result<(), CollectiveError> {
-    let mut ranks: Vec<_> = config
-        .peers
-        .iter()
-        .map(|peer| peer.rank)
-        .chain([config.rank])
-        .collect();
+    let mut ranks: Vec<_> = config.peers.iter().map(|peer| peer.rank).chain([config.rank]).collect();
     ranks.sort_unstable();
     if ranks.into_iter().eq((0..config.placement.world_size()).map(Rank)) {
         return Ok(());
@@ -182,10 +172,7 @@ async fn dial(
     verify: VerifyPeer,
     deadline: Instant,
 ) -> Result<quinn::Connection, CollectiveError> {
-    let failed = |detail: String| CollectiveError::Connect {
-        rank: peer.rank,
-        detail,
-    };
+    let failed = |detail: String| CollectiveError::Connect { rank: peer.rank, detail };
     let mut last = "it has no address".to_owned();
     let mut pause = RETRY;
     while Instant::now() < deadline {
@@ -199,10 +186,7 @@ async fn dial(
             };
             if !verify(&connection, peer.worker) {
                 connection.close(close::REFUSED, b"not the expected worker");
-                return Err(failed(format!(
-                    "{address} is not {}, by its certificate",
-                    peer.worker
-                )));
+                return Err(failed(format!("{address} is not {}, by its certificate", peer.worker)));
             }
             match timeout_at(deadline, hello::introduce(&connection, me, peer.rank)).await {
                 Ok(Ok(())) => return Ok(connection),
@@ -223,9 +207,8 @@ async fn dial_address(
     address: SocketAddr,
     server_name: &str,
 ) -> Result<quinn::Connection, String> {
-    let connecting = endpoint
-        .connect_with(tls.clone(), address, server_name)
-        .map_err(|error| error.to_string())?;
+    let connecting =
+        endpoint.connect_with(tls.clone(), address, server_name).map_err(|error| error.to_string())?;
     match timeout(DIAL_TIMEOUT, connecting).await {
         Ok(connected) => connected.map_err(|error| error.to_string()),
         Err(_) => Err(format!("no answer within {} s", DIAL_TIMEOUT.as_secs())),
@@ -241,16 +224,11 @@ async fn accept(
 ) -> Result<Vec<Link>, CollectiveError> {
     let mut links: Vec<Link> = Vec::with_capacity(lower.len());
     loop {
-        let Some(missing) = lower
-            .iter()
-            .find(|peer| links.iter().all(|link| link.rank != peer.rank))
-        else {
+        let Some(missing) = lower.iter().find(|peer| links.iter().all(|link| link.rank != peer.rank)) else {
             return Ok(links);
         };
-        let failed = |detail: &str| CollectiveError::Connect {
-            rank: missing.rank,
-            detail: detail.to_owned(),
-        };
+        let failed =
+            |detail: &str| CollectiveError::Connect { rank: missing.rank, detail: detail.to_owned() };
         let accepted = match timeout_at(deadline, incoming.recv()).await {
             Ok(Some(accepted)) => accepted,
             Ok(None) => return Err(failed("this worker accepts no connections any more")),
@@ -291,9 +269,7 @@ async fn open(
 ) -> Result<Vec<Link>, CollectiveError> {
     let failed = |detail: String| CollectiveError::Connect { rank, detail };
     match timeout_at(deadline, Link::open(connection, rank)).await {
-        Ok(opened) => opened
-            .map(|link| vec![link])
-            .map_err(|error| failed(error.to_string())),
+        Ok(opened) => opened.map(|link| vec![link]).map_err(|error| failed(error.to_string())),
         Err(_) => Err(failed("time ran out while opening its lanes".to_owned())),
     }
 }

@@ -27,9 +27,7 @@ pub(crate) struct Worker {
 pub(crate) fn workers(count: u32) -> Vec<Worker> {
     let folder = tempfile::tempdir().unwrap();
     let authority = Authority::open(folder.path()).unwrap();
-    (0..count)
-        .map(|i| worker(&authority, WorkerId(10 + u64::from(i))))
-        .collect()
+    (0..count).map(|i| worker(&authority, WorkerId(10 + u64::from(i)))).collect()
 }
 
 fn worker(authority: &Authority, id: WorkerId) -> Worker {
@@ -39,29 +37,14 @@ fn worker(authority: &Authority, id: WorkerId) -> Worker {
     server_config.transport_config(transport.clone());
     let mut client_config = net::client_config(&identity).unwrap();
     client_config.transport_config(transport);
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let lobby = Arc::new(Lobby::new());
     let endpoint = runtime.block_on(async {
-        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None).unwrap();
-        socket.set_recv_buffer_size(8 << 20).unwrap(); socket.set_send_buffer_size(8 << 20).unwrap();
-        socket.set_nonblocking(true).unwrap();
-        socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
-        let mut ec = quinn::EndpointConfig::default(); ec.max_udp_payload_size(9000).unwrap();
-        let endpoint = quinn::Endpoint::new(ec, Some(server_config), socket.into(), Arc::new(quinn::TokioRuntime)).unwrap();
+        let endpoint = net::bind(SocketAddr::from(([127, 0, 0, 1], 0)), Some(server_config)).unwrap();
         tokio::spawn(serve(endpoint.clone(), lobby.clone()));
         endpoint
     });
-    Worker {
-        id,
-        runtime,
-        endpoint,
-        client_config,
-        lobby,
-    }
+    Worker { id, runtime, endpoint, client_config, lobby }
 }
 
 async fn serve(endpoint: quinn::Endpoint, lobby: Arc<Lobby>) {
@@ -115,28 +98,17 @@ impl Worker {
 
 /// Connects `workers`, in order of rank.
 pub(crate) fn mesh(workers: &[Worker], placement: &Placement, timeout: Duration) -> Vec<Group> {
-    let peers: Vec<_> = workers
-        .iter()
-        .zip(0..)
-        .map(|(worker, rank)| worker.peer(rank))
-        .collect();
+    let peers: Vec<_> = workers.iter().zip(0..).map(|(worker, rank)| worker.peer(rank)).collect();
     std::thread::scope(|scope| {
         let connecting: Vec<_> = workers
             .iter()
             .zip(0..)
             .map(|(worker, rank)| {
-                let others = peers
-                    .iter()
-                    .filter(|peer| peer.rank != Rank(rank))
-                    .cloned()
-                    .collect();
+                let others = peers.iter().filter(|peer| peer.rank != Rank(rank)).cloned().collect();
                 let config = worker.config(rank, others, placement, timeout);
                 scope.spawn(move || worker.connect(config).unwrap())
             })
             .collect();
-        connecting
-            .into_iter()
-            .map(|thread| thread.join().unwrap())
-            .collect()
+        connecting.into_iter().map(|thread| thread.join().unwrap()).collect()
     })
 }

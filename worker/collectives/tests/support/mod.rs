@@ -20,11 +20,7 @@ pub(crate) fn in_ranks<R: Send>(groups: &[Group], body: impl Fn(&Group) -> R + S
 
 /// The vectors of the shards that `group`'s rank owns.
 pub(crate) fn leaves_of<T: Clone>(group: &Group, leaves: &[Vec<T>]) -> Vec<Vec<T>> {
-    group
-        .placement()
-        .range(group.rank())
-        .map(|s| leaves[s as usize].clone())
-        .collect()
+    group.placement().range(group.rank()).map(|s| leaves[s as usize].clone()).collect()
 }
 
 /// Placements of up to `most` shards on any number of ranks, of any sizes, none empty.
@@ -97,10 +93,7 @@ impl Draw for f64 {
 
 impl Draw for f32 {
     fn leaf(seed: u64, shard: u32, len: usize, op: ReduceOp) -> Vec<f32> {
-        f64::leaf(seed, shard, len, op)
-            .into_iter()
-            .map(|v| v as f32)
-            .collect()
+        f64::leaf(seed, shard, len, op).into_iter().map(|v| v as f32).collect()
     }
 
     fn merge(left: &[f32], right: &[f32], _op: ReduceOp) -> Vec<f32> {
@@ -146,11 +139,6 @@ impl Bits for i64 {
 pub(crate) fn assert_same<T: Bits>(actual: &[T], expected: &[T]) {
     assert_eq!(actual.len(), expected.len());
     for (i, (a, e)) in actual.iter().zip(expected).enumerate() {
-        assert_eq!(
-            a.bits(),
-            e.bits(),
-            "at {i} of {}: {a:?} instead of {e:?}",
-            expected.len()
-        );
+        assert_eq!(a.bits(), e.bits(), "at {i} of {}: {a:?} instead of {e:?}", expected.len());
     }
 }
