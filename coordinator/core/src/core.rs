@@ -57,6 +57,8 @@ pub struct Config {
     pub restart_grace_ms: u64,
     /// How long a worker of a running job may be away while the coordinator is there.
     pub away_grace_ms: u64,
+    /// How long a worker that came back without its work may take to report how that ended.
+    pub report_grace_ms: u64,
     /// How long a worker may take to abort.
     pub abort_ms: u64,
     /// After so many failures in a row without getting further a job is given up.
@@ -66,7 +68,13 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         // A worker retries every second and gives a silent coordinator up after 6 s, so 15 s are two tries and some.
-        Self { restart_grace_ms: 15_000, away_grace_ms: 5_000, abort_ms: 20_000, max_fruitless: 5 }
+        Self {
+            restart_grace_ms: 15_000,
+            away_grace_ms: 5_000,
+            report_grace_ms: 1_000,
+            abort_ms: 20_000,
+            max_fruitless: 5,
+        }
     }
 }
 
@@ -154,15 +162,11 @@ impl Core {
         self.stale_messages
     }
 
-    /// Whether `worker` has that rank-holding place in the job's present membership; what comes from elsewhere is refused.
+    /// Whether `worker` takes part in the job's present membership, which is `generation`, and has not ended.
     pub fn is_current(&self, worker: WorkerId, job: JobId, generation: Generation) -> bool {
-        self.member_state(worker, job, generation).is_some()
-    }
-
-    fn member_state(&self, worker: WorkerId, job: JobId, generation: Generation) -> Option<&MemberState> {
-        let live = self.jobs.get(&job)?.live().filter(|l| l.generation == generation)?;
-        let state = &live.members[live.rank_of(worker)?].state;
-        (!matches!(state, MemberState::Gone | MemberState::Ended(_))).then_some(state)
+        let live = self.jobs.get(&job).and_then(Job::live).filter(|l| l.generation == generation);
+        live.and_then(|l| Some(&l.members[l.rank_of(worker)?].state))
+            .is_some_and(|state| matches!(state, MemberState::Present | MemberState::Away { .. }))
     }
 }
 
@@ -211,11 +215,25 @@ impl Core {
 
     /// A worker that was in `old` has come back without it.
     fn handle_forgotten(&mut self, worker: WorkerId, old: (JobId, Generation), elsewhere: bool, now_ms: u64) {
-        let reserved = self.jobs.get(&old.0).is_some_and(|j| matches!(j.phase, Phase::Reserved(_)));
-        if reserved && !elsewhere {
-            return; // It has not been told yet.
+        if elsewhere {
+            self.handle_member_lost(worker, old, "came back with other work", false, now_ms);
+            return;
         }
-        self.handle_member_lost(worker, old, "came back without its work", false, now_ms);
+        let until_ms = now_ms + self.config.report_grace_ms;
+        let Some(job) = self.jobs.get_mut(&old.0) else { return self.workers.release(worker, old) };
+        match &mut job.phase {
+            // It has not been told yet.
+            Phase::Reserved(workers) if job.record.generation == old.1 && workers.contains(&worker) => {}
+            Phase::Live(live) if live.generation == old.1 => {
+                let state = live.rank_of(worker).map(|rank| &mut live.members[rank].state);
+                if let Some(state @ (MemberState::Present | MemberState::Away { .. })) = state {
+                    // Its last report may still be on the way.
+                    let restart = matches!(state, MemberState::Away { restart: true, .. });
+                    *state = MemberState::Away { until_ms, restart };
+                }
+            }
+            _ => self.workers.release(worker, old),
+        }
     }
 
     /// A worker has come back in the middle of `running`.
@@ -276,7 +294,7 @@ impl Core {
             | FromWorker::Log { job, generation, .. }
             | FromWorker::Ended { job, generation, .. } => (*job, *generation),
         };
-        if self.member_state(worker, job, generation) != Some(&MemberState::Present) {
+        if !self.is_current(worker, job, generation) {
             self.stale_messages += 1;
             if matches!(message, FromWorker::Ended { .. }) {
                 self.workers.release(worker, (job, generation));
@@ -296,7 +314,9 @@ impl Core {
                 }
                 self.persist(job);
             }
-            FromWorker::Ended { outcome, .. } => self.handle_ended(worker, (job, generation), outcome, now_ms),
+            FromWorker::Ended { outcome, .. } => {
+                self.handle_ended(worker, (job, generation), outcome, now_ms)
+            }
             FromWorker::Log { .. } | FromWorker::Leaving => {}
         }
         Reception::Current
@@ -337,7 +357,9 @@ impl Core {
                 if told {
                     self.settle(id);
                 } else {
-                    self.begin_ending(id, lost(format!("{who} stopped by itself")), StopMode::Abort, now_ms);
+                    // It was told to by its host. All ranks stop at the same step, so the others will too.
+                    let reason = format!("{who} stopped on its own account");
+                    self.begin_ending(id, lost(reason), StopMode::Checkpoint, now_ms);
                 }
             }
             Outcome::Lost { error, culprit } => {
@@ -404,7 +426,8 @@ impl Core {
         record.checkpoint = step;
         record.step = step.unwrap_or(0);
         record.weights_digest = None;
-        let from = step.map_or_else(|| "the initial weights".to_owned(), |s| format!("the checkpoint of step {s}"));
+        let from =
+            step.map_or_else(|| "the initial weights".to_owned(), |s| format!("the checkpoint of step {s}"));
         let line = format!("{generation} starts from {from} on {}", names.join(", "));
         job.phase = Phase::Live(Live::new(generation, &workers, &MemberState::Present));
         self.log(id, line);

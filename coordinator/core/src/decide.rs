@@ -85,11 +85,8 @@ mod tests {
 
     /// The decisions for jobs (min, max) and idle workers, in words.
     fn check(jobs: &[(u32, u32)], idle: &[u64], expected: &[&str]) {
-        let queue: Vec<_> = jobs
-            .iter()
-            .zip(1..)
-            .map(|(&(min, max), n)| Waiting { job: JobId(n), min, max })
-            .collect();
+        let queue: Vec<_> =
+            jobs.iter().zip(1..).map(|(&(min, max), n)| Waiting { job: JobId(n), min, max }).collect();
         let idle: Vec<_> = idle.iter().copied().map(WorkerId).collect();
         let words: Vec<_> = decide(&queue, &idle)
             .into_iter()
@@ -109,7 +106,11 @@ mod tests {
         check(&[], &[1], &[]);
         check(&[(1, 8)], &[], &["j1 needs 1 worker, 0 are free"]);
         check(&[(2, 8)], &[4], &["j1 needs 2 workers, 1 is free"]);
-        check(&[(2, 2), (1, 2), (1, 1)], &[1, 3, 5], &["j1 on w1 w3", "j2 on w5", "j3 needs 1 worker, 0 are free"]);
+        check(
+            &[(2, 2), (1, 2), (1, 1)],
+            &[1, 3, 5],
+            &["j1 on w1 w3", "j2 on w5", "j3 needs 1 worker, 0 are free"],
+        );
     }
 
     #[test]

@@ -24,7 +24,9 @@ pub enum CommandError {
         verb: &'static str,
     },
     /// The worker's certificate is good, but its coordinator has forgotten it.
-    #[error("{0} is not known to this coordinator; remove the worker's data directory and join with a new token")]
+    #[error(
+        "{0} is not known to this coordinator; remove the worker's data directory and join with a new token"
+    )]
     UnknownWorker(WorkerId),
 }
 

@@ -75,7 +75,10 @@ impl Core {
                 }
                 if job.record.fruitless >= max_fruitless {
                     let first = &job.record.first_error;
-                    (JobState::Failed, format!("{max_fruitless} attempts in a row came no further; first error: {first}"))
+                    (
+                        JobState::Failed,
+                        format!("{max_fruitless} attempts in a row came no further; first error: {first}"),
+                    )
                 } else {
                     (JobState::Queued, reason)
                 }

@@ -143,7 +143,14 @@ impl Workers {
 
 impl Worker {
     fn new(record: WorkerRecord) -> Self {
-        Self { heard_ms: record.enrolled_ms, record, session: None, register: None, engaged: None, leaving: false }
+        Self {
+            heard_ms: record.enrolled_ms,
+            record,
+            session: None,
+            register: None,
+            engaged: None,
+            leaving: false,
+        }
     }
 
     fn is_idle(&self) -> bool {

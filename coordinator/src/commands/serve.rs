@@ -1,0 +1,56 @@
+//! `coordinator serve`.
+
+use crate::cli::ServeArgs;
+use crate::data_dir::DataDir;
+use crate::output::{hint, note, say};
+use crate::service::{Options, Scope, Service, new_token};
+use anyhow::{Context, Result};
+use lockstep_common::net::local_addresses;
+use lockstep_common::wire::TokenPurpose;
+use std::net::SocketAddr;
+use tokio::signal::unix::{SignalKind, signal};
+
+const TOKEN_TTL_S: u64 = 3600;
+const TOKEN_USES: u32 = 16;
+
+pub(super) async fn serve(dir: DataDir, args: &ServeArgs) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for signals")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for signals")?;
+    let first_start = !dir.store().exists();
+    let root = dir.root().display().to_string();
+    let service =
+        Service::start(Options { dir, listen: args.listen, http: args.http, scope: Scope::All }).await?;
+    let address = advertised(service.address());
+    say(format_args!("coordinator on {}, metrics on http://{}/metrics", service.address(), service.http()));
+    if first_start {
+        let token = new_token(&service.shared, TokenPurpose::Worker, TOKEN_TTL_S, TOKEN_USES);
+        let token = token.map_err(|refusal| anyhow::anyhow!(refusal.message))?;
+        say(format_args!(
+            "\nOn each worker's host (the token is good for an hour and {TOKEN_USES} workers):"
+        ));
+        say(format_args!("  worker join --coordinator {address} --token {token}\n"));
+        hint(format_args!("`coordinator --data-dir {root} token new` makes another token"));
+        hint(format_args!("`coordinator --data-dir {root} submit JOB.toml` puts a job in the queue"));
+    } else {
+        hint(format_args!("`coordinator --data-dir {root} token new` prints how workers join"));
+    }
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    note("stopping; running jobs go on without a coordinator until the next one");
+    service.stop().await;
+    Ok(())
+}
+
+/// The address to tell others: the bound one, or that of the interface with the default route.
+pub(super) fn advertised(bound: SocketAddr) -> SocketAddr {
+    /// A documentation address (RFC 5737): nothing is sent there, it only asks the routing table.
+    const ELSEWHERE: SocketAddr =
+        SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1)), 9);
+    if !bound.ip().is_unspecified() {
+        return bound;
+    }
+    let loopback = SocketAddr::new(std::net::Ipv4Addr::LOCALHOST.into(), bound.port());
+    local_addresses(ELSEWHERE, bound.port()).first().copied().unwrap_or(loopback)
+}

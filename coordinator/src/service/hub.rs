@@ -1,0 +1,280 @@
+//! The thread that owns the core and the store: one event after the other, each followed by what it asks for.
+//!
+//! A caller gets its answer after the actions of its event have been carried out, so what was answered is durable. If
+//! the store cannot be written, nothing further is sent until it can be.
+
+use crate::data_dir::DataDir;
+use crate::metrics::Metrics;
+use crate::store::{Store, StoreError};
+use lockstep_common::http::Readiness;
+use lockstep_common::ids::{Generation, JobId, WorkerId};
+use lockstep_common::wire::{FromWorker, Refusal, Register, ToWorker};
+use lockstep_core::{Action, CommandError, Core, Reception};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime};
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// How often the core's timers are looked at.
+const TICK: Duration = Duration::from_millis(200);
+
+/// Milliseconds since 1970 that never run backwards, whatever is done to the host's clock.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Clock {
+    start: Instant,
+    start_ms: u64,
+}
+
+impl Clock {
+    pub(crate) fn new() -> Self {
+        let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        Self { start: Instant::now(), start_ms: unix.as_millis() as u64 }
+    }
+
+    pub(crate) fn now_ms(&self) -> u64 {
+        self.start_ms + self.start.elapsed().as_millis() as u64
+    }
+}
+
+type Task = Box<dyn FnOnce(&mut Hub) + Send>;
+
+/// What the hub needs from the start.
+pub(crate) struct Parts {
+    pub(crate) core: Core,
+    pub(crate) store: Arc<Store>,
+    pub(crate) dir: DataDir,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) readiness: Readiness,
+    pub(crate) clock: Clock,
+}
+
+struct Session {
+    number: u64,
+    outbox: mpsc::UnboundedSender<ToWorker>,
+}
+
+/// The owner of the core.
+pub(crate) struct Hub {
+    pub(crate) core: Core,
+    dir: DataDir,
+    store: Arc<Store>,
+    metrics: Arc<Metrics>,
+    readiness: Readiness,
+    clock: Clock,
+    sessions: HashMap<WorkerId, Session>,
+    last_session: u64,
+    /// An action that could not be carried out yet.
+    blocked: Option<Action>,
+    handle: HubHandle,
+    changes: watch::Sender<u64>,
+    stopped: bool,
+}
+
+/// How tasks reach the hub.
+#[derive(Clone)]
+pub(crate) struct HubHandle {
+    tasks: Sender<Task>,
+    changes: watch::Receiver<u64>,
+}
+
+/// Starts the hub's thread.
+pub(crate) fn start(parts: Parts) -> std::io::Result<(HubHandle, JoinHandle<()>)> {
+    let (tasks, inbox) = channel();
+    let (changes, changed) = watch::channel(0);
+    let handle = HubHandle { tasks, changes: changed };
+    let hub = Hub {
+        core: parts.core,
+        dir: parts.dir,
+        store: parts.store,
+        metrics: parts.metrics,
+        readiness: parts.readiness,
+        clock: parts.clock,
+        sessions: HashMap::new(),
+        last_session: 0,
+        blocked: None,
+        handle: handle.clone(),
+        changes,
+        stopped: false,
+    };
+    let thread = std::thread::Builder::new().name("hub".to_owned()).spawn(move || hub.run(&inbox))?;
+    Ok((handle, thread))
+}
+
+impl HubHandle {
+    /// Runs `task` on the hub and returns its result once the actions that follow from it have been carried out.
+    pub(crate) async fn call<R: Send + 'static>(
+        &self,
+        task: impl FnOnce(&mut Hub) -> R + Send + 'static,
+    ) -> Result<R, Refusal> {
+        let (answer, answered) = oneshot::channel();
+        self.post(move |hub| {
+            let result = task(hub);
+            let done = hub.carry_out().map(|()| result).map_err(|e| Refusal {
+                reason: "store".to_owned(),
+                message: format!("{e}; what was asked is done as soon as it can be written"),
+            });
+            // The caller may have gone away.
+            let _ = answer.send(done);
+        });
+        answered.await.unwrap_or_else(|_| {
+            Err(Refusal { reason: "stopping".to_owned(), message: "the coordinator is stopping".to_owned() })
+        })
+    }
+
+    /// Runs `task` on the hub some time soon.
+    pub(crate) fn post(&self, task: impl FnOnce(&mut Hub) + Send + 'static) {
+        // After the hub's end there is nobody to do it for.
+        let _ = self.tasks.send(Box::new(task));
+    }
+
+    /// Wakes up whenever something may have changed.
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.clone()
+    }
+
+    /// Ends the hub's thread.
+    pub(crate) fn stop(&self) {
+        self.post(|hub| hub.stopped = true);
+    }
+}
+
+impl Hub {
+    fn run(mut self, inbox: &Receiver<Task>) {
+        let mut next_tick = Instant::now();
+        while !self.stopped {
+            match inbox.recv_timeout(next_tick.saturating_duration_since(Instant::now())) {
+                Ok(task) => task(&mut self),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            if next_tick <= Instant::now() {
+                next_tick = Instant::now() + TICK;
+                self.core.handle_tick(self.clock.now_ms());
+            }
+            let was_blocked = self.blocked.is_some();
+            match self.carry_out() {
+                Err(e) if !was_blocked => tracing::error!("{e}; nothing new starts until it can be written"),
+                Ok(()) if was_blocked => tracing::info!("the store can be written again"),
+                _ => {}
+            }
+            self.readiness.set(self.blocked.is_none());
+            self.metrics.observe(&self.core, self.clock.now_ms());
+            self.changes.send_modify(|n| *n += 1);
+        }
+    }
+
+    /// Does what the core asks for, in its order.
+    fn carry_out(&mut self) -> Result<(), StoreError> {
+        while let Some(action) = self.blocked.take().or_else(|| self.core.poll_action()) {
+            if let Err(e) = self.perform(&action) {
+                self.blocked = Some(action);
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    fn perform(&mut self, action: &Action) -> Result<(), StoreError> {
+        match action {
+            Action::PersistJob(record) => {
+                if let Err(e) = self.dir.job(record.id).create(&record.toml) {
+                    tracing::error!("{e}");
+                }
+                self.store.put_job(record)?;
+            }
+            Action::PersistWorker(record) => self.store.put_worker(record)?,
+            Action::Send { worker, message } => {
+                if let Some(session) = self.sessions.get(worker) {
+                    // A session that has just broken is noticed by its own task.
+                    let _ = session.outbox.send(message.clone());
+                }
+            }
+            Action::FindCheckpoint { job, generation } => self.find_checkpoint(*job, *generation),
+            Action::Log { job, line } => self.log(*job, line),
+        }
+        Ok(())
+    }
+
+    /// Checks the job's checkpoints on a thread of its own: they may be large.
+    fn find_checkpoint(&self, job: JobId, generation: Generation) {
+        let (dir, handle) = (self.dir.job(job), self.handle.clone());
+        let failed = self.handle.clone();
+        let find = move || {
+            let found = dir.checkpoint_store().and_then(|store| store.latest_good());
+            handle.post(move |hub| {
+                let found = found.map_err(|e| format!("its checkpoints cannot be read: {e}")).map(|latest| {
+                    for refused in &latest.refused {
+                        hub.log(job, &format!("warning: {refused}"));
+                    }
+                    latest.good.map(|checkpoint| checkpoint.manifest.info.step)
+                });
+                hub.core.handle_checkpoint_found(job, generation, found);
+            });
+        };
+        if let Err(e) = std::thread::Builder::new().name("checkpoints".to_owned()).spawn(find) {
+            let error = format!("no thread to look for its checkpoints: {e}");
+            failed.post(move |hub| hub.core.handle_checkpoint_found(job, generation, Err(error)));
+        }
+    }
+
+    /// Adds a line to a job's log and to the coordinator's own.
+    pub(crate) fn log(&self, job: JobId, line: &str) {
+        tracing::info!("{job}: {line}");
+        if let Err(e) = self.dir.job(job).append_log(line) {
+            tracing::error!("{e}");
+        }
+    }
+
+    /// The time as the core counts it.
+    pub(crate) fn now_ms(&self) -> u64 {
+        self.clock.now_ms()
+    }
+
+    /// Opens a session of a worker; an earlier one of the same worker gets nothing any more.
+    pub(crate) fn open_session(
+        &mut self,
+        worker: WorkerId,
+        register: Register,
+    ) -> Result<(u64, mpsc::UnboundedReceiver<ToWorker>), CommandError> {
+        self.last_session += 1;
+        let (outbox, messages) = mpsc::unbounded_channel();
+        self.core.handle_connected(worker, self.last_session, register, self.now_ms())?;
+        self.sessions.insert(worker, Session { number: self.last_session, outbox });
+        Ok((self.last_session, messages))
+    }
+
+    /// A worker's session has ended.
+    pub(crate) fn close_session(&mut self, worker: WorkerId, number: u64) {
+        if self.sessions.get(&worker).is_some_and(|s| s.number == number) {
+            self.sessions.remove(&worker);
+        }
+        self.core.handle_disconnected(worker, number, self.now_ms());
+    }
+
+    /// A worker has said something.
+    pub(crate) fn hear(&mut self, worker: WorkerId, message: FromWorker) {
+        let now_ms = self.now_ms();
+        if self.core.handle_message(worker, message.clone(), now_ms) == Reception::Stale {
+            return;
+        }
+        let written = match &message {
+            FromWorker::Steps { job, generation, records } => {
+                self.metrics.stepped(*job, records);
+                self.dir.job(*job).append_steps(*generation, records)
+            }
+            FromWorker::Metrics { job, generation, step, epoch, values } => {
+                self.dir.job(*job).append_values(*generation, *step, *epoch, values)
+            }
+            FromWorker::Log { job, line, .. } => {
+                self.log(*job, &format!("{worker}: {line}"));
+                Ok(())
+            }
+            FromWorker::Ended { .. } | FromWorker::Leaving => Ok(()),
+        };
+        if let Err(e) = written {
+            tracing::error!("{e}");
+        }
+    }
+}

@@ -1,0 +1,279 @@
+//! The running coordinator.
+//!
+//! Connections are tasks, one each; what they decide nothing about goes to the [`hub`], which owns the core.
+
+mod artifacts;
+mod checkpoints;
+mod enroll;
+mod http;
+mod hub;
+mod operators;
+mod requests;
+mod session;
+mod shards;
+mod summary;
+
+pub(crate) use enroll::new_token;
+pub(crate) use hub::HubHandle;
+pub(crate) use operators::{check_job, submit};
+
+use crate::data_dir::{DataDir, Endpoint};
+use crate::metrics::Metrics;
+use crate::store::{Store, StoreError};
+use hub::{Clock, Parts};
+use lockstep_common::dataset::{self, DatasetError};
+use lockstep_common::durable::FileError;
+use lockstep_common::http::{HttpError, Readiness, process_registry};
+use lockstep_common::ids::JobId;
+use lockstep_common::net::{Authority, Identity, NetError, Role, bind, explain, server_config};
+use lockstep_common::wire::{JobState, Refusal};
+use lockstep_core::{Config, Core, Ending, JobRecord, Restored};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use thiserror::Error;
+
+/// Why a coordinator did not start.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// Another process has the data directory.
+    #[error("data directory `{}` is in use by another coordinator{}", dir.display(), pid.map(|p| format!(" (pid {p})")).unwrap_or_default())]
+    InUse {
+        /// The directory.
+        dir: std::path::PathBuf,
+        /// The other process.
+        pid: Option<u32>,
+    },
+    /// The store cannot be used.
+    #[error(transparent)]
+    Store(StoreError),
+    /// Keys, certificates or the port are to blame.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// The HTTP port is to blame.
+    #[error(transparent)]
+    Http(#[from] HttpError),
+    /// The datasets cannot be opened.
+    #[error(transparent)]
+    Dataset(#[from] DatasetError),
+    /// A file cannot be written.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The metrics could not be registered.
+    #[error("the metrics could not be registered: {0}")]
+    Metrics(#[from] prometheus::Error),
+    /// The operating system gives no thread or socket.
+    #[error(
+        "the operating system refused a thread or a socket: {0}; see the limits of this user (`ulimit -a`)"
+    )]
+    System(std::io::Error),
+}
+
+/// How to start a coordinator.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where it keeps everything.
+    pub dir: DataDir,
+    /// Its QUIC address.
+    pub listen: SocketAddr,
+    /// Its HTTP address.
+    pub http: SocketAddr,
+    /// Which of the stored jobs it takes care of.
+    pub scope: Scope,
+}
+
+/// Which of the stored jobs a coordinator takes care of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// All of them.
+    All,
+    /// Only an unfinished one of this very job file, if there is one; and jobs submitted from now on. The others stay as
+    /// they are.
+    Job {
+        /// The job file.
+        toml: String,
+    },
+    /// Only jobs submitted from now on.
+    New,
+}
+
+/// What connection tasks share.
+pub(crate) struct Shared {
+    pub(crate) dir: DataDir,
+    pub(crate) hub: HubHandle,
+    pub(crate) store: Arc<Store>,
+    pub(crate) authority: Authority,
+    pub(crate) datasets: dataset::Store,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) clock: Clock,
+}
+
+impl Shared {
+    /// Notes a refusal in the log and the metrics.
+    pub(crate) fn note_refusal(&self, peer: SocketAddr, refusal: &Refusal) {
+        tracing::warn!("refused {peer}: {} ({})", refusal.message, refusal.reason);
+        self.metrics.refused(&refusal.reason);
+    }
+}
+
+/// A refusal with its reason for the metric and its message for people.
+pub(crate) fn refuse(reason: &str, message: impl ToString) -> Refusal {
+    Refusal { reason: reason.to_owned(), message: message.to_string() }
+}
+
+/// A running coordinator.
+pub struct Service {
+    pub(crate) shared: Arc<Shared>,
+    endpoint: quinn::Endpoint,
+    address: SocketAddr,
+    http: SocketAddr,
+    hub: JoinHandle<()>,
+    taken_up: Option<JobId>,
+}
+
+impl Service {
+    /// Starts a coordinator in the current tokio runtime.
+    pub async fn start(options: Options) -> Result<Self, StartError> {
+        let dir = options.dir;
+        let store = Arc::new(Store::open(&dir.store()).map_err(|e| match e {
+            StoreError::InUse(_) => {
+                StartError::InUse { dir: dir.root().to_owned(), pid: dir.endpoint().and_then(|e| e.pid) }
+            }
+            other => StartError::Store(other),
+        })?);
+        let authority = Authority::open(&dir.ca())?;
+        let identity = own_identity(&authority, &dir)?;
+        let datasets = dataset::Store::open(&dir.datasets())?;
+        let clock = Clock::new();
+        let jobs = store.jobs().map_err(StartError::Store)?;
+        let last_job = jobs.iter().map(|j| j.id).max().unwrap_or_default();
+        let (jobs, config) = in_scope(jobs, &options.scope);
+        let taken_up = jobs.last().map(|j| j.id).filter(|_| options.scope != Scope::All);
+        let workers = store.workers().map_err(StartError::Store)?;
+        let core = Core::new(config, Restored { jobs, workers, last_job }, clock.now_ms());
+
+        let registry = process_registry();
+        let metrics = Arc::new(Metrics::new(&registry)?);
+        let readiness = Readiness::default();
+        let endpoint = bind(options.listen, Some(server_config(&identity, true)?))?;
+        let address = endpoint.local_addr().map_err(StartError::System)?;
+        let parts = Parts {
+            core,
+            store: store.clone(),
+            dir: dir.clone(),
+            metrics: metrics.clone(),
+            readiness: readiness.clone(),
+            clock,
+        };
+        let (hub, thread) = hub::start(parts).map_err(StartError::System)?;
+        let shared = Arc::new(Shared { dir, hub, store, authority, datasets, metrics, clock });
+        let started = http::serve(options.http, shared.clone(), registry, readiness).await;
+        let service = |http| Self {
+            shared: shared.clone(),
+            endpoint: endpoint.clone(),
+            address,
+            http,
+            hub: thread,
+            taken_up,
+        };
+        let service = match started {
+            Ok(http) => service(http),
+            Err(e) => {
+                shared.hub.stop();
+                return Err(e.into());
+            }
+        };
+        let own = Endpoint {
+            coordinator: reachable(address).to_string(),
+            http: Some(service.http),
+            pid: Some(std::process::id()),
+        };
+        service.shared.dir.publish(&own)?;
+        tokio::spawn(accept(service.endpoint.clone(), service.shared.clone()));
+        Ok(service)
+    }
+
+    /// Where its QUIC endpoint is bound.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where its HTTP server is bound.
+    pub fn http(&self) -> SocketAddr {
+        self.http
+    }
+
+    /// The unfinished job that [`Scope::Job`] found.
+    pub fn taken_up(&self) -> Option<JobId> {
+        self.taken_up
+    }
+
+    /// Stops. Running jobs go on without a coordinator and wait for the next one.
+    pub async fn stop(self) {
+        self.shared.dir.withdraw();
+        self.endpoint.close(0u32.into(), b"the coordinator is stopping; it may come back");
+        self.shared.hub.stop();
+        let hub = self.hub;
+        if tokio::task::spawn_blocking(move || hub.join()).await.is_err() {
+            tracing::error!("the hub's thread panicked");
+        }
+        self.endpoint.wait_idle().await;
+    }
+}
+
+/// The coordinator's identity; the local operator's is made beside it.
+fn own_identity(authority: &Authority, dir: &DataDir) -> Result<Identity, NetError> {
+    let mut identities = Vec::with_capacity(2);
+    for (role, name) in [(Role::Operator, "operator"), (Role::Coordinator, "coordinator")] {
+        let identity = match Identity::load(&dir.ca(), name)? {
+            Some(identity) if identity.ca() == authority.certificate() => identity,
+            _ => {
+                let identity = authority.issue(role)?;
+                identity.save(&dir.ca(), name)?;
+                identity
+            }
+        };
+        identities.push(identity);
+    }
+    identities.pop().ok_or_else(|| NetError::Certificate("no identity was made".to_owned()))
+}
+
+fn in_scope(mut jobs: Vec<JobRecord>, scope: &Scope) -> (Vec<JobRecord>, Config) {
+    match scope {
+        Scope::All => (jobs, Config::default()),
+        Scope::New => (Vec::new(), Config::default()),
+        Scope::Job { toml } => {
+            let newest = jobs.iter().rposition(|j| j.toml == *toml).map(|i| jobs.swap_remove(i));
+            let unfinished = newest.filter(|j| !j.state.is_final() && j.ending != Some(Ending::Cancel));
+            (unfinished.map(detached).into_iter().collect(), Config::default())
+        }
+    }
+}
+
+/// A job of an earlier embedded coordinator. Its workers died with that one, so there is nothing to wait for.
+fn detached(job: JobRecord) -> JobRecord {
+    JobRecord { state: JobState::Queued, members: Vec::new(), ending: None, ..job }
+}
+
+/// An address under which this host reaches itself.
+fn reachable(bound: SocketAddr) -> SocketAddr {
+    let ip = match bound.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, bound.port())
+}
+
+async fn accept(endpoint: quinn::Endpoint, shared: Arc<Shared>) {
+    while let Some(incoming) = endpoint.accept().await {
+        let shared = shared.clone();
+        tokio::spawn(async move {
+            let peer = incoming.remote_address();
+            match incoming.await {
+                Ok(connection) => requests::serve(&shared, &connection).await,
+                Err(e) => shared.note_refusal(peer, &refuse("handshake", explain(&e))),
+            }
+        });
+    }
+}

@@ -1,0 +1,56 @@
+//! A worker's session: its reports in, its orders out.
+
+use super::refuse;
+use super::requests::{Call, Stop};
+use lockstep_common::ids::WorkerId;
+use lockstep_common::wire::{FromWorker, Register, Response, read_frame, write_frame};
+use quinn::Connection;
+
+/// More addresses than a host has.
+const MAX_ADDRESSES: usize = 64;
+
+/// Runs a session until the worker or its connection ends.
+pub(super) async fn run(
+    call: &mut Call,
+    worker: WorkerId,
+    register: Register,
+    connection: Connection,
+) -> Result<(), Stop> {
+    if register.addresses.len() > MAX_ADDRESSES || register.host.len() > 255 || register.device.len() > 255 {
+        return Err(refuse("malformed", "the worker's introduction is too long").into());
+    }
+    let hub = call.shared.hub.clone();
+    tracing::info!("{worker} on {} ({}, {}) is here", register.host, register.device, call.peer);
+    let opened = hub.call(move |hub| hub.open_session(worker, register)).await?;
+    let (number, mut orders) = opened.map_err(|e| refuse("unknown_worker", e))?;
+    let result = async {
+        call.answer(&Response::Welcome).await?;
+        let send = &mut call.send;
+        let orders_out = async {
+            while let Some(order) = orders.recv().await {
+                write_frame(send, &order).await?;
+            }
+            // A newer session of this worker has taken over.
+            Ok::<_, Stop>(())
+        };
+        let recv = &mut call.recv;
+        let reports_in = async {
+            loop {
+                let report: FromWorker = read_frame(recv).await?;
+                hub.call(move |hub| hub.hear(worker, report)).await?;
+            }
+        };
+        tokio::select! {
+            result = orders_out => result,
+            result = reports_in => result,
+        }
+    }
+    .await;
+    hub.post(move |hub| hub.close_session(worker, number));
+    tracing::info!("{worker}'s session has ended");
+    if let Err(Stop::Broken(_)) = &result {
+        // Whatever else it has under way is void without its session.
+        connection.close(0u32.into(), b"session ended");
+    }
+    result
+}

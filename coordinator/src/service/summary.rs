@@ -1,0 +1,53 @@
+//! Jobs and workers as lists show them.
+
+use super::hub::Hub;
+use crate::data_dir::DataDir;
+use lockstep_common::wire::{JobSummary, WorkerSummary};
+use lockstep_core::JobRecord;
+
+impl Hub {
+    /// A job as lists and `status` show it.
+    pub(crate) fn job_summary(&self, dir: &DataDir, job: &JobRecord) -> JobSummary {
+        let folder =
+            |step| dir.job(job.id).checkpoints().join(format!("step-{step:012}")).display().to_string();
+        JobSummary {
+            id: job.id,
+            name: job.name.clone(),
+            state: job.state,
+            reason: job.reason.clone(),
+            generation: job.generation,
+            step: job.step,
+            total_steps: job.total_steps,
+            epoch: job.epoch,
+            workers: job.members.clone(),
+            metrics: job.metrics.clone(),
+            weights_digest: job.weights_digest.clone(),
+            checkpoint: job.checkpoint.map(folder),
+            age_s: self.now_ms().saturating_sub(job.submitted_ms) / 1000,
+            eta_s: self.core.eta_s(job.id).map(|s| s.ceil() as u64),
+        }
+    }
+
+    /// All jobs.
+    pub(crate) fn job_summaries(&self, dir: &DataDir) -> Vec<JobSummary> {
+        self.core.jobs().map(|j| self.job_summary(dir, j)).collect()
+    }
+
+    /// All workers.
+    pub(crate) fn worker_summaries(&self) -> Vec<WorkerSummary> {
+        let now_ms = self.now_ms();
+        self.core
+            .workers()
+            .map(|w| WorkerSummary {
+                id: w.record.id,
+                host: w.register.map_or_else(|| w.record.host.clone(), |r| r.host.clone()),
+                device: w.register.map(|r| r.device.clone()).unwrap_or_default(),
+                state: w.activity.as_str().to_owned(),
+                job: w.engaged.map(|(job, _)| job),
+                addresses: w.register.map(|r| r.addresses.clone()).unwrap_or_default(),
+                metrics: w.register.and_then(|r| r.metrics),
+                silent_s: now_ms.saturating_sub(w.heard_ms) / 1000,
+            })
+            .collect()
+    }
+}
