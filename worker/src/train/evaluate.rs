@@ -29,7 +29,7 @@ pub(crate) fn evaluate<T: Number>(
                 let mut sums = vec![0.0; names.len() + 1];
                 for samples in plan.batches(shard) {
                     let batch = test.plain(samples)?;
-                    for (sum, value) in sums.iter_mut().zip(task.evaluate(&batch)?) {
+                    for (sum, value) in sums[..names.len()].iter_mut().zip(task.evaluate(&batch)?) {
                         *sum += value;
                     }
                     sums[names.len()] += batch.samples.len() as f64;

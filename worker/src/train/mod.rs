@@ -19,6 +19,9 @@ pub(crate) mod replica;
 pub(crate) mod statistics;
 pub(crate) mod trainer;
 
+#[cfg(test)]
+mod tests;
+
 /// The number type of a job's weights, gradients and arithmetic.
 pub(crate) trait Number: lockstep_collectives::Element + tch::kind::Element + Default {
     /// The nearest value.

@@ -1,0 +1,150 @@
+//! Whole training runs with all ranks in this process: the result must not depend on how many there are.
+
+use super::Number;
+use super::evaluate::evaluate;
+use super::trainer::Trainer;
+use crate::data::batch::Decoder;
+use crate::data::loader::{Loader, Timetable};
+use crate::tasks::TaskPlan;
+use lockstep_collectives::Group;
+use lockstep_common::dataset::{DatasetReader, ShardCache, Store};
+use lockstep_common::job::JobSpec;
+use lockstep_common::placement::Placement;
+use lockstep_common::rng::Stream;
+use lockstep_common::sampler::Sampler;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tch::Device;
+
+/// 70 images of 8 × 8 and their labels: an epoch of nine batches of 8, the last of them uneven.
+fn write_idx(folder: &Path) {
+    let mut stream = Stream::new(3, "images", &[]);
+    let mut images = vec![0, 0, 8, 3, 0, 0, 0, 70, 0, 0, 0, 8, 0, 0, 0, 8];
+    let mut labels = vec![0, 0, 8, 1, 0, 0, 0, 70];
+    for _ in 0..70 {
+        let label = stream.below(4) as u8;
+        labels.push(label);
+        images.extend((0..64).map(|i| if i / 16 == u64::from(label) { 200 } else { stream.below(100) as u8 }));
+    }
+    std::fs::write(folder.join("train-images-idx3-ubyte"), images).unwrap();
+    std::fs::write(folder.join("train-labels-idx1-ubyte"), labels).unwrap();
+}
+
+fn job(networks: &str, more: &str) -> JobSpec {
+    let text = format!(
+        "name = \"test\"\nseed = 5\nepochs = 2\nglobal_batch = 8\nlogical_shards = 4\n{more}\n{networks}\n\
+         [data]\ntrain = \"tiny/train\"\ntest = \"tiny/train\"\n[optimizer]\nname = \"adam\"\nlr = 0.01\n"
+    );
+    JobSpec::parse("test.toml", &text).unwrap()
+}
+
+struct Outcome {
+    digest: String,
+    losses: Vec<f64>,
+    evaluation: BTreeMap<String, f64>,
+}
+
+/// Trains `job` on `ranks` ranks; all of them must agree.
+fn train<T: Number>(job: &JobSpec, ranks: u32, threads: usize) -> Outcome {
+    let folder = tempfile::tempdir().unwrap();
+    write_idx(folder.path());
+    let store = Store::open(&folder.path().join("store")).unwrap();
+    store.import_idx("tiny", folder.path(), |_| {}).unwrap();
+    let placement = Placement::even(job.logical_shards, ranks);
+    let groups = Group::in_process(&placement, job.reduction, Duration::from_secs(60)).unwrap();
+    let mut outcomes: Vec<Outcome> = std::thread::scope(|scope| {
+        let runs: Vec<_> = groups
+            .into_iter()
+            .map(|group| {
+                let cache = folder.path().join(format!("cache-{}", group.rank().0));
+                let store = &store;
+                scope.spawn(move || {
+                    let cache = ShardCache::new(&cache, 1 << 30).unwrap();
+                    let cache = Arc::new(cache.with_local([store.shards_dir().to_owned()]));
+                    run::<T>(job, group, store, &cache, threads)
+                })
+            })
+            .collect();
+        runs.into_iter().map(|r| r.join().unwrap()).collect()
+    });
+    let first = outcomes.remove(0);
+    for other in outcomes {
+        assert_eq!(other.digest, first.digest);
+        assert_eq!(other.losses, first.losses);
+        assert_eq!(other.evaluation, first.evaluation);
+    }
+    first
+}
+
+fn run<T: Number>(job: &JobSpec, group: Group, store: &Store, cache: &Arc<ShardCache>, threads: usize) -> Outcome {
+    let decoder = || {
+        let manifest = store.manifest("tiny/train").unwrap();
+        let statistics = (manifest.mean.clone(), manifest.std.clone());
+        let reader = DatasetReader::new(Arc::new(manifest), cache.clone()).unwrap();
+        let statistics = (statistics.0.as_slice(), statistics.1.as_slice());
+        let augments = job.data.augment.clone();
+        Decoder::<T>::new(reader, job.data.scale, statistics, augments, job.seed, Device::Cpu).unwrap()
+    };
+    let plan = Arc::new(TaskPlan::new(job));
+    let sampler = Sampler::new(job.seed, 70, u64::from(job.global_batch), job.logical_shards, true).unwrap();
+    let timetable = Timetable { sampler: Arc::new(sampler), per_step: plan.minibatches as u64 };
+    let total = job.total_steps(timetable.steps_per_epoch());
+    let shards = group.placement().range(group.rank());
+    let mut trainer = Trainer::<T>::new(job.clone(), plan, group, Device::Cpu, threads).unwrap();
+    let loader = Loader::start(decoder(), timetable.clone(), shards, 0..total).unwrap();
+    let mut losses = Vec::new();
+    for _ in 0..total {
+        let batches = loader.next().unwrap();
+        let done = trainer.step(batches, total, timetable.steps_per_epoch(), false).unwrap();
+        losses.push(done.figures["loss"]);
+    }
+    let evaluation = evaluate(&trainer, &Arc::new(decoder())).unwrap();
+    Outcome { digest: trainer.compare_replicas().unwrap(), losses, evaluation }
+}
+
+fn classifier(batch_norm: &str) -> String {
+    format!("task = \"classify\"\n[model]\nname = \"small-cnn\"\nclasses = 4\nwidth = 4\nbatch_norm = \"{batch_norm}\"")
+}
+
+const GAN: &str = "task = \"gan\"\n[generator]\nname = \"gan-generator\"\nlatent = 6\nhidden = 10\noutputs = 64\n\
+    [discriminator]\nname = \"gan-discriminator\"\ninputs = 64\nhidden = 8\n[gan]\ndiscriminator_steps = 2";
+
+#[test]
+fn every_number_of_workers_ends_with_the_same_weights() {
+    for batch_norm in ["sync", "local", "none"] {
+        let job = job(&classifier(batch_norm), "");
+        let alone = train::<f32>(&job, 1, 1);
+        for (ranks, threads) in [(1, 4), (2, 1), (3, 2), (4, 1)] {
+            assert_eq!(train::<f32>(&job, ranks, threads).digest, alone.digest, "{batch_norm}, {ranks} ranks");
+        }
+        assert!(alone.losses.last() < alone.losses.first(), "{:?}", alone.losses);
+    }
+}
+
+#[test]
+fn a_gan_ends_with_the_same_weights_on_every_number_of_workers() {
+    let job = job(GAN, "");
+    let alone = train::<f32>(&job, 1, 1);
+    for ranks in [2, 3, 4] {
+        assert_eq!(train::<f32>(&job, ranks, 1).digest, alone.digest, "{ranks} ranks");
+    }
+}
+
+/// The negative control: added in another order, the same gradients come to other bits.
+#[test]
+fn fast_reduction_depends_on_the_number_of_workers() {
+    let job = job(&classifier("none"), "reduction = \"fast\"");
+    assert_ne!(train::<f32>(&job, 1, 1).digest, train::<f32>(&job, 2, 1).digest);
+}
+
+#[test]
+fn batch_norm_modes_and_seeds_end_with_different_weights() {
+    let digest = |job: &JobSpec| train::<f64>(job, 1, 1).digest;
+    let (sync, local) = (job(&classifier("sync"), ""), job(&classifier("local"), ""));
+    let mut reseeded = sync.clone();
+    reseeded.seed += 1;
+    assert_ne!(digest(&sync), digest(&local));
+    assert_ne!(digest(&sync), digest(&reseeded));
+}
