@@ -61,12 +61,7 @@ mod tests {
     use super::*;
 
     fn tensor<'a>(name: &'a str, dtype: &'a str, shape: &'a [usize], bytes: &'a [u8]) -> TensorBytes<'a> {
-        TensorBytes {
-            name: name.into(),
-            dtype: dtype.into(),
-            shape: shape.into(),
-            bytes: bytes.into(),
-        }
+        TensorBytes { name: name.into(), dtype: dtype.into(), shape: shape.into(), bytes: bytes.into() }
     }
 
     #[test]
@@ -88,10 +83,7 @@ mod tests {
         ];
         for (i, a) in digests.iter().enumerate() {
             assert!(is_blake3_hex(a));
-            assert!(
-                digests[i + 1..].iter().all(|b| a != b),
-                "digest {i} is not unique: {digests:?}"
-            );
+            assert!(digests[i + 1..].iter().all(|b| a != b), "digest {i} is not unique: {digests:?}");
         }
     }
 
@@ -99,12 +91,7 @@ mod tests {
     #[test]
     fn digest_is_stable_between_releases() {
         assert_eq!(
-            weights_digest([tensor(
-                "conv.weight",
-                "F32",
-                &[1, 2],
-                &[0, 0, 128, 63, 0, 0, 0, 64]
-            )]),
+            weights_digest([tensor("conv.weight", "F32", &[1, 2], &[0, 0, 128, 63, 0, 0, 0, 64])]),
             "7ef56ed9b5ad0ed699d9abf5fc14dc734381da2b25c7fa7da0ec63aad73a9b14"
         );
     }
@@ -112,13 +99,7 @@ mod tests {
     #[test]
     fn only_hashes_pass_as_hashes() {
         assert!(is_blake3_hex(&blake3_hex(b"")));
-        for bad in [
-            "",
-            "../../etc/passwd",
-            &"A".repeat(64),
-            &"g".repeat(64),
-            &"a".repeat(63),
-        ] {
+        for bad in ["", "../../etc/passwd", &"A".repeat(64), &"g".repeat(64), &"a".repeat(63)] {
             assert!(!is_blake3_hex(bad), "{bad}");
         }
     }

@@ -28,11 +28,7 @@ pub struct FileError {
 impl FileError {
     /// An error of `action` (a verb) on `path`.
     pub fn new(action: &'static str, path: impl Into<PathBuf>, source: io::Error) -> Self {
-        Self {
-            action,
-            path: path.into(),
-            source,
-        }
+        Self { action, path: path.into(), source }
     }
 
     /// For `map_err`: wraps what the system said about `action` on `path`.
@@ -101,11 +97,7 @@ fn write_and_rename(path: &Path, bytes: &[u8], mode: u32, replace: bool) -> Resu
         .write_all(bytes)
         .and_then(|()| temporary.as_file().sync_all())
         .map_err(FileError::on("write", path))?;
-    let persisted = if replace {
-        temporary.persist(path)
-    } else {
-        temporary.persist_noclobber(path)
-    };
+    let persisted = if replace { temporary.persist(path) } else { temporary.persist_noclobber(path) };
     persisted.map_err(|e| FileError::new("write", path, e.error))?;
     sync_dir(parent)
 }
@@ -161,10 +153,7 @@ impl AtomicDir {
     /// Begins a folder that will appear at `destination`.
     pub fn new(destination: &Path) -> Result<Self, FileError> {
         let temporary = TemporaryDir::new_in(parent(destination))?;
-        Ok(Self {
-            temporary,
-            destination: destination.to_path_buf(),
-        })
+        Ok(Self { temporary, destination: destination.to_path_buf() })
     }
 
     /// Writes a new file into the folder and flushes it to the disk. `name` must be a plain file name.
@@ -212,21 +201,14 @@ pub fn sweep_temporary(dir: &Path) -> Result<usize, FileError> {
     let mut removed = 0;
     for entry in entries {
         let entry = entry.map_err(FileError::on("list", dir))?;
-        if !entry
-            .file_name()
-            .as_encoded_bytes()
-            .starts_with(TEMPORARY_PREFIX.as_bytes())
-        {
+        if !entry.file_name().as_encoded_bytes().starts_with(TEMPORARY_PREFIX.as_bytes()) {
             continue;
         }
         let path = entry.path();
         match File::open(&path).map(|file| file.try_lock().map(|()| file)) {
             Ok(Ok(_lock)) => {
-                let result = if path.is_dir() {
-                    std::fs::remove_dir_all(&path)
-                } else {
-                    std::fs::remove_file(&path)
-                };
+                let result =
+                    if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
                 result.map_err(FileError::on("remove", &path))?;
                 removed += 1;
             }
@@ -241,9 +223,7 @@ pub fn sweep_temporary(dir: &Path) -> Result<usize, FileError> {
 
 /// Flushes the entries of a folder, so that renames in it survive a power cut.
 pub fn sync_dir(dir: &Path) -> Result<(), FileError> {
-    File::open(dir)
-        .and_then(|d| d.sync_all())
-        .map_err(FileError::on("flush folder", dir))
+    File::open(dir).and_then(|d| d.sync_all()).map_err(FileError::on("flush folder", dir))
 }
 
 /// Makes something temporary in `parent` and locks it. A sweeper may remove it between the two; then again.
@@ -276,10 +256,8 @@ mod tests {
     use super::*;
 
     fn names(dir: &Path) -> Vec<String> {
-        let mut names: Vec<_> = std::fs::read_dir(dir)
-            .unwrap()
-            .map(|e| e.unwrap().file_name().into_string().unwrap())
-            .collect();
+        let mut names: Vec<_> =
+            std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
     }
@@ -299,10 +277,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("key");
         write_atomic_private(&path, b"secret").unwrap();
-        assert_eq!(
-            std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
-            0o600
-        );
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     }
 
     #[test]
@@ -355,16 +330,10 @@ mod tests {
     #[test]
     fn errors_name_the_path_and_the_way_out() {
         let full = FileError::new("write", "/data/x", io::ErrorKind::StorageFull.into()).to_string();
-        assert!(
-            full.contains("`/data/x`") && full.contains("free space"),
-            "{full}"
-        );
+        assert!(full.contains("`/data/x`") && full.contains("free space"), "{full}");
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("no/such/folder");
         let error = write_atomic(&path, b"").unwrap_err();
-        assert!(
-            error.is_not_found() && error.to_string().contains("no/such/folder"),
-            "{error}"
-        );
+        assert!(error.is_not_found() && error.to_string().contains("no/such/folder"), "{error}");
     }
 }

@@ -72,8 +72,6 @@ pub async fn serve(address: SocketAddr, routes: Router) -> Result<SocketAddr, Ht
 pub fn process_registry() -> Registry {
     let registry = Registry::new();
     // Registering the first collector of an empty registry cannot collide.
-    let _ = registry.register(Box::new(
-        prometheus::process_collector::ProcessCollector::for_self(),
-    ));
+    let _ = registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()));
     registry
 }

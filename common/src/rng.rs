@@ -31,10 +31,7 @@ impl Stream {
         for c in coordinates {
             hasher.update(&c.to_le_bytes());
         }
-        Self {
-            rng: ChaCha8Rng::from_seed(*hasher.finalize().as_bytes()),
-            spare_normal: None,
-        }
+        Self { rng: ChaCha8Rng::from_seed(*hasher.finalize().as_bytes()), spare_normal: None }
     }
 
     /// 32 uniform bits.
@@ -143,10 +140,7 @@ mod tests {
         let var = draws.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / n as f64;
         // Five standard errors: 1/sqrt(n) for the mean, sqrt(2/n) for the variance.
         assert!(mean.abs() < 5.0 / (n as f64).sqrt(), "mean {mean}");
-        assert!(
-            (var - 1.0).abs() < 5.0 * (2.0 / n as f64).sqrt(),
-            "variance {var}"
-        );
+        assert!((var - 1.0).abs() < 5.0 * (2.0 / n as f64).sqrt(), "variance {var}");
     }
 
     #[test]
@@ -157,11 +151,6 @@ mod tests {
             counts[s.below(6) as usize] += 1;
         }
         // Each count is binomial(60000, 1/6): standard deviation 91.
-        assert!(
-            counts
-                .iter()
-                .all(|&c| (f64::from(c) - 10_000.0).abs() < 5.0 * 91.3),
-            "{counts:?}"
-        );
+        assert!(counts.iter().all(|&c| (f64::from(c) - 10_000.0).abs() < 5.0 * 91.3), "{counts:?}");
     }
 }

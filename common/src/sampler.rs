@@ -57,14 +57,7 @@ impl Sampler {
         shuffle: bool,
     ) -> Result<Self, SamplerError> {
         check(samples, global_batch, logical_shards)?;
-        Ok(Self {
-            seed,
-            samples,
-            global_batch,
-            logical_shards,
-            shuffle,
-            permutations: Mutex::default(),
-        })
+        Ok(Self { seed, samples, global_batch, logical_shards, shuffle, permutations: Mutex::default() })
     }
 
     /// Steps that it takes to see every sample once; the last may be smaller than the others.
@@ -75,10 +68,7 @@ impl Sampler {
     /// Where the job's `step`, counted from 0 over all epochs, lies.
     pub fn position(&self, step: u64) -> Position {
         let steps = self.steps_per_epoch();
-        Position {
-            epoch: step / steps,
-            step_in_epoch: step % steps,
-        }
+        Position { epoch: step / steps, step_in_epoch: step % steps }
     }
 
     /// Samples in the global batch of this step, by which losses and gradients are averaged; 0 past the epoch.
@@ -113,9 +103,7 @@ impl Sampler {
         if let Some((_, order)) = kept.iter().find(|(e, _)| *e == epoch) {
             return order.clone();
         }
-        let order: Arc<[u64]> = Stream::new(self.seed, "shuffle", &[epoch])
-            .permutation(self.samples)
-            .into();
+        let order: Arc<[u64]> = Stream::new(self.seed, "shuffle", &[epoch]).permutation(self.samples).into();
         if kept.len() == KEPT_EPOCHS {
             kept.remove(0);
         }
@@ -139,11 +127,7 @@ impl EvalPlan {
     /// A plan for `samples` samples over `logical_shards`, in batches of `batch` within each shard.
     pub fn new(samples: u64, logical_shards: u32, batch: u64) -> Result<Self, SamplerError> {
         check(samples, batch, logical_shards)?;
-        Ok(Self {
-            samples,
-            logical_shards,
-            batch,
-        })
+        Ok(Self { samples, logical_shards, batch })
     }
 
     /// All samples of `shard`; empty for a shard that does not exist.
@@ -176,11 +160,7 @@ fn part(length: u64, shards: u32, shard: LogicalShard) -> Range<u64> {
     if shard.0 >= shards {
         return length..length;
     }
-    let (each, larger, index) = (
-        length / u64::from(shards),
-        length % u64::from(shards),
-        u64::from(shard.0),
-    );
+    let (each, larger, index) = (length / u64::from(shards), length % u64::from(shards), u64::from(shard.0));
     let start = index * each + index.min(larger);
     start..start + each + u64::from(index < larger)
 }
@@ -191,15 +171,11 @@ mod tests {
     use proptest::prelude::*;
 
     fn shards(sampler: &Sampler, epoch: u64, step: u64) -> Vec<Vec<u64>> {
-        (0..sampler.logical_shards)
-            .map(|s| sampler.shard_samples(epoch, step, LogicalShard(s)))
-            .collect()
+        (0..sampler.logical_shards).map(|s| sampler.shard_samples(epoch, step, LogicalShard(s))).collect()
     }
 
     fn epoch_order(sampler: &Sampler, epoch: u64) -> Vec<u64> {
-        (0..sampler.steps_per_epoch())
-            .flat_map(|step| shards(sampler, epoch, step).concat())
-            .collect()
+        (0..sampler.steps_per_epoch()).flat_map(|step| shards(sampler, epoch, step).concat()).collect()
     }
 
     proptest! {
@@ -244,20 +220,14 @@ mod tests {
         assert_eq!(order(1, 0), order(1, 0));
         assert_ne!(order(1, 0), order(1, 1));
         assert_ne!(order(1, 0), order(2, 0));
-        assert_eq!(
-            epoch_order(&Sampler::new(1, 10, 4, 2, false).unwrap(), 3),
-            (0..10).collect::<Vec<_>>()
-        );
+        assert_eq!(epoch_order(&Sampler::new(1, 10, 4, 2, false).unwrap(), 3), (0..10).collect::<Vec<_>>());
     }
 
     /// Pinned: another order would change the result of every job.
     #[test]
     fn the_order_is_stable_between_releases() {
         let sampler = Sampler::new(1, 60_000, 8, 2, true).unwrap();
-        assert_eq!(
-            shards(&sampler, 0, 0),
-            [[38881, 33575, 56485, 23604], [25170, 57321, 9401, 32080]]
-        );
+        assert_eq!(shards(&sampler, 0, 0), [[38881, 33575, 56485, 23604], [25170, 57321, 9401, 32080]]);
     }
 
     /// The number of shards and the batch cut the same order differently; they do not change it.
@@ -280,33 +250,15 @@ mod tests {
     #[test]
     fn position_follows_steps_over_epochs() {
         let sampler = Sampler::new(1, 100, 30, 2, true).unwrap();
-        assert_eq!(
-            sampler.position(3),
-            Position {
-                epoch: 0,
-                step_in_epoch: 3
-            }
-        );
-        assert_eq!(
-            sampler.position(4),
-            Position {
-                epoch: 1,
-                step_in_epoch: 0
-            }
-        );
+        assert_eq!(sampler.position(3), Position { epoch: 0, step_in_epoch: 3 });
+        assert_eq!(sampler.position(4), Position { epoch: 1, step_in_epoch: 0 });
         assert_eq!(sampler.batch_size(3), 10);
     }
 
     #[test]
     fn senseless_values_are_refused_by_name() {
-        assert_eq!(
-            Sampler::new(1, 0, 1, 1, true).unwrap_err(),
-            SamplerError::NoSamples
-        );
-        assert_eq!(
-            Sampler::new(1, 1, 0, 1, true).unwrap_err(),
-            SamplerError::EmptyBatch
-        );
+        assert_eq!(Sampler::new(1, 0, 1, 1, true).unwrap_err(), SamplerError::NoSamples);
+        assert_eq!(Sampler::new(1, 1, 0, 1, true).unwrap_err(), SamplerError::EmptyBatch);
         assert_eq!(EvalPlan::new(1, 0, 1).unwrap_err(), SamplerError::NoShards);
     }
 }

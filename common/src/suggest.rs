@@ -12,9 +12,7 @@ pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
 
 /// ", did you mean `x`?" or nothing.
 pub fn did_you_mean<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> String {
-    nearest(name, known)
-        .map(|k| format!("; did you mean `{k}`?"))
-        .unwrap_or_default()
+    nearest(name, known).map(|k| format!("; did you mean `{k}`?")).unwrap_or_default()
 }
 
 #[cfg(test)]

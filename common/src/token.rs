@@ -37,11 +37,7 @@ impl Token {
         let (mut id, mut secret) = ([0; 8], [0; 32]);
         getrandom::fill(&mut id)?;
         getrandom::fill(&mut secret)?;
-        Ok(Self {
-            id,
-            secret,
-            ca: *blake3::hash(ca_der).as_bytes(),
-        })
+        Ok(Self { id, secret, ca: *blake3::hash(ca_der).as_bytes() })
     }
 
     /// The public name as text.
@@ -103,10 +99,7 @@ mod tests {
         for i in 0..text.len() {
             let mut bytes = text.clone().into_bytes();
             bytes[i] = if bytes[i] == b'A' { b'B' } else { b'A' };
-            assert!(
-                String::from_utf8(bytes).unwrap().parse::<Token>().is_err(),
-                "letter {i}"
-            );
+            assert!(String::from_utf8(bytes).unwrap().parse::<Token>().is_err(), "letter {i}");
         }
         assert!(text[..text.len() - 1].parse::<Token>().is_err());
         assert!(!format!("{token:?}").contains(&hex::encode(token.secret)));

@@ -34,18 +34,10 @@ impl Libtorch {
             lib: folder("LIBTORCH_LIB").join("lib"),
             root: root.clone(),
         };
-        if found
-            .include
-            .join("torch/csrc/api/include/torch/torch.h")
-            .exists()
-            && found.lib.exists()
-        {
+        if found.include.join("torch/csrc/api/include/torch/torch.h").exists() && found.lib.exists() {
             Ok(found)
         } else {
-            Err(format!(
-                "libtorch not found at `{}`; run `make libtorch` or set LIBTORCH",
-                root.display()
-            ))
+            Err(format!("libtorch not found at `{}`; run `make libtorch` or set LIBTORCH", root.display()))
         }
     }
 
@@ -81,11 +73,7 @@ impl Libtorch {
 
     /// libtorch's own folder and, for PyPI's wheels, the one of the CUDA runtime that libtorch links to.
     fn rpath(&self) -> Vec<String> {
-        let wheel = self
-            .root
-            .parent()
-            .unwrap_or(Path::new(""))
-            .join("nvidia/cu13/lib");
+        let wheel = self.root.parent().unwrap_or(Path::new("")).join("nvidia/cu13/lib");
         [self.lib.clone(), wheel]
             .iter()
             .filter(|folder| folder.exists())
@@ -97,22 +85,14 @@ impl Libtorch {
 /// No contraction: a fused multiply-add would make the bits depend on the instruction set.
 fn base() -> cc::Build {
     let mut build = cc::Build::new();
-    build
-        .cpp(true)
-        .std("c++17")
-        .opt_level(3)
-        .flag("-ffp-contract=off")
-        .warnings(true);
+    build.cpp(true).std("c++17").opt_level(3).flag("-ffp-contract=off").warnings(true);
     build
 }
 
 fn kernels(isa: &str, flags: &[&str]) {
     let mut build = base();
     // The wide vector types never cross a call, so the calling convention that GCC notes does not matter.
-    build
-        .file("shim/kernels.cpp")
-        .define("LOCKSTEP_ISA", isa)
-        .flag("-Wno-psabi");
+    build.file("shim/kernels.cpp").define("LOCKSTEP_ISA", isa).flag("-Wno-psabi");
     for flag in flags {
         build.flag(flag);
     }

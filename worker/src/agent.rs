@@ -17,6 +17,7 @@ use lockstep_common::wire::{
 use quinn::{Connection, Endpoint};
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -79,9 +80,13 @@ impl Agent {
         enrolment.wait_idle().await;
         drop(enrolment);
         let identity = identity?;
-        let Some(Role::Worker(worker)) = identity.role() else { bail!("the stored identity is not a worker's") };
+        let Some(Role::Worker(worker)) = identity.role() else {
+            bail!("the stored identity is not a worker's")
+        };
 
-        let endpoint = bind(args.listen, Some(server_config(&identity, false)?))?;
+        let mut server = server_config(&identity, false)?;
+        server.transport_config(Arc::new(lockstep_collectives::quic::transport_config()));
+        let endpoint = bind(args.listen, Some(server))?;
         let metrics = Metrics::new()?;
         let readiness = Readiness::default();
         let metrics_address = match args.metrics {
@@ -93,7 +98,9 @@ impl Agent {
         };
         let runtime = tokio::runtime::Handle::current();
         let (control, feed) = control::channel(runtime.clone());
-        let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get() as u32));
+        let threads = args
+            .threads
+            .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get() as u32));
         let environment = Environment {
             control,
             metrics,
@@ -105,7 +112,11 @@ impl Agent {
             device: args.device,
             threads: threads.max(1) as usize,
         };
-        tracing::info!("this is worker {worker} on {}, listening on {}", identity::host_name(), endpoint.local_addr()?);
+        tracing::info!(
+            "this is worker {worker} on {}, listening on {}",
+            identity::host_name(),
+            endpoint.local_addr()?
+        );
         let mut agent = Self {
             args,
             identity,
@@ -217,7 +228,8 @@ impl Agent {
     async fn open_session(&self) -> Result<(Connection, Exchange), NetError> {
         let addresses = resolve(&self.args.coordinator)?;
         let config = client_config(&self.identity)?;
-        let connection = connect(&self.endpoint, &config, &addresses, &Role::Coordinator.server_name()).await?;
+        let connection =
+            connect(&self.endpoint, &config, &addresses, &Role::Coordinator.server_name()).await?;
         let port = self.endpoint.local_addr().map_or(0, |a| a.port());
         let own = local_addresses(connection.remote_address(), port);
         let register = Register {

@@ -37,7 +37,9 @@ impl std::str::FromStr for DeviceArg {
     fn from_str(s: &str) -> Result<Self, String> {
         match s.strip_prefix("cuda:") {
             None if s == "cpu" => Ok(Self::Cpu),
-            Some(index) if index.parse::<usize>().is_ok() => Ok(Self::Cuda(index.parse().unwrap_or_default())),
+            Some(index) if index.parse::<usize>().is_ok() => {
+                Ok(Self::Cuda(index.parse().unwrap_or_default()))
+            }
             _ => Err("a device is `cpu` or `cuda:0`, `cuda:1`, ...".to_owned()),
         }
     }

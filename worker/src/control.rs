@@ -42,7 +42,10 @@ pub(crate) struct ControlFeed {
 pub(crate) fn channel(runtime: Handle) -> (Control, ControlFeed) {
     let outbox = Arc::new(Outbox::default());
     let (sender, receiver) = watch::channel(None);
-    (Control { outbox: outbox.clone(), connection: receiver, runtime }, ControlFeed { outbox, connection: sender })
+    (
+        Control { outbox: outbox.clone(), connection: receiver, runtime },
+        ControlFeed { outbox, connection: sender },
+    )
 }
 
 impl ControlFeed {
@@ -95,11 +98,14 @@ impl Control {
             loop {
                 let connection = self.connected().await?;
                 match exchange(connection.clone()).await {
-                    Err(NetError::Connect { .. } | NetError::Frame(_)) if connection.close_reason().is_some() => {
+                    Err(NetError::Connect { .. } | NetError::Frame(_))
+                        if connection.close_reason().is_some() =>
+                    {
                         // Wait until the agent has published the next connection.
                         let mut watch = self.connection.clone();
                         let old = connection.stable_id();
-                        let changed = watch.wait_for(|c| c.as_ref().is_none_or(|c| c.stable_id() != old)).await;
+                        let changed =
+                            watch.wait_for(|c| c.as_ref().is_none_or(|c| c.stable_id() != old)).await;
                         changed.map_err(|_| NetError::Refused("this worker is leaving".to_owned()))?;
                     }
                     result => return result,
@@ -141,7 +147,11 @@ impl Control {
     }
 
     /// Stores a checkpoint with the coordinator; returns once it is durable there.
-    pub(crate) fn store_checkpoint(&self, head: CheckpointHead, files: &[(String, Vec<u8>)]) -> Result<(), NetError> {
+    pub(crate) fn store_checkpoint(
+        &self,
+        head: CheckpointHead,
+        files: &[(String, Vec<u8>)],
+    ) -> Result<(), NetError> {
         let request = Request::PutCheckpoint(head);
         self.with_connection(|connection| store(connection, request.clone(), files))
     }
@@ -172,16 +182,24 @@ async fn fetch(connection: Connection, request: Request) -> Result<Vec<(String, 
         }
         let mut bytes = Vec::new();
         let mut part = tokio::io::AsyncReadExt::take(&mut exchange.recv, head.bytes);
-        tokio::io::AsyncReadExt::read_to_end(&mut part, &mut bytes).await.map_err(lockstep_common::wire::FrameError::Io)?;
+        tokio::io::AsyncReadExt::read_to_end(&mut part, &mut bytes)
+            .await
+            .map_err(lockstep_common::wire::FrameError::Io)?;
         if bytes.len() as u64 != head.bytes {
-            return Err(lockstep_common::wire::FrameError::Io(std::io::ErrorKind::UnexpectedEof.into()).into());
+            return Err(
+                lockstep_common::wire::FrameError::Io(std::io::ErrorKind::UnexpectedEof.into()).into()
+            );
         }
         files.push((head.name, bytes));
     }
     Ok(files)
 }
 
-async fn store(connection: Connection, request: Request, files: &[(String, Vec<u8>)]) -> Result<(), NetError> {
+async fn store(
+    connection: Connection,
+    request: Request,
+    files: &[(String, Vec<u8>)],
+) -> Result<(), NetError> {
     let mut exchange = Exchange::open(&connection, &request).await?;
     let mut sent = Ok(());
     for (_, bytes) in files {

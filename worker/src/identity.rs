@@ -40,7 +40,12 @@ impl Home {
 }
 
 /// The stored identity if it belongs to the wanted cluster, or else a new one in exchange for the token.
-pub(crate) async fn obtain(endpoint: &Endpoint, coordinator: &str, token: Option<&str>, home: &Home) -> Result<Identity> {
+pub(crate) async fn obtain(
+    endpoint: &Endpoint,
+    coordinator: &str,
+    token: Option<&str>,
+    home: &Home,
+) -> Result<Identity> {
     let stored = Identity::load(home.path(), "worker")?;
     let token = token.map(str::parse::<Token>).transpose()?;
     match (stored, token) {
@@ -75,9 +80,14 @@ async fn enroll(endpoint: &Endpoint, coordinator: &str, token: &Token, home: &Ho
         .and_then(|any| any.downcast::<Vec<rustls_pki_types::CertificateDer<'static>>>().ok())
         .and_then(|chain| chain.into_iter().find(|c| *blake3::hash(c).as_bytes() == token.ca))
         .context("the coordinator showed no certificate authority")?;
-    let answer = Exchange::ask(&connection, &request).await.context("the coordinator refused to enrol this worker")?;
-    let Response::Enrolled { certificate, worker } = answer else { bail!("the coordinator did not enrol this worker") };
-    let Some(WorkerId(_)) = worker else { bail!("this is an operator's token; make one with `coordinator token new`") };
+    let answer =
+        Exchange::ask(&connection, &request).await.context("the coordinator refused to enrol this worker")?;
+    let Response::Enrolled { certificate, worker } = answer else {
+        bail!("the coordinator did not enrol this worker")
+    };
+    let Some(WorkerId(_)) = worker else {
+        bail!("this is an operator's token; make one with `coordinator token new`")
+    };
     let identity = signing.complete(certificate, ca.to_vec());
     identity.save(home.path(), "worker")?;
     connection.close(0u32.into(), b"enrolled");
@@ -86,5 +96,6 @@ async fn enroll(endpoint: &Endpoint, coordinator: &str, token: &Token, home: &Ho
 
 /// This host's name, for lists and messages.
 pub(crate) fn host_name() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "unknown".to_owned(), |s| s.trim().to_owned())
+    std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .map_or_else(|_| "unknown".to_owned(), |s| s.trim().to_owned())
 }

@@ -42,7 +42,11 @@ impl Mesh {
     }
 
     /// Connects the ranks of `assignment`.
-    pub(crate) async fn group(&self, assignment: &Assignment, job: &JobSpec) -> Result<Group, CollectiveError> {
+    pub(crate) async fn group(
+        &self,
+        assignment: &Assignment,
+        job: &JobSpec,
+    ) -> Result<Group, CollectiveError> {
         let placement = assignment.placement.clone();
         if assignment.peers.len() == 1 {
             return Group::solo(placement, job.reduction);
@@ -67,7 +71,9 @@ impl Mesh {
             reduction: job.reduction,
             timeout: Duration::from_secs_f64(job.collective.timeout_s),
             incoming,
-            verify_peer: Arc::new(|connection: &Connection, worker| peer_role(connection) == Some(Role::Worker(worker))),
+            verify_peer: Arc::new(|connection: &Connection, worker| {
+                peer_role(connection) == Some(Role::Worker(worker))
+            }),
         };
         Group::connect(config).await
     }

@@ -36,7 +36,10 @@ impl Metrics {
         let seconds = exponential_buckets(0.000_25, 2.0, 20)?;
         let inner = Inner {
             steps: IntCounter::new("lockstep_steps_total", "Steps committed by this worker")?,
-            samples: IntCounter::new("lockstep_samples_total", "Training samples of the committed steps, all ranks")?,
+            samples: IntCounter::new(
+                "lockstep_samples_total",
+                "Training samples of the committed steps, all ranks",
+            )?,
             phase_seconds: HistogramVec::new(
                 HistogramOpts::new("lockstep_step_phase_seconds", "Wall time of each part of a step")
                     .buckets(seconds.clone()),
@@ -44,24 +47,36 @@ impl Metrics {
             )?,
             loss: Gauge::new("lockstep_loss", "Training loss of the last committed step")?,
             collective_bytes: IntCounterVec::new(
-                Opts::new("lockstep_collective_bytes_total", "Bytes of collectives sent to and received from peers"),
+                Opts::new(
+                    "lockstep_collective_bytes_total",
+                    "Bytes of collectives sent to and received from peers",
+                ),
                 &["direction"],
             )?,
             stale_frames: IntCounter::new(
                 "lockstep_stale_messages_total",
                 "Messages refused because they belong to an old generation",
             )?,
-            generation: IntGauge::new("lockstep_generation", "The generation this worker is in; 0 outside of a job")?,
+            generation: IntGauge::new(
+                "lockstep_generation",
+                "The generation this worker is in; 0 outside of a job",
+            )?,
             workers: IntGauge::new("lockstep_workers", "Workers in this worker's job; 0 outside of a job")?,
             checkpoint_seconds: Histogram::with_opts(
-                HistogramOpts::new("lockstep_checkpoint_seconds", "From copying the state to its being durable")
-                    .buckets(seconds),
+                HistogramOpts::new(
+                    "lockstep_checkpoint_seconds",
+                    "From copying the state to its being durable",
+                )
+                .buckets(seconds),
             )?,
             shard_hash_failures: IntCounter::new(
                 "lockstep_shard_hash_failures_total",
                 "Dataset shards refused because their bytes did not match their hash",
             )?,
-            shard_fetches: IntCounter::new("lockstep_shard_fetches_total", "Dataset shards fetched from the coordinator")?,
+            shard_fetches: IntCounter::new(
+                "lockstep_shard_fetches_total",
+                "Dataset shards fetched from the coordinator",
+            )?,
             registry,
         };
         let r = &inner.registry;

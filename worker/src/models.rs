@@ -9,7 +9,8 @@ use std::io::Write;
 pub(crate) fn list(json: bool) -> Result<()> {
     let mut out = std::io::stdout().lock();
     if json {
-        let rows = registry().iter().map(|info| Ok(row(info, parameters(info)?))).collect::<Result<Vec<_>>>()?;
+        let rows =
+            registry().iter().map(|info| Ok(row(info, parameters(info)?))).collect::<Result<Vec<_>>>()?;
         writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
         return Ok(());
     }

@@ -33,11 +33,25 @@ impl Reporter {
     }
 
     /// A step is committed.
-    pub(crate) fn step(&mut self, step: u64, epoch: u64, samples: u64, seconds: f64, values: BTreeMap<String, f64>) {
+    pub(crate) fn step(
+        &mut self,
+        step: u64,
+        epoch: u64,
+        samples: u64,
+        seconds: f64,
+        values: BTreeMap<String, f64>,
+    ) {
         if !self.speaks {
             return;
         }
-        self.records.push(StepRecord { step, epoch, total_steps: self.total_steps, samples, seconds, values });
+        self.records.push(StepRecord {
+            step,
+            epoch,
+            total_steps: self.total_steps,
+            samples,
+            seconds,
+            values,
+        });
         if self.sent.elapsed() >= INTERVAL || step == self.total_steps {
             self.flush();
         }

@@ -121,13 +121,17 @@ pub(crate) fn start(environment: Environment, assignment: Assignment) -> Session
     let metrics = environment.metrics.clone();
     let work = move || {
         metrics.membership(generation.0, assignment.peers.len() as u32);
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(&environment, &assignment, &shared)));
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            run(&environment, &assignment, &shared)
+        }));
         let step = shared.step.load(Ordering::Relaxed);
         let outcome = match result {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(_)) if shared.aborted.load(Ordering::Relaxed) => TrainError::Aborted.outcome(step),
             Ok(Err(error)) => error.outcome(step),
-            Err(_) => Outcome::Failed { error: "internal error: the training thread panicked; see the worker's log".to_owned() },
+            Err(_) => Outcome::Failed {
+                error: "internal error: the training thread panicked; see the worker's log".to_owned(),
+            },
         };
         if let Outcome::Lost { error, .. } | Outcome::Failed { error } = &outcome {
             tracing::warn!("{job} {generation}: {error}");
@@ -145,8 +149,15 @@ pub(crate) fn start(environment: Environment, assignment: Assignment) -> Session
     handle
 }
 
-fn run(environment: &Environment, assignment: &Assignment, shared: &Arc<Shared>) -> Result<Outcome, TrainError> {
-    let job = JobSpec::parse(&assignment.file, &assignment.toml).map_err(|e| TrainError::Fatal(e.to_string()))?;
+fn run(
+    environment: &Environment,
+    assignment: &Assignment,
+    shared: &Arc<Shared>,
+) -> Result<Outcome, TrainError> {
+    // The optimizer's operations are short, and the other workers of this host have the other cores.
+    tch::set_num_threads(1);
+    let job =
+        JobSpec::parse(&assignment.file, &assignment.toml).map_err(|e| TrainError::Fatal(e.to_string()))?;
     if !assignment.placement.is_valid() || assignment.placement.shards() != job.logical_shards {
         return Err(TrainError::Fatal("the coordinator placed other shards than the job has".to_owned()));
     }
@@ -205,7 +216,12 @@ impl<'a, T: Number> Session<'a, T> {
         let fatal = |e: &dyn std::fmt::Display| TrainError::Fatal(e.to_string());
         let control = &environment.control;
         let device = device(environment.device);
-        let cache = source::cache(&environment.home, environment.cache_bytes, &environment.datasets, control.clone())?;
+        let cache = source::cache(
+            &environment.home,
+            environment.cache_bytes,
+            &environment.datasets,
+            control.clone(),
+        )?;
         let open = |name: &str| source::open(name, &assignment.datasets, &cache, control);
         let train = open(&job.data.train)?;
         let statistics = (train.manifest().mean.clone(), train.manifest().std.clone());
@@ -217,10 +233,13 @@ impl<'a, T: Number> Session<'a, T> {
             Some(name) => Some(Arc::new(decoder(open(name)?, Vec::new())?)),
             None => None,
         };
-        let sampler = Sampler::new(job.seed, train.len(), u64::from(job.global_batch), job.logical_shards, true);
+        let sampler =
+            Sampler::new(job.seed, train.len(), u64::from(job.global_batch), job.logical_shards, true);
         let plan = Arc::new(TaskPlan::new(&job));
-        let timetable =
-            Timetable { sampler: Arc::new(sampler.map_err(|e| fatal(&e))?), per_step: plan.minibatches as u64 };
+        let timetable = Timetable {
+            sampler: Arc::new(sampler.map_err(|e| fatal(&e))?),
+            per_step: plan.minibatches as u64,
+        };
         let total_steps = job.total_steps(timetable.steps_per_epoch());
         let train = decoder(train, job.data.augment.clone())?;
 

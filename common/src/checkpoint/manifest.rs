@@ -91,13 +91,7 @@ impl CheckpointManifest {
         files: Vec<FileEntry>,
     ) -> Result<Self, ManifestProblem> {
         info.metrics.retain(|_, value| value.is_finite());
-        let mut manifest = Self {
-            format: FORMAT,
-            digest: String::new(),
-            weights_digest,
-            info,
-            files,
-        };
+        let mut manifest = Self { format: FORMAT, digest: String::new(), weights_digest, info, files };
         manifest.digest = manifest.computed_digest()?;
         manifest.validate()?;
         Ok(manifest)
@@ -140,10 +134,7 @@ impl CheckpointManifest {
     }
 
     fn computed_digest(&self) -> Result<String, ManifestProblem> {
-        let without = Self {
-            digest: String::new(),
-            ..self.clone()
-        };
+        let without = Self { digest: String::new(), ..self.clone() };
         json_digest(&without).map_err(|e| ManifestProblem::Syntax(e.to_string()))
     }
 }

@@ -43,10 +43,7 @@ pub struct CheckpointFiles {
 impl CheckpointFiles {
     /// The bytes of the file `name`.
     pub fn file(&self, name: &str) -> Option<&[u8]> {
-        self.files
-            .iter()
-            .find(|(n, _)| n == name)
-            .map(|(_, bytes)| bytes.as_slice())
+        self.files.iter().find(|(n, _)| n == name).map(|(_, bytes)| bytes.as_slice())
     }
 }
 
@@ -70,11 +67,7 @@ pub struct Refused {
 
 impl std::fmt::Display for Refused {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "checkpoint of step {} refused: {}",
-            self.entry.step, self.reason
-        )
+        write!(f, "checkpoint of step {} refused: {}", self.entry.step, self.reason)
     }
 }
 
@@ -83,9 +76,7 @@ impl CheckpointStore {
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
         durable::create_dir_all(dir)?;
         durable::sweep_temporary(dir)?;
-        Ok(Self {
-            dir: dir.to_path_buf(),
-        })
+        Ok(Self { dir: dir.to_path_buf() })
     }
 
     /// The folder of the checkpoint of `step`, whether it exists or not.
@@ -105,10 +96,7 @@ impl CheckpointStore {
                 .filter(|digits| digits.len() >= STEP_DIGITS && digits.bytes().all(|b| b.is_ascii_digit()))
                 .and_then(|digits| digits.parse().ok());
             if let Some(step) = step {
-                entries.push(CheckpointEntry {
-                    step,
-                    path: entry.path(),
-                });
+                entries.push(CheckpointEntry { step, path: entry.path() });
             }
         }
         entries.sort_by_key(|e| std::cmp::Reverse(e.step));
@@ -133,10 +121,7 @@ impl CheckpointStore {
         for entry in self.list()? {
             match self.load(entry.step) {
                 Ok(good) => {
-                    return Ok(LatestGood {
-                        good: Some(good),
-                        refused,
-                    });
+                    return Ok(LatestGood { good: Some(good), refused });
                 }
                 Err(reason) => refused.push(Refused { entry, reason }),
             }
@@ -148,16 +133,13 @@ impl CheckpointStore {
     pub fn install(&self, checkpoint: &CheckpointFiles) -> Result<(), CheckpointError> {
         let manifest = &checkpoint.manifest;
         let dir = self.step_dir(manifest.info.step);
-        manifest.validate().map_err(|problem| CheckpointError::Manifest {
-            path: dir.join(MANIFEST_FILE),
-            problem,
-        })?;
+        manifest
+            .validate()
+            .map_err(|problem| CheckpointError::Manifest { path: dir.join(MANIFEST_FILE), problem })?;
         let mut writer = CheckpointWriter::new(self, manifest.info.clone())?;
         for entry in &manifest.files {
             let path = dir.join(&entry.name);
-            let bytes = checkpoint
-                .file(&entry.name)
-                .ok_or_else(|| CheckpointError::Missing(path.clone()))?;
+            let bytes = checkpoint.file(&entry.name).ok_or_else(|| CheckpointError::Missing(path.clone()))?;
             check_file(&path, entry, bytes, &manifest.weights_digest)?;
             writer.add(&entry.name, bytes)?;
         }
@@ -190,17 +172,13 @@ impl CheckpointStore {
     pub fn export(&self, step: u64, path: &Path) -> Result<CheckpointManifest, CheckpointError> {
         let checkpoint = self.load(step)?;
         let source = self.step_dir(step).join(WEIGHTS_FILE);
-        let weights = checkpoint
-            .file(WEIGHTS_FILE)
-            .ok_or_else(|| CheckpointError::Missing(source.clone()))?;
+        let weights =
+            checkpoint.file(WEIGHTS_FILE).ok_or_else(|| CheckpointError::Missing(source.clone()))?;
         // Readers of the Hugging Face family insist on this entry.
         let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
         let file = decode_tensors(weights)
             .and_then(|tensors| encode_with_metadata(tensors, Some(metadata)))
-            .map_err(|problem| CheckpointError::Tensors {
-                path: source,
-                problem,
-            })?;
+            .map_err(|problem| CheckpointError::Tensors { path: source, problem })?;
         durable::create_atomic(path, &file).map_err(|e| match e.source.kind() {
             io::ErrorKind::AlreadyExists => CheckpointError::Exists(path.to_path_buf()),
             _ => e.into(),
@@ -219,10 +197,7 @@ impl CheckpointStore {
             return Err(self.no_such_step(step)?);
         }
         let path = dir.join(MANIFEST_FILE);
-        let refused = |problem| CheckpointError::Manifest {
-            path: path.clone(),
-            problem,
-        };
+        let refused = |problem| CheckpointError::Manifest { path: path.clone(), problem };
         let manifest = CheckpointManifest::from_json(&read_file(&path)?).map_err(refused)?;
         if manifest.info.step != step {
             return Err(refused(ManifestProblem::Step(manifest.info.step)));
@@ -242,22 +217,13 @@ impl CheckpointStore {
             [] => "; there are none".to_owned(),
             steps => format!("; there are those of steps {}", steps.join(", ")),
         };
-        Ok(CheckpointError::NoSuchStep {
-            step,
-            dir: self.dir.clone(),
-            hint,
-        })
+        Ok(CheckpointError::NoSuchStep { step, dir: self.dir.clone(), hint })
     }
 }
 
 fn read_file(path: &Path) -> Result<Vec<u8>, CheckpointError> {
-    durable::read(path).map_err(|e| {
-        if e.is_not_found() {
-            CheckpointError::Missing(path.to_path_buf())
-        } else {
-            e.into()
-        }
-    })
+    durable::read(path)
+        .map_err(|e| if e.is_not_found() { CheckpointError::Missing(path.to_path_buf()) } else { e.into() })
 }
 
 /// Checks one file against the manifest. The weights must also have the digest by which runs are compared.
@@ -269,28 +235,18 @@ pub(super) fn check_file(
 ) -> Result<(), CheckpointError> {
     if bytes.len() as u64 != entry.bytes {
         let found = bytes.len() as u64;
-        return Err(CheckpointError::Size {
-            path: path.to_path_buf(),
-            expected: entry.bytes,
-            found,
-        });
+        return Err(CheckpointError::Size { path: path.to_path_buf(), expected: entry.bytes, found });
     }
     if blake3_hex(bytes) != entry.blake3 {
         return Err(CheckpointError::Flipped(path.to_path_buf()));
     }
     if entry.name.ends_with(".safetensors") {
-        let refused = |problem| CheckpointError::Tensors {
-            path: path.to_path_buf(),
-            problem,
-        };
+        let refused = |problem| CheckpointError::Tensors { path: path.to_path_buf(), problem };
         let tensors = decode_tensors(bytes).map_err(refused)?;
         if entry.name == WEIGHTS_FILE {
             let found = weights_digest(tensors);
             if found != expected_weights {
-                return Err(refused(TensorsError::Digest {
-                    expected: expected_weights.to_owned(),
-                    found,
-                }));
+                return Err(refused(TensorsError::Digest { expected: expected_weights.to_owned(), found }));
             }
         }
     }

@@ -131,10 +131,7 @@ mod tests {
         check(vec![tensor("w", "F32", &[2], &[0; 7])], "`w` of shape [2]");
         check(vec![tensor("w", "F31", &[1], &[0; 4])], "`F31`");
         check(
-            vec![
-                tensor("w", "F32", &[1], &[0; 4]),
-                tensor("w", "F32", &[1], &[1; 4]),
-            ],
+            vec![tensor("w", "F32", &[1], &[0; 4]), tensor("w", "F32", &[1], &[1; 4])],
             "two tensors named `w`",
         );
     }

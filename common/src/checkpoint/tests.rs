@@ -27,12 +27,8 @@ impl Fixture {
 
     fn write(&self, step: u64, value: u8) -> CheckpointManifest {
         let mut writer = CheckpointWriter::new(&self.store, info(step)).unwrap();
-        writer
-            .add(WEIGHTS_FILE, &encode_tensors(weights(value)).unwrap())
-            .unwrap();
-        writer
-            .add(OPTIMIZER_FILE, &encode_tensors(optimizer(value)).unwrap())
-            .unwrap();
+        writer.add(WEIGHTS_FILE, &encode_tensors(weights(value)).unwrap()).unwrap();
+        writer.add(OPTIMIZER_FILE, &encode_tensors(optimizer(value)).unwrap()).unwrap();
         writer.finish().unwrap()
     }
 
@@ -62,10 +58,7 @@ fn tensor(name: &str, value: u8) -> TensorBytes<'static> {
 }
 
 fn weights(value: u8) -> Vec<TensorBytes<'static>> {
-    vec![
-        tensor("fc.weight", value),
-        tensor("bn.running_mean", value.wrapping_add(1)),
-    ]
+    vec![tensor("fc.weight", value), tensor("bn.running_mean", value.wrapping_add(1))]
 }
 
 fn optimizer(value: u8) -> Vec<TensorBytes<'static>> {
@@ -100,14 +93,8 @@ fn a_checkpoint_comes_back_whole() {
     assert_eq!(loaded.manifest, manifest);
     let mut expected = weights(7);
     expected.sort_by(|a, b| a.name.cmp(&b.name));
-    assert_eq!(
-        decode_tensors(loaded.file(WEIGHTS_FILE).unwrap()).unwrap(),
-        expected
-    );
-    assert_eq!(
-        decode_tensors(loaded.file(OPTIMIZER_FILE).unwrap()).unwrap(),
-        optimizer(7)
-    );
+    assert_eq!(decode_tensors(loaded.file(WEIGHTS_FILE).unwrap()).unwrap(), expected);
+    assert_eq!(decode_tensors(loaded.file(OPTIMIZER_FILE).unwrap()).unwrap(), optimizer(7));
 }
 
 #[test]
@@ -116,24 +103,17 @@ fn metrics_that_json_cannot_hold_do_not_spoil_the_checkpoint() {
     let mut diverged = info(5);
     diverged.metrics = BTreeMap::from([("loss".into(), f64::NAN), ("lr".into(), 0.1)]);
     let mut writer = CheckpointWriter::new(&f.store, diverged).unwrap();
-    writer
-        .add(WEIGHTS_FILE, &encode_tensors(weights(0)).unwrap())
-        .unwrap();
+    writer.add(WEIGHTS_FILE, &encode_tensors(weights(0)).unwrap()).unwrap();
     writer.add(OPTIMIZER_FILE, &encode_tensors([]).unwrap()).unwrap();
     writer.finish().unwrap();
-    assert_eq!(
-        f.store.load(5).unwrap().manifest.info.metrics,
-        BTreeMap::from([("lr".into(), 0.1)])
-    );
+    assert_eq!(f.store.load(5).unwrap().manifest.info.metrics, BTreeMap::from([("lr".into(), 0.1)]));
 }
 
 #[test]
 fn an_unfinished_checkpoint_is_invisible_and_swept() {
     let f = Fixture::new([1]);
     let mut writer = CheckpointWriter::new(&f.store, info(2)).unwrap();
-    writer
-        .add(WEIGHTS_FILE, &encode_tensors(weights(2)).unwrap())
-        .unwrap();
+    writer.add(WEIGHTS_FILE, &encode_tensors(weights(2)).unwrap()).unwrap();
     assert_eq!(f.steps(), [1]);
     // A killed process runs no destructors: its folder stays, and its lock is gone.
     let left = f.dir.path().join("checkpoints/.lockstep-tmp-killed");
@@ -143,9 +123,7 @@ fn an_unfinished_checkpoint_is_invisible_and_swept() {
     assert!(!left.exists());
     assert_eq!(store.latest_good().unwrap().good.unwrap().manifest.info.step, 1);
     // The writer that is alive was spared by the sweep.
-    writer
-        .add(OPTIMIZER_FILE, &encode_tensors(optimizer(2)).unwrap())
-        .unwrap();
+    writer.add(OPTIMIZER_FILE, &encode_tensors(optimizer(2)).unwrap()).unwrap();
     writer.finish().unwrap();
     assert_eq!(f.steps(), [2, 1]);
 }
@@ -154,26 +132,15 @@ fn an_unfinished_checkpoint_is_invisible_and_swept() {
 fn a_checkpoint_without_its_files_cannot_be_finished() {
     let f = Fixture::new([]);
     let mut writer = CheckpointWriter::new(&f.store, info(1)).unwrap();
-    writer
-        .add(WEIGHTS_FILE, &encode_tensors(weights(1)).unwrap())
-        .unwrap();
+    writer.add(WEIGHTS_FILE, &encode_tensors(weights(1)).unwrap()).unwrap();
     assert!(matches!(
         writer.finish(),
-        Err(CheckpointError::Manifest {
-            problem: ManifestProblem::Files,
-            ..
-        })
+        Err(CheckpointError::Manifest { problem: ManifestProblem::Files, .. })
     ));
     let mut writer = CheckpointWriter::new(&f.store, info(1)).unwrap();
-    assert!(matches!(
-        writer.add(WEIGHTS_FILE, b"not tensors"),
-        Err(CheckpointError::Tensors { .. })
-    ));
+    assert!(matches!(writer.add(WEIGHTS_FILE, b"not tensors"), Err(CheckpointError::Tensors { .. })));
     for name in ["", ".hidden", "../escape", "a/b", MANIFEST_FILE] {
-        assert!(
-            matches!(writer.add(name, b""), Err(CheckpointError::FileName(_))),
-            "{name}"
-        );
+        assert!(matches!(writer.add(name, b""), Err(CheckpointError::FileName(_))), "{name}");
     }
     drop(writer);
     assert_eq!(f.steps(), [0; 0]);
@@ -186,15 +153,10 @@ fn any_damage_is_refused_by_file_and_the_previous_one_used() {
         damage(&f.path(200, file));
         let latest = f.store.latest_good().unwrap();
         assert_eq!(latest.good.unwrap().manifest.info.step, 100, "{file}");
-        let [refused] = &latest.refused[..] else {
-            panic!("{file}: {:?}", latest.refused)
-        };
+        let [refused] = &latest.refused[..] else { panic!("{file}: {:?}", latest.refused) };
         let reason = refused.to_string();
         assert_eq!(refused.entry.step, 200);
-        assert!(
-            reason.contains(file) && reason.contains("step-000000000200"),
-            "{reason}"
-        );
+        assert!(reason.contains(file) && reason.contains("step-000000000200"), "{reason}");
         assert!(reason.contains(expected), "`{expected}` is not in: {reason}");
         assert!(f.store.verify(200).is_err() && f.store.load(200).is_err());
     };
@@ -212,11 +174,7 @@ fn any_damage_is_refused_by_file_and_the_previous_one_used() {
         check(file, &|p| with(p, &|b| b.push(0)), "grown");
         check(file, &|p| with(p, &|b| *b.last_mut().unwrap() ^= 1), "flipped");
     }
-    check(
-        MANIFEST_FILE,
-        &|p| with(p, &|b| b.truncate(b.len() / 2)),
-        "does not parse",
-    );
+    check(MANIFEST_FILE, &|p| with(p, &|b| b.truncate(b.len() / 2)), "does not parse");
 }
 
 #[test]
@@ -251,13 +209,7 @@ fn a_manifest_that_vouches_for_other_weights_is_refused() {
     files.manifest = rebuilt.unwrap();
     let error = Fixture::new([]).store.install(&files).unwrap_err();
     assert!(
-        matches!(
-            error,
-            CheckpointError::Tensors {
-                problem: TensorsError::Digest { .. },
-                ..
-            }
-        ),
+        matches!(error, CheckpointError::Tensors { problem: TensorsError::Digest { .. }, .. }),
         "{error}"
     );
 }
@@ -272,10 +224,7 @@ fn the_same_step_again_keeps_a_good_one_and_replaces_a_bad_one() {
     f.write(100, 100);
     assert_eq!(f.store.load(100).unwrap(), first);
     f.write(100, 9);
-    assert_eq!(
-        f.store.verify(100).unwrap().weights_digest,
-        weights_digest(weights(9))
-    );
+    assert_eq!(f.store.verify(100).unwrap().weights_digest, weights_digest(weights(9)));
 }
 
 #[test]
@@ -324,10 +273,7 @@ fn prune_never_removes_the_only_good_one() {
 fn an_unknown_step_is_answered_with_those_there_are() {
     let f = Fixture::new([100, 200]);
     let error = f.store.verify(150).unwrap_err().to_string();
-    assert!(
-        error.contains("step 150") && error.contains("200, 100"),
-        "{error}"
-    );
+    assert!(error.contains("step 150") && error.contains("200, 100"), "{error}");
 }
 
 #[test]
@@ -336,10 +282,7 @@ fn export_writes_the_weights_and_never_overwrites() {
     let path = f.dir.path().join("out.safetensors");
     f.store.export(100, &path).unwrap();
     let exported = std::fs::read(&path).unwrap();
-    assert_eq!(
-        weights_digest(decode_tensors(&exported).unwrap()),
-        weights_digest(weights(100))
-    );
+    assert_eq!(weights_digest(decode_tensors(&exported).unwrap()), weights_digest(weights(100)));
     let error = f.store.export(100, &path).unwrap_err();
     assert!(matches!(error, CheckpointError::Exists(_)), "{error}");
     assert_eq!(std::fs::read(&path).unwrap(), exported);

@@ -20,7 +20,11 @@ impl CheckpointFiles {
                     tensors.map_err(|problem| CheckpointError::Tensors { path: name.into(), problem })?,
                 );
             }
-            entries.push(FileEntry { name: name.clone(), bytes: bytes.len() as u64, blake3: blake3_hex(bytes) });
+            entries.push(FileEntry {
+                name: name.clone(),
+                bytes: bytes.len() as u64,
+                blake3: blake3_hex(bytes),
+            });
         }
         let manifest = CheckpointManifest::new(info, digest, entries)
             .map_err(|problem| CheckpointError::Manifest { path: MANIFEST_FILE.into(), problem })?;
@@ -45,7 +49,9 @@ impl CheckpointFiles {
             .map_err(|problem| CheckpointError::Manifest { path: MANIFEST_FILE.into(), problem })?;
         let files = Self { manifest, files: parts };
         for entry in &files.manifest.files {
-            let bytes = files.file(&entry.name).ok_or_else(|| CheckpointError::Missing(PathBuf::from(&entry.name)))?;
+            let bytes = files
+                .file(&entry.name)
+                .ok_or_else(|| CheckpointError::Missing(PathBuf::from(&entry.name)))?;
             check_file(Path::new(&entry.name), entry, bytes, &files.manifest.weights_digest)?;
         }
         Ok(files)
@@ -67,7 +73,10 @@ mod tests {
         };
         let bytes = encode_tensors([tensor]).unwrap();
         let files = vec![(WEIGHTS_FILE.to_owned(), bytes.clone()), (OPTIMIZER_FILE.to_owned(), bytes)];
-        CheckpointFiles::new(CheckpointInfo { step: 7, ..Default::default() }, files).unwrap().into_parts().unwrap()
+        CheckpointFiles::new(CheckpointInfo { step: 7, ..Default::default() }, files)
+            .unwrap()
+            .into_parts()
+            .unwrap()
     }
 
     #[test]

@@ -22,23 +22,15 @@ impl<'a> CheckpointWriter<'a> {
     /// Begins the checkpoint that `info` describes in `store`.
     pub fn new(store: &'a CheckpointStore, info: CheckpointInfo) -> Result<Self, CheckpointError> {
         let dir = AtomicDir::new(&store.step_dir(info.step))?;
-        Ok(Self {
-            store,
-            dir,
-            info,
-            files: Vec::new(),
-            weights_digest: String::new(),
-        })
+        Ok(Self { store, dir, info, files: Vec::new(), weights_digest: String::new() })
     }
 
     /// Writes the file `name` and flushes it to the disk.
     pub fn add(&mut self, name: &str, bytes: &[u8]) -> Result<(), CheckpointError> {
         check_file_name(name)?;
         if name == WEIGHTS_FILE {
-            let tensors = decode_tensors(bytes).map_err(|problem| CheckpointError::Tensors {
-                path: self.path(name),
-                problem,
-            })?;
+            let tensors = decode_tensors(bytes)
+                .map_err(|problem| CheckpointError::Tensors { path: self.path(name), problem })?;
             self.weights_digest = weights_digest(tensors);
         }
         self.dir.write(name, bytes)?;
@@ -55,10 +47,7 @@ impl<'a> CheckpointWriter<'a> {
     /// A good checkpoint of the same step with the same files stays as it is; any other is replaced.
     pub fn finish(self) -> Result<CheckpointManifest, CheckpointError> {
         let (path, step) = (self.path(MANIFEST_FILE), self.info.step);
-        let refused = |problem: ManifestProblem| CheckpointError::Manifest {
-            path: path.clone(),
-            problem,
-        };
+        let refused = |problem: ManifestProblem| CheckpointError::Manifest { path: path.clone(), problem };
         let manifest =
             CheckpointManifest::new(self.info, self.weights_digest, self.files).map_err(refused)?;
         if let Ok(existing) = self.store.verify(step)
@@ -66,8 +55,7 @@ impl<'a> CheckpointWriter<'a> {
         {
             return Ok(existing);
         }
-        self.dir
-            .write(MANIFEST_FILE, &manifest.to_json().map_err(refused)?)?;
+        self.dir.write(MANIFEST_FILE, &manifest.to_json().map_err(refused)?)?;
         self.dir.commit()?;
         Ok(manifest)
     }

@@ -117,11 +117,7 @@ impl ShardCache {
         durable::create_dir_all(dir)?;
         durable::sweep_temporary(dir)?;
         let files = files_by_age(dir)?;
-        let state = State {
-            clock: files.len() as u64,
-            files,
-            ..State::default()
-        };
+        let state = State { clock: files.len() as u64, files, ..State::default() };
         let cache = Self {
             dir: dir.to_path_buf(),
             max_bytes,
@@ -183,10 +179,7 @@ impl ShardCache {
             self.loaded.wait(&mut state);
         }
         drop(state);
-        let loading = Loading {
-            cache: self,
-            hash: &entry.hash,
-        };
+        let loading = Loading { cache: self, hash: &entry.hash };
         let shard = Arc::new(self.load(dataset, entry)?);
         self.keep_in_memory(&entry.hash, &shard);
         drop(loading);
@@ -218,13 +211,7 @@ impl ShardCache {
         let mut state = self.state.lock();
         if bytes.is_some() {
             let used = state.tick();
-            state.files.insert(
-                entry.hash.clone(),
-                OnDisk {
-                    bytes: entry.bytes,
-                    used,
-                },
-            );
+            state.files.insert(entry.hash.clone(), OnDisk { bytes: entry.bytes, used });
         } else if state.files.remove(&entry.hash).is_some() {
             let _damaged = std::fs::remove_file(self.dir.join(&entry.hash));
         }
@@ -259,11 +246,7 @@ impl ShardCache {
         let (dataset_owned, hash) = (dataset.to_owned(), entry.hash.clone());
         let Some(fetch) = &self.fetch else {
             let searched = self.local.iter().chain([&self.dir]).cloned().collect();
-            return Err(CacheError::Nowhere {
-                dataset: dataset_owned,
-                hash,
-                searched,
-            });
+            return Err(CacheError::Nowhere { dataset: dataset_owned, hash, searched });
         };
         let mut last = String::new();
         for attempt in 1..=FETCH_ATTEMPTS {
@@ -273,19 +256,9 @@ impl ShardCache {
                 Ok(_) => last = "the bytes do not match the hash".to_owned(),
                 Err(e) => last = e.to_string(),
             }
-            tracing::warn!(
-                dataset,
-                hash = entry.hash,
-                attempt,
-                problem = last,
-                "fetch of a shard failed"
-            );
+            tracing::warn!(dataset, hash = entry.hash, attempt, problem = last, "fetch of a shard failed");
         }
-        Err(CacheError::Fetch {
-            dataset: dataset_owned,
-            hash,
-            last,
-        })
+        Err(CacheError::Fetch { dataset: dataset_owned, hash, last })
     }
 
     /// Writes a fetched shard into the cache's folder. A full disk costs later fetches, not the job.
@@ -299,13 +272,7 @@ impl ShardCache {
         }
         let mut state = self.state.lock();
         let used = state.tick();
-        state.files.insert(
-            hash.to_owned(),
-            OnDisk {
-                bytes: bytes.len() as u64,
-                used,
-            },
-        );
+        state.files.insert(hash.to_owned(), OnDisk { bytes: bytes.len() as u64, used });
         self.evict_files(&mut state);
     }
 
@@ -341,11 +308,7 @@ impl ShardCache {
     fn keep_in_memory(&self, hash: &str, shard: &Arc<ShardFile>) {
         let mut state = self.state.lock();
         let used = state.tick();
-        let entry = InMemory {
-            shard: Arc::downgrade(shard),
-            kept: Some(shard.clone()),
-            used,
-        };
+        let entry = InMemory { shard: Arc::downgrade(shard), kept: Some(shard.clone()), used };
         state.shards.insert(hash.to_owned(), entry);
         state.trim_memory(self.memory_bytes);
     }
@@ -371,10 +334,7 @@ impl State {
     /// Whether a thread is loading the shard or holds it (or a sample of it) beyond what the cache keeps.
     fn is_in_use(&self, hash: &str) -> bool {
         self.loading.contains(hash)
-            || self
-                .shards
-                .get(hash)
-                .is_some_and(|e| e.shard.strong_count() > usize::from(e.kept.is_some()))
+            || self.shards.get(hash).is_some_and(|e| e.shard.strong_count() > usize::from(e.kept.is_some()))
     }
 
     fn trim_memory(&mut self, limit: u64) {
@@ -382,11 +342,7 @@ impl State {
         let size = |e: &InMemory| e.kept.as_ref().map_or(0, |s| s.bytes().len() as u64);
         let mut total: u64 = self.shards.values().map(size).sum();
         while total > limit {
-            let oldest = self
-                .shards
-                .values_mut()
-                .filter(|e| e.kept.is_some())
-                .min_by_key(|e| e.used);
+            let oldest = self.shards.values_mut().filter(|e| e.kept.is_some()).min_by_key(|e| e.used);
             let Some(oldest) = oldest else { return };
             total -= size(oldest);
             oldest.kept = None;
@@ -409,10 +365,7 @@ impl Drop for Loading<'_> {
 
 impl std::fmt::Debug for ShardCache {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ShardCache")
-            .field("dir", &self.dir)
-            .field("max_bytes", &self.max_bytes)
-            .finish()
+        f.debug_struct("ShardCache").field("dir", &self.dir).field("max_bytes", &self.max_bytes).finish()
     }
 }
 
@@ -423,22 +376,14 @@ fn files_by_age(dir: &Path) -> Result<HashMap<String, OnDisk>, FileError> {
         let entry = entry.map_err(FileError::on("list", dir))?;
         let metadata = entry.metadata().map_err(FileError::on("read", &entry.path()))?;
         if let Some(hash) = entry.file_name().to_str().filter(|name| is_blake3_hex(name)) {
-            let modified = metadata
-                .modified()
-                .map_err(FileError::on("read", &entry.path()))?;
+            let modified = metadata.modified().map_err(FileError::on("read", &entry.path()))?;
             found.push((modified, hash.to_owned(), metadata.len()));
         }
     }
     found.sort_unstable();
-    Ok((1..)
-        .zip(found)
-        .map(|(used, (_, hash, bytes))| (hash, OnDisk { bytes, used }))
-        .collect())
+    Ok((1..).zip(found).map(|(used, (_, hash, bytes))| (hash, OnDisk { bytes, used })).collect())
 }
 
 fn list(dirs: &[PathBuf]) -> String {
-    dirs.iter()
-        .map(|d| format!("`{}`", d.display()))
-        .collect::<Vec<_>>()
-        .join(", ")
+    dirs.iter().map(|d| format!("`{}`", d.display())).collect::<Vec<_>>().join(", ")
 }

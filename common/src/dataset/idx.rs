@@ -84,21 +84,10 @@ impl IdxReader {
     /// Opens `path`, which must have `dimensions` dimensions, the records' count among them.
     pub(super) fn open(path: &Path, dimensions: u8) -> Result<Self, DatasetError> {
         let mut file = BufReader::new(File::open(path).map_err(FileError::on("read", path))?);
-        let is_gzip = file
-            .fill_buf()
-            .map_err(FileError::on("read", path))?
-            .starts_with(&GZIP_MAGIC);
-        let reader: Box<dyn Read> = if is_gzip {
-            Box::new(BufReader::new(MultiGzDecoder::new(file)))
-        } else {
-            Box::new(file)
-        };
-        let mut idx = Self {
-            path: path.to_path_buf(),
-            reader,
-            dimensions: Vec::new(),
-            next_record: 0,
-        };
+        let is_gzip = file.fill_buf().map_err(FileError::on("read", path))?.starts_with(&GZIP_MAGIC);
+        let reader: Box<dyn Read> =
+            if is_gzip { Box::new(BufReader::new(MultiGzDecoder::new(file))) } else { Box::new(file) };
+        let mut idx = Self { path: path.to_path_buf(), reader, dimensions: Vec::new(), next_record: 0 };
 
         let mut magic = [0; 4];
         idx.read(&mut magic, IdxProblem::TruncatedHeader)?;
@@ -110,20 +99,14 @@ impl IdxReader {
             return Err(idx.error(IdxProblem::ElementType { found: element_type }));
         }
         if found != dimensions {
-            return Err(idx.error(IdxProblem::Dimensions {
-                found,
-                expected: dimensions,
-            }));
+            return Err(idx.error(IdxProblem::Dimensions { found, expected: dimensions }));
         }
         for _ in 0..dimensions {
             let mut size = [0; 4];
             idx.read(&mut size, IdxProblem::TruncatedHeader)?;
             idx.dimensions.push(u32::from_be_bytes(size));
         }
-        let record_bytes = idx
-            .sizes()
-            .iter()
-            .try_fold(1u64, |n, &d| n.checked_mul(u64::from(d)));
+        let record_bytes = idx.sizes().iter().try_fold(1u64, |n, &d| n.checked_mul(u64::from(d)));
         if idx.records() == 0 || !record_bytes.is_some_and(|n| (1..=MAX_RECORD_BYTES).contains(&n)) {
             return Err(idx.error(IdxProblem::Size(idx.dimensions.clone())));
         }
@@ -147,10 +130,7 @@ impl IdxReader {
 
     /// Reads the next record into `record`, which must have [`IdxReader::record_bytes`] bytes.
     pub(super) fn next(&mut self, record: &mut [u8]) -> Result<(), DatasetError> {
-        let truncated = IdxProblem::Truncated {
-            record: self.next_record,
-            records: self.records(),
-        };
+        let truncated = IdxProblem::Truncated { record: self.next_record, records: self.records() };
         self.read(record, truncated)?;
         self.next_record += 1;
         Ok(())
@@ -163,20 +143,16 @@ impl IdxReader {
         match self.reader.read(&mut byte) {
             Ok(0) => Ok(()),
             Ok(_) => Err(self.error(IdxProblem::TrailingBytes { records })),
-            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Err(self.error(IdxProblem::Truncated {
-                record: records.saturating_sub(1),
-                records,
-            })),
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
+                Err(self.error(IdxProblem::Truncated { record: records.saturating_sub(1), records }))
+            }
             Err(e) => Err(self.read_error(e)),
         }
     }
 
     /// This file's error.
     pub(super) fn error(&self, problem: IdxProblem) -> DatasetError {
-        DatasetError::Idx {
-            path: self.path.clone(),
-            problem,
-        }
+        DatasetError::Idx { path: self.path.clone(), problem }
     }
 
     fn read(&mut self, buffer: &mut [u8], truncated: IdxProblem) -> Result<(), DatasetError> {

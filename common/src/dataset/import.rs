@@ -57,10 +57,7 @@ impl Store {
         mut progress: impl FnMut(ImportProgress<'_>),
     ) -> Result<Vec<ImportOutcome>, DatasetError> {
         let name: DatasetName = name.parse()?;
-        find_pairs(&name, source)?
-            .iter()
-            .map(|pair| self.import_pair(pair, &mut progress))
-            .collect()
+        find_pairs(&name, source)?.iter().map(|pair| self.import_pair(pair, &mut progress)).collect()
     }
 
     fn import_pair(
@@ -92,11 +89,7 @@ impl Store {
             statistics.add(&pixels);
             classes = classes.max(u32::from(label[0]) + 1);
             if shards.push(u32::from(label[0]), &pixels)? || done == samples {
-                progress(ImportProgress {
-                    dataset: &pair.name,
-                    done,
-                    total: samples,
-                });
+                progress(ImportProgress { dataset: &pair.name, done, total: samples });
             }
         }
         images.finish()?;
@@ -107,11 +100,7 @@ impl Store {
             id: String::new(),
             name: pair.name.clone(),
             samples,
-            shape: SampleShape {
-                channels: 1,
-                height,
-                width,
-            },
+            shape: SampleShape { channels: 1, height, width },
             dtype: DType::U8,
             classes,
             class_names: None,
@@ -120,9 +109,7 @@ impl Store {
             std: vec![statistics.std()],
             shards: entries,
         };
-        let manifest = manifest
-            .with_id()
-            .map_err(|problem| self.manifest_error(&pair.name, problem))?;
+        let manifest = manifest.with_id().map_err(|problem| self.manifest_error(&pair.name, problem))?;
         self.publish(manifest, staging)
     }
 }
@@ -150,9 +137,7 @@ fn find_pairs(name: &DatasetName, source: &Path) -> Result<Vec<Pair>, DatasetErr
         pairs.extend(find_pair(name.clone(), source)?);
     }
     if pairs.is_empty() {
-        return Err(DatasetError::NoSource {
-            path: source.to_path_buf(),
-        });
+        return Err(DatasetError::NoSource { path: source.to_path_buf() });
     }
     Ok(pairs)
 }
@@ -188,12 +173,7 @@ struct ShardWriter {
 
 impl ShardWriter {
     fn new(staging: TemporaryDir) -> Self {
-        Self {
-            staging,
-            builder: ShardBuilder::default(),
-            entries: Vec::new(),
-            written: 0,
-        }
+        Self { staging, builder: ShardBuilder::default(), entries: Vec::new(), written: 0 }
     }
 
     /// Appends a record; true if that completed a shard.
@@ -215,12 +195,7 @@ impl ShardWriter {
             self.staging.write(&hash, &bytes)?;
         }
         let (bytes, first_sample) = (bytes.len() as u64, self.written);
-        self.entries.push(ShardEntry {
-            hash,
-            bytes,
-            first_sample,
-            samples,
-        });
+        self.entries.push(ShardEntry { hash, bytes, first_sample, samples });
         self.written += samples;
         Ok(())
     }

@@ -50,9 +50,7 @@ pub struct SampleShape {
 impl SampleShape {
     /// The number of elements, or `None` if that overflows.
     pub fn elements(self) -> Option<u64> {
-        u64::from(self.channels)
-            .checked_mul(u64::from(self.height))?
-            .checked_mul(u64::from(self.width))
+        u64::from(self.channels).checked_mul(u64::from(self.height))?.checked_mul(u64::from(self.width))
     }
 }
 
@@ -138,25 +136,16 @@ impl Manifest {
             return Err(ManifestProblem::Id);
         }
         let inconsistent = |is: bool, what| {
-            if is {
-                Err(ManifestProblem::Inconsistent(what))
-            } else {
-                Ok(())
-            }
+            if is { Err(ManifestProblem::Inconsistent(what)) } else { Ok(()) }
         };
         let channels = self.shape.channels as usize;
-        inconsistent(
-            self.shape.elements().is_none_or(|n| n == 0),
-            "its sample shape is empty or too large",
-        )?;
+        inconsistent(self.shape.elements().is_none_or(|n| n == 0), "its sample shape is empty or too large")?;
         inconsistent(
             self.mean.len() != channels || self.std.len() != channels,
             "its mean and standard deviation do not have one value per channel",
         )?;
         inconsistent(
-            self.class_names
-                .as_ref()
-                .is_some_and(|names| names.len() != self.classes as usize),
+            self.class_names.as_ref().is_some_and(|names| names.len() != self.classes as usize),
             "it does not have one name per class",
         )?;
         let mut next = 0u64;
@@ -191,11 +180,8 @@ impl Manifest {
     }
 
     fn computed_id(&self) -> Result<String, ManifestProblem> {
-        json_digest(&Self {
-            id: String::new(),
-            ..self.clone()
-        })
-        .map_err(|e| ManifestProblem::Syntax(e.to_string()))
+        json_digest(&Self { id: String::new(), ..self.clone() })
+            .map_err(|e| ManifestProblem::Syntax(e.to_string()))
     }
 }
 
@@ -205,12 +191,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn entry(first_sample: u64, samples: u64) -> ShardEntry {
-        ShardEntry {
-            hash: "a".repeat(64),
-            bytes: 10,
-            first_sample,
-            samples,
-        }
+        ShardEntry { hash: "a".repeat(64), bytes: 10, first_sample, samples }
     }
 
     fn manifest() -> Manifest {
@@ -219,11 +200,7 @@ mod tests {
             id: String::new(),
             name: "a/b".parse().unwrap(),
             samples: 5,
-            shape: SampleShape {
-                channels: 1,
-                height: 2,
-                width: 2,
-            },
+            shape: SampleShape { channels: 1, height: 2, width: 2 },
             dtype: DType::U8,
             classes: 2,
             class_names: None,
@@ -276,13 +253,7 @@ mod tests {
             |m| m.shards[0].samples = 0,
             |m| m.shards[0].hash = "../../etc/passwd".into(),
             |m| m.shape.width = 0,
-            |m| {
-                m.shape = SampleShape {
-                    channels: u32::MAX,
-                    height: u32::MAX,
-                    width: u32::MAX,
-                }
-            },
+            |m| m.shape = SampleShape { channels: u32::MAX, height: u32::MAX, width: u32::MAX },
             |m| m.mean.clear(),
             |m| m.class_names = Some(vec!["only".into()]),
         ];
@@ -290,10 +261,7 @@ mod tests {
             let mut m = manifest();
             damage(&mut m);
             let error = m.with_id().unwrap().validate().unwrap_err();
-            assert!(
-                matches!(error, ManifestProblem::Inconsistent(_)),
-                "case {i}: {error}"
-            );
+            assert!(matches!(error, ManifestProblem::Inconsistent(_)), "case {i}: {error}");
         }
         let newer = br#"{"format": 2, "something": "new"}"#;
         assert_eq!(Manifest::from_json(newer), Err(ManifestProblem::Format(2)));

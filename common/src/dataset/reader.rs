@@ -72,10 +72,7 @@ impl Sample {
 impl DatasetReader {
     /// A reader of the dataset that `manifest` describes, which is checked here.
     pub fn new(manifest: Arc<Manifest>, cache: Arc<ShardCache>) -> Result<Self, ReadError> {
-        let refused = |problem| ReadError::Manifest {
-            dataset: manifest.name.clone(),
-            problem,
-        };
+        let refused = |problem| ReadError::Manifest { dataset: manifest.name.clone(), problem };
         manifest.validate().map_err(refused)?;
         let sample_bytes = manifest
             .shape
@@ -83,11 +80,7 @@ impl DatasetReader {
             .and_then(|n| usize::try_from(n).ok())
             .ok_or(ManifestProblem::Inconsistent("its samples are too large"))
             .map_err(refused)?;
-        Ok(Self {
-            manifest,
-            cache,
-            sample_bytes,
-        })
+        Ok(Self { manifest, cache, sample_bytes })
     }
 
     /// The dataset's manifest.
@@ -113,11 +106,7 @@ impl DatasetReader {
             samples: manifest.samples,
             index,
         })?;
-        let malformed = |what| ReadError::Malformed {
-            dataset: manifest.name.clone(),
-            index,
-            what,
-        };
+        let malformed = |what| ReadError::Malformed { dataset: manifest.name.clone(), index, what };
         let shard = self.cache.get(manifest.name.as_str(), entry)?;
         if shard.len() as u64 != entry.samples {
             return Err(malformed("its shard has another number of records"));
@@ -135,12 +124,7 @@ impl DatasetReader {
             Encoding::RawU8 if record.payload.len() != self.sample_bytes => {
                 Err(malformed("its size does not match the shape"))
             }
-            Encoding::RawU8 => Ok(Sample {
-                label,
-                shape: manifest.shape,
-                shard,
-                payload: record.payload,
-            }),
+            Encoding::RawU8 => Ok(Sample { label, shape: manifest.shape, shard, payload: record.payload }),
         }
     }
 }

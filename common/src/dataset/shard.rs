@@ -45,8 +45,7 @@ pub(super) struct ShardBuilder {
 impl ShardBuilder {
     /// Appends a record.
     pub(super) fn push(&mut self, labels: &[u32], payload: &[u8]) {
-        self.records
-            .extend_from_slice(&(labels.len() as u32).to_le_bytes());
+        self.records.extend_from_slice(&(labels.len() as u32).to_le_bytes());
         for label in labels {
             self.records.extend_from_slice(&label.to_le_bytes());
         }
@@ -113,9 +112,7 @@ impl ShardFile {
             if range.start != end {
                 return Err(ShardProblem::Table);
             }
-            shard
-                .parse_record(range.clone())
-                .ok_or(ShardProblem::Record(index))?;
+            shard.parse_record(range.clone()).ok_or(ShardProblem::Record(index))?;
             end = range.end;
         }
         if end != shard.bytes.len() {
@@ -163,27 +160,16 @@ impl ShardFile {
             .chunks_exact(4)
             .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
             .collect();
-        Some(Record {
-            labels,
-            payload: range.start + labels_end..range.end,
-        })
+        Some(Record { labels, payload: range.start + labels_end..range.end })
     }
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    bytes
-        .get(at..at.checked_add(4)?)?
-        .try_into()
-        .ok()
-        .map(u32::from_le_bytes)
+    bytes.get(at..at.checked_add(4)?)?.try_into().ok().map(u32::from_le_bytes)
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
-    bytes
-        .get(at..at.checked_add(8)?)?
-        .try_into()
-        .ok()
-        .map(u64::from_le_bytes)
+    bytes.get(at..at.checked_add(8)?)?.try_into().ok().map(u64::from_le_bytes)
 }
 
 #[cfg(test)]
@@ -235,10 +221,7 @@ mod tests {
     fn every_truncation_is_refused() {
         let bytes = built(&[(vec![1], vec![1, 2, 3]), (vec![2, 3], vec![])]);
         for length in 0..bytes.len() {
-            assert!(
-                ShardFile::parse(bytes[..length].to_vec()).is_err(),
-                "{length} bytes"
-            );
+            assert!(ShardFile::parse(bytes[..length].to_vec()).is_err(), "{length} bytes");
         }
         let mut longer = bytes.clone();
         longer.push(0);

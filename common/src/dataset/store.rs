@@ -87,11 +87,8 @@ impl std::fmt::Display for ShardReport {
 impl Store {
     /// Opens the store in `dir`, creating it if missing and removing what dead imports left.
     pub fn open(dir: &Path) -> Result<Self, DatasetError> {
-        let store = Self {
-            dir: dir.to_path_buf(),
-            shards: dir.join("shards"),
-            manifests: dir.join("manifests"),
-        };
+        let store =
+            Self { dir: dir.to_path_buf(), shards: dir.join("shards"), manifests: dir.join("manifests") };
         for dir in [&store.shards, &store.manifests] {
             durable::create_dir_all(dir)?;
             durable::sweep_temporary(dir)?;
@@ -106,10 +103,7 @@ impl Store {
 
     /// Every dataset, by name.
     pub fn list(&self) -> Result<Vec<Manifest>, DatasetError> {
-        self.names()?
-            .iter()
-            .map(|name| self.read_manifest(name))
-            .collect()
+        self.names()?.iter().map(|name| self.read_manifest(name)).collect()
     }
 
     /// The manifest of the dataset `name`.
@@ -141,10 +135,9 @@ impl Store {
                 let state = match std::fs::read(&path) {
                     Err(e) if e.kind() == io::ErrorKind::NotFound => ShardState::Missing,
                     Err(e) => ShardState::Unreadable(e.to_string()),
-                    Ok(bytes) if bytes.len() as u64 != entry.bytes => ShardState::WrongSize {
-                        expected: entry.bytes,
-                        found: bytes.len() as u64,
-                    },
+                    Ok(bytes) if bytes.len() as u64 != entry.bytes => {
+                        ShardState::WrongSize { expected: entry.bytes, found: bytes.len() as u64 }
+                    }
                     Ok(bytes) if blake3_hex(&bytes) != entry.hash => ShardState::Flipped,
                     Ok(bytes) => match ShardFile::parse(bytes) {
                         Ok(_) => ShardState::Good,
@@ -187,19 +180,14 @@ impl Store {
         if existing {
             return Ok(ImportOutcome::Unchanged(manifest));
         }
-        let json = manifest
-            .to_json()
-            .map_err(|problem| self.manifest_error(&manifest.name, problem))?;
+        let json = manifest.to_json().map_err(|problem| self.manifest_error(&manifest.name, problem))?;
         durable::write_atomic(&self.manifest_path(&manifest.name), &json)?;
         Ok(ImportOutcome::Added(manifest))
     }
 
     /// The error of a manifest of this store.
     pub(super) fn manifest_error(&self, name: &DatasetName, problem: ManifestProblem) -> DatasetError {
-        DatasetError::Manifest {
-            path: self.manifest_path(name),
-            problem,
-        }
+        DatasetError::Manifest { path: self.manifest_path(name), problem }
     }
 
     fn manifest_path(&self, name: &DatasetName) -> PathBuf {
@@ -238,10 +226,6 @@ impl Store {
             hint =
                 "; `coordinator dataset ls` shows those there are, `coordinator dataset add` adds one".into();
         }
-        Ok(DatasetError::Unknown {
-            name,
-            store: self.dir.clone(),
-            hint,
-        })
+        Ok(DatasetError::Unknown { name, store: self.dir.clone(), hint })
     }
 }

@@ -36,26 +36,15 @@ pub(super) fn from_toml(file: &str, text: &str, e: &toml::de::Error) -> JobError
         _ => String::new(),
     };
     // Tagged tables lose the position of their keys on the way through serde, so look the key up again.
-    let key_offset = names
-        .first()
-        .filter(|_| unknown_field)
-        .and_then(|name| find_key(text, name));
+    let key_offset = names.first().filter(|_| unknown_field).and_then(|name| find_key(text, name));
     let offset = key_offset.or_else(|| e.span().map(|s| s.start));
     let what = message.lines().next().unwrap_or_default().to_owned() + &hint;
-    JobError {
-        file: file.to_owned(),
-        line: offset.map(|o| line_at(text, o)),
-        what,
-    }
+    JobError { file: file.to_owned(), line: offset.map(|o| line_at(text, o)), what }
 }
 
 pub(super) fn from_fault(file: &str, text: &str, fault: Fault) -> JobError {
     let line = find_path(text, &fault.path).map(|o| line_at(text, o));
-    JobError {
-        file: file.to_owned(),
-        line,
-        what: fault.what,
-    }
+    JobError { file: file.to_owned(), line, what: fault.what }
 }
 
 /// Where the value at `path` stands, or else its nearest enclosing table.

@@ -202,10 +202,7 @@ pub struct GanSpec {
 
 impl Default for GanSpec {
     fn default() -> Self {
-        Self {
-            discriminator_steps: 1,
-            grid: 64,
-        }
+        Self { discriminator_steps: 1, grid: 64 }
     }
 }
 
@@ -240,11 +237,7 @@ pub struct CollectiveSpec {
 impl Default for CollectiveSpec {
     fn default() -> Self {
         // 25 MiB, the size that DDP made the field's default.
-        Self {
-            backend: Backend::Auto,
-            bucket_bytes: 25 << 20,
-            timeout_s: 10.0,
-        }
+        Self { backend: Backend::Auto, bucket_bytes: 25 << 20, timeout_s: 10.0 }
     }
 }
 
@@ -271,10 +264,7 @@ pub struct CheckpointSpec {
 
 impl Default for CheckpointSpec {
     fn default() -> Self {
-        Self {
-            every_steps: 200,
-            keep: 3,
-        }
+        Self { every_steps: 200, keep: 3 }
     }
 }
 
@@ -294,15 +284,9 @@ impl JobSpec {
 
     /// The job's networks in the order in which they are built and stored.
     pub fn networks(&self) -> Vec<(&'static str, &ModelSpec)> {
-        let named = [
-            ("model", &self.model),
-            ("generator", &self.generator),
-            ("discriminator", &self.discriminator),
-        ];
-        named
-            .into_iter()
-            .filter_map(|(name, spec)| spec.as_ref().map(|s| (name, s)))
-            .collect()
+        let named =
+            [("model", &self.model), ("generator", &self.generator), ("discriminator", &self.discriminator)];
+        named.into_iter().filter_map(|(name, spec)| spec.as_ref().map(|s| (name, s))).collect()
     }
 
     /// The optimizer of the network described by `model`.
@@ -312,16 +296,12 @@ impl JobSpec {
 
     /// The largest number of workers that the job can use.
     pub fn max_workers(&self) -> u32 {
-        self.workers
-            .max
-            .unwrap_or(self.logical_shards)
-            .min(self.logical_shards)
+        self.workers.max.unwrap_or(self.logical_shards).min(self.logical_shards)
     }
 
     /// How many steps the job has, given the steps of one epoch.
     pub fn total_steps(&self, steps_per_epoch: u64) -> u64 {
-        self.steps
-            .unwrap_or_else(|| self.epochs.unwrap_or(0) * steps_per_epoch)
+        self.steps.unwrap_or_else(|| self.epochs.unwrap_or(0) * steps_per_epoch)
     }
 }
 

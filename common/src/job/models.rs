@@ -33,21 +33,9 @@ pub fn catalogue() -> &'static [ModelEntry] {
             role: Classifier,
             options: &["widths", "classes", "in_channels", "final_relu", "dropout"],
         },
-        ModelEntry {
-            name: "small-cnn",
-            role: Classifier,
-            options: &["classes", "in_channels", "width"],
-        },
-        ModelEntry {
-            name: "mlp",
-            role: Classifier,
-            options: &["classes", "inputs", "hidden", "dropout"],
-        },
-        ModelEntry {
-            name: "gan-generator",
-            role: Generator,
-            options: &["latent", "hidden", "outputs"],
-        },
+        ModelEntry { name: "small-cnn", role: Classifier, options: &["classes", "in_channels", "width"] },
+        ModelEntry { name: "mlp", role: Classifier, options: &["classes", "inputs", "hidden", "dropout"] },
+        ModelEntry { name: "gan-generator", role: Generator, options: &["latent", "hidden", "outputs"] },
         ModelEntry {
             name: "gan-discriminator",
             role: Discriminator,

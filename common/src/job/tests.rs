@@ -24,9 +24,7 @@ momentum = 0.9
 /// The error for GOOD with `from` replaced by `to`.
 fn check(from: &str, to: &str) -> String {
     assert!(GOOD.contains(from), "{from}");
-    JobSpec::parse("tiny.toml", &GOOD.replace(from, to))
-        .unwrap_err()
-        .to_string()
+    JobSpec::parse("tiny.toml", &GOOD.replace(from, to)).unwrap_err().to_string()
 }
 
 #[test]
@@ -42,71 +40,28 @@ fn a_good_file_parses_with_its_defaults() {
 #[test]
 fn errors_name_file_line_and_nearest_name() {
     let cases = [
-        (
-            "seed = 1",
-            "sede = 1",
-            "tiny.toml:3: unknown field `sede`",
-            "did you mean `seed`?",
-        ),
+        ("seed = 1", "sede = 1", "tiny.toml:3: unknown field `sede`", "did you mean `seed`?"),
         (
             "momentum = 0.9",
             "momentm = 0.9",
             "tiny.toml:19: unknown field `momentm`",
             "did you mean `momentum`?",
         ),
-        (
-            "pixels = 2",
-            "pixel = 2",
-            "tiny.toml:14: unknown field `pixel`",
-            "did you mean `pixels`?",
-        ),
+        ("pixels = 2", "pixel = 2", "tiny.toml:14: unknown field `pixel`", "did you mean `pixels`?"),
         ("\"sgd\"", "\"sdg\"", "tiny.toml:17", "did you mean `sgd`?"),
-        (
-            "\"nin\"",
-            "\"nim\"",
-            "tiny.toml:9: unknown model `nim`",
-            "did you mean `nin`?",
-        ),
-        (
-            "classes = 10",
-            "clases = 10",
-            "tiny.toml:10: unknown option `clases`",
-            "did you mean `classes`?",
-        ),
-        (
-            "seed = 1",
-            "seed = \"x\"",
-            "tiny.toml:3: invalid type",
-            "expected u64",
-        ),
-        (
-            "= 128",
-            "= 100",
-            "tiny.toml:5: `global_batch` is 100",
-            "96 or 104 is",
-        ),
+        ("\"nin\"", "\"nim\"", "tiny.toml:9: unknown model `nim`", "did you mean `nin`?"),
+        ("classes = 10", "clases = 10", "tiny.toml:10: unknown option `clases`", "did you mean `classes`?"),
+        ("seed = 1", "seed = \"x\"", "tiny.toml:3: invalid type", "expected u64"),
+        ("= 128", "= 100", "tiny.toml:5: `global_batch` is 100", "96 or 104 is"),
         ("lr = 0.1", "lr = -1", "tiny.toml:18: `lr` is -1", "above 0"),
         ("epochs = 2", "", "tiny.toml: neither `epochs` nor `steps`", ""),
-        (
-            "epochs = 2",
-            "epochs = 2\nsteps = 3",
-            "tiny.toml:5: `epochs` and `steps`",
-            "",
-        ),
-        (
-            "\"classify\"",
-            "\"gan\"",
-            "tiny.toml:8: a `gan` job has no section `[model]`",
-            "",
-        ),
+        ("epochs = 2", "epochs = 2\nsteps = 3", "tiny.toml:5: `epochs` and `steps`", ""),
+        ("\"classify\"", "\"gan\"", "tiny.toml:8: a `gan` job has no section `[model]`", ""),
         ("epochs = 2", "epochs = ", "tiny.toml:4: ", ""),
     ];
     for (from, to, start, part) in cases {
         let message = check(from, to);
-        assert!(
-            message.starts_with(start),
-            "{message:?} should start with {start:?}"
-        );
+        assert!(message.starts_with(start), "{message:?} should start with {start:?}");
         assert!(message.contains(part), "{message:?} should contain {part:?}");
         assert_eq!(message.lines().count(), 1, "{message:?}");
     }

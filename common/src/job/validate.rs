@@ -12,19 +12,12 @@ pub(super) struct Fault {
 
 impl Fault {
     pub(super) fn at(path: &[&str], what: impl Into<String>) -> Self {
-        Self {
-            path: path.iter().map(|s| (*s).to_owned()).collect(),
-            what: what.into(),
-        }
+        Self { path: path.iter().map(|s| (*s).to_owned()).collect(), what: what.into() }
     }
 }
 
 fn require(condition: bool, path: &[&str], what: impl FnOnce() -> String) -> Result<(), Fault> {
-    if condition {
-        Ok(())
-    } else {
-        Err(Fault::at(path, what()))
-    }
+    if condition { Ok(()) } else { Err(Fault::at(path, what())) }
 }
 
 /// More logical shards than this would make one message per shard and layer a burden, and no cluster needs it.
@@ -34,78 +27,42 @@ pub(super) fn check(job: &JobSpec) -> Result<(), Fault> {
     require(!job.name.is_empty() && job.name.len() <= 100, &["name"], || {
         "`name` must have 1 to 100 characters".to_owned()
     })?;
-    require(
-        job.name
-            .chars()
-            .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)),
-        &["name"],
-        || {
-            format!(
-                "`name` is {:?}; it takes letters, digits, `-`, `_` and `.`",
-                job.name
-            )
-        },
-    )?;
+    require(job.name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)), &["name"], || {
+        format!("`name` is {:?}; it takes letters, digits, `-`, `_` and `.`", job.name)
+    })?;
     check_length(job)?;
     check_batch(job)?;
     check_networks(job)?;
     check_optimizer(&job.optimizer, &["optimizer"])?;
     check_schedule(&job.schedule)?;
     let smoothing = job.loss.label_smoothing;
-    require(
-        (0.0..1.0).contains(&smoothing),
-        &["loss", "label_smoothing"],
-        || format!("`label_smoothing` is {smoothing}; it must be at least 0 and below 1"),
-    )?;
+    require((0.0..1.0).contains(&smoothing), &["loss", "label_smoothing"], || {
+        format!("`label_smoothing` is {smoothing}; it must be at least 0 and below 1")
+    })?;
     for (key, bound) in [("value", job.clip.value), ("norm", job.clip.norm)] {
-        require(
-            bound.is_none_or(|b| b > 0.0 && b.is_finite()),
-            &["clip", key],
-            || format!("`{key}` must be above 0"),
-        )?;
+        require(bound.is_none_or(|b| b > 0.0 && b.is_finite()), &["clip", key], || {
+            format!("`{key}` must be above 0")
+        })?;
     }
     let grid = job.gan.grid;
-    require(
-        grid >= 1 && grid.isqrt().pow(2) == grid && grid <= 1024,
-        &["gan", "grid"],
-        || format!("`grid` is {grid}; it must be a square number up to 1024, such as 64"),
-    )?;
-    require(
-        (1..=1000).contains(&job.gan.discriminator_steps),
-        &["gan", "discriminator_steps"],
-        || "`discriminator_steps` must be 1 to 1000".to_owned(),
-    )?;
-    check_workers(job)?;
-    require(
-        job.collective.bucket_bytes >= 1024,
-        &["collective", "bucket_bytes"],
-        || {
-            format!(
-                "`bucket_bytes` is {}; it must be at least 1024",
-                job.collective.bucket_bytes
-            )
-        },
-    )?;
-    require(
-        (0.5..=3600.0).contains(&job.collective.timeout_s),
-        &["collective", "timeout_s"],
-        || {
-            format!(
-                "`timeout_s` is {}; it must be 0.5 to 3600 seconds",
-                job.collective.timeout_s
-            )
-        },
-    )?;
-    require(job.checkpoint.keep >= 1, &["checkpoint", "keep"], || {
-        "`keep` must be at least 1".to_owned()
+    require(grid >= 1 && grid.isqrt().pow(2) == grid && grid <= 1024, &["gan", "grid"], || {
+        format!("`grid` is {grid}; it must be a square number up to 1024, such as 64")
     })?;
+    require((1..=1000).contains(&job.gan.discriminator_steps), &["gan", "discriminator_steps"], || {
+        "`discriminator_steps` must be 1 to 1000".to_owned()
+    })?;
+    check_workers(job)?;
+    require(job.collective.bucket_bytes >= 1024, &["collective", "bucket_bytes"], || {
+        format!("`bucket_bytes` is {}; it must be at least 1024", job.collective.bucket_bytes)
+    })?;
+    require((0.5..=3600.0).contains(&job.collective.timeout_s), &["collective", "timeout_s"], || {
+        format!("`timeout_s` is {}; it must be 0.5 to 3600 seconds", job.collective.timeout_s)
+    })?;
+    require(job.checkpoint.keep >= 1, &["checkpoint", "keep"], || "`keep` must be at least 1".to_owned())?;
     for (i, augment) in job.data.augment.iter().enumerate() {
         if let super::Augment::PadCrop { pixels } = augment {
             require((1..=1024).contains(pixels), &["data", "augment"], || {
-                format!(
-                    "augmentation {} pads by {pixels}; `pixels` must be 1 to 1024",
-                    i + 1
-                )
+                format!("augmentation {} pads by {pixels}; `pixels` must be 1 to 1024", i + 1)
             })?;
         }
     }
@@ -114,14 +71,10 @@ pub(super) fn check(job: &JobSpec) -> Result<(), Fault> {
 
 fn check_length(job: &JobSpec) -> Result<(), Fault> {
     match (job.epochs, job.steps) {
-        (Some(_), Some(_)) => Err(Fault::at(
-            &["steps"],
-            "`epochs` and `steps` are both given; keep one of them",
-        )),
-        (None, None) => Err(Fault::at(
-            &[],
-            "neither `epochs` nor `steps` is given; add one of them",
-        )),
+        (Some(_), Some(_)) => {
+            Err(Fault::at(&["steps"], "`epochs` and `steps` are both given; keep one of them"))
+        }
+        (None, None) => Err(Fault::at(&[], "neither `epochs` nor `steps` is given; add one of them")),
         (Some(0), _) => Err(Fault::at(&["epochs"], "`epochs` is 0; it must be at least 1")),
         (_, Some(0)) => Err(Fault::at(&["steps"], "`steps` is 0; it must be at least 1")),
         _ => Ok(()),
@@ -133,9 +86,7 @@ fn check_batch(job: &JobSpec) -> Result<(), Fault> {
     require((1..=MAX_LOGICAL_SHARDS).contains(&v), &["logical_shards"], || {
         format!("`logical_shards` is {v}; it must be 1 to {MAX_LOGICAL_SHARDS}")
     })?;
-    require(batch >= 1, &["global_batch"], || {
-        "`global_batch` is 0; it must be at least 1".to_owned()
-    })?;
+    require(batch >= 1, &["global_batch"], || "`global_batch` is 0; it must be at least 1".to_owned())?;
     require(batch.is_multiple_of(v), &["global_batch"], || {
         let lower = (batch / v).max(1) * v;
         format!(
@@ -147,17 +98,10 @@ fn check_batch(job: &JobSpec) -> Result<(), Fault> {
 
 fn check_networks(job: &JobSpec) -> Result<(), Fault> {
     let (wanted, unwanted): (&[(&str, ModelRole)], &[&str]) = match job.task {
-        Task::Classify => (
-            &[("model", ModelRole::Classifier)],
-            &["generator", "discriminator"],
-        ),
-        Task::Gan => (
-            &[
-                ("generator", ModelRole::Generator),
-                ("discriminator", ModelRole::Discriminator),
-            ],
-            &["model"],
-        ),
+        Task::Classify => (&[("model", ModelRole::Classifier)], &["generator", "discriminator"]),
+        Task::Gan => {
+            (&[("generator", ModelRole::Generator), ("discriminator", ModelRole::Discriminator)], &["model"])
+        }
     };
     let task = match job.task {
         Task::Classify => "classify",
@@ -171,10 +115,7 @@ fn check_networks(job: &JobSpec) -> Result<(), Fault> {
     }
     for (section, role) in wanted {
         let Some((_, model)) = networks.iter().find(|(n, _)| n == section) else {
-            return Err(Fault::at(
-                &["task"],
-                format!("a `{task}` job needs a section `[{section}]`"),
-            ));
+            return Err(Fault::at(&["task"], format!("a `{task}` job needs a section `[{section}]`")));
         };
         check_model(section, model, *role)?;
     }
@@ -185,28 +126,17 @@ fn check_model(section: &str, model: &ModelSpec, role: ModelRole) -> Result<(), 
     let fitting = || catalogue().iter().filter(|m| m.role == role).map(|m| m.name);
     let Some(entry) = catalogue().iter().find(|m| m.name == model.name) else {
         let hint = did_you_mean(&model.name, fitting());
-        let what = format!(
-            "unknown model `{}`{hint} (`worker models` lists them)",
-            model.name
-        );
+        let what = format!("unknown model `{}`{hint} (`worker models` lists them)", model.name);
         return Err(Fault::at(&[section, "name"], what));
     };
     require(entry.role == role, &[section, "name"], || {
         let names: Vec<_> = fitting().map(|n| format!("`{n}`")).collect();
-        format!(
-            "model `{}` does not fit `[{section}]`; {} would",
-            model.name,
-            names.join(" or ")
-        )
+        format!("model `{}` does not fit `[{section}]`; {} would", model.name, names.join(" or "))
     })?;
     for key in model.options.keys() {
         require(entry.options.contains(&key.as_str()), &[section, key], || {
             let known = entry.options.iter().copied().chain(["batch_norm", "optimizer"]);
-            format!(
-                "unknown option `{key}` of model `{}`{}",
-                model.name,
-                did_you_mean(key, known)
-            )
+            format!("unknown option `{key}` of model `{}`{}", model.name, did_you_mean(key, known))
         })?;
     }
     match &model.optimizer {
@@ -224,58 +154,20 @@ fn check_optimizer(optimizer: &OptimizerSpec, path: &[&str]) -> Result<(), Fault
     range("lr", lr, lr > 0.0 && lr.is_finite(), "above 0")?;
     let decay = |d: f64| range("weight_decay", d, d >= 0.0 && d.is_finite(), "at least 0");
     match optimizer {
-        OptimizerSpec::Sgd {
-            momentum,
-            momentum_final,
-            nesterov,
-            weight_decay,
-            ..
-        } => {
-            range(
-                "momentum",
-                *momentum,
-                (0.0..1.0).contains(momentum),
-                "at least 0 and below 1",
-            )?;
+        OptimizerSpec::Sgd { momentum, momentum_final, nesterov, weight_decay, .. } => {
+            range("momentum", *momentum, (0.0..1.0).contains(momentum), "at least 0 and below 1")?;
             if let Some(end) = momentum_final {
-                range(
-                    "momentum_final",
-                    *end,
-                    (0.0..1.0).contains(end),
-                    "at least 0 and below 1",
-                )?;
+                range("momentum_final", *end, (0.0..1.0).contains(end), "at least 0 and below 1")?;
             }
             require(!nesterov || *momentum > 0.0, &at("nesterov"), || {
                 "`nesterov` needs a `momentum` above 0".to_owned()
             })?;
             decay(*weight_decay)
         }
-        OptimizerSpec::Adam {
-            beta1,
-            beta2,
-            eps,
-            weight_decay,
-            ..
-        }
-        | OptimizerSpec::Adamw {
-            beta1,
-            beta2,
-            eps,
-            weight_decay,
-            ..
-        } => {
-            range(
-                "beta1",
-                *beta1,
-                (0.0..1.0).contains(beta1),
-                "at least 0 and below 1",
-            )?;
-            range(
-                "beta2",
-                *beta2,
-                (0.0..1.0).contains(beta2),
-                "at least 0 and below 1",
-            )?;
+        OptimizerSpec::Adam { beta1, beta2, eps, weight_decay, .. }
+        | OptimizerSpec::Adamw { beta1, beta2, eps, weight_decay, .. } => {
+            range("beta1", *beta1, (0.0..1.0).contains(beta1), "at least 0 and below 1")?;
+            range("beta2", *beta2, (0.0..1.0).contains(beta2), "at least 0 and below 1")?;
             range("eps", *eps, *eps > 0.0 && eps.is_finite(), "above 0")?;
             decay(*weight_decay)
         }
@@ -295,9 +187,7 @@ fn check_schedule(schedule: &ScheduleSpec) -> Result<(), Fault> {
     };
     match schedule {
         ScheduleSpec::Constant { .. } => Ok(()),
-        ScheduleSpec::Step {
-            every_epochs, gamma, ..
-        } => {
+        ScheduleSpec::Step { every_epochs, gamma, .. } => {
             positive("every_epochs", *every_epochs)?;
             positive("gamma", *gamma)
         }
@@ -311,15 +201,11 @@ fn check_schedule(schedule: &ScheduleSpec) -> Result<(), Fault> {
 
 fn check_workers(job: &JobSpec) -> Result<(), Fault> {
     let (min, v) = (job.workers.min, job.logical_shards);
-    require(min >= 1, &["workers", "min"], || {
-        "`min` is 0; it must be at least 1".to_owned()
-    })?;
+    require(min >= 1, &["workers", "min"], || "`min` is 0; it must be at least 1".to_owned())?;
     require(min <= v, &["workers", "min"], || {
         format!("`min` is {min}, but {v} logical shards occupy at most {v} workers; raise `logical_shards`")
     })?;
-    require(
-        job.workers.max.is_none_or(|max| max >= min),
-        &["workers", "max"],
-        || format!("`max` is below `min` = {min}"),
-    )
+    require(job.workers.max.is_none_or(|max| max >= min), &["workers", "max"], || {
+        format!("`max` is below `min` = {min}")
+    })
 }

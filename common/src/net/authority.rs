@@ -41,11 +41,7 @@ impl Role {
         match name {
             "coordinator.lockstep" => Some(Self::Coordinator),
             "operator.lockstep" => Some(Self::Operator),
-            _ => name
-                .strip_suffix(".worker.lockstep")?
-                .parse()
-                .ok()
-                .map(Self::Worker),
+            _ => name.strip_suffix(".worker.lockstep")?.parse().ok().map(Self::Worker),
         }
     }
 }
@@ -62,10 +58,7 @@ impl fmt::Display for Role {
 
 /// The role in the certificate that a peer has proved to hold; `None` if it showed none.
 pub fn peer_role(connection: &Connection) -> Option<Role> {
-    let chain = connection
-        .peer_identity()?
-        .downcast::<Vec<CertificateDer<'static>>>()
-        .ok()?;
+    let chain = connection.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
     role_of(chain.first()?)
 }
 
@@ -83,10 +76,7 @@ fn bad(e: impl fmt::Display) -> NetError {
 }
 
 fn file<'a>(path: &'a Path) -> impl FnOnce(std::io::Error) -> NetError + 'a {
-    move |source| NetError::File {
-        path: path.to_owned(),
-        source,
-    }
+    move |source| NetError::File { path: path.to_owned(), source }
 }
 
 /// Writes a secret so that only its owner can read it and it is whole or absent.
@@ -129,9 +119,7 @@ impl Authority {
         fs::create_dir_all(folder).map_err(file(folder))?;
         let key = KeyPair::generate().map_err(bad)?;
         let mut params = CertificateParams::default();
-        params
-            .distinguished_name
-            .push(DnType::CommonName, "Lockstep cluster CA");
+        params.distinguished_name.push(DnType::CommonName, "Lockstep cluster CA");
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         validity(&mut params, 20);
@@ -163,14 +151,10 @@ impl Authority {
 
     fn certify(&self, key: &impl PublicKeyData, role: Role) -> Result<Vec<u8>, NetError> {
         let mut params = CertificateParams::new([role.server_name()]).map_err(bad)?;
-        params
-            .distinguished_name
-            .push(DnType::CommonName, role.server_name());
+        params.distinguished_name.push(DnType::CommonName, role.server_name());
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![
-            ExtendedKeyUsagePurpose::ServerAuth,
-            ExtendedKeyUsagePurpose::ClientAuth,
-        ];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         validity(&mut params, 5);
         Ok(params.signed_by(key, &self.issuer).map_err(bad)?.der().to_vec())
     }
@@ -193,11 +177,7 @@ impl SigningRequest {
     /// A new key and a request to sign it.
     pub fn new() -> Result<Self, NetError> {
         let key = KeyPair::generate().map_err(bad)?;
-        let der = CertificateParams::default()
-            .serialize_request(&key)
-            .map_err(bad)?
-            .der()
-            .to_vec();
+        let der = CertificateParams::default().serialize_request(&key).map_err(bad)?.der().to_vec();
         Ok(Self { key, der })
     }
 
@@ -208,11 +188,7 @@ impl SigningRequest {
 
     /// The identity, once the certificate is there.
     pub fn complete(self, certificate: Vec<u8>, ca: Vec<u8>) -> Identity {
-        Identity {
-            certificate: certificate.into(),
-            key: self.key.serialize_der(),
-            ca: ca.into(),
-        }
+        Identity { certificate: certificate.into(), key: self.key.serialize_der(), ca: ca.into() }
     }
 }
 
@@ -248,39 +224,24 @@ impl Identity {
     pub fn save(&self, folder: &Path, name: &str) -> Result<(), NetError> {
         fs::create_dir_all(folder).map_err(file(folder))?;
         let pem = |label: &str, der: &[u8]| rcgen_pem(label, der);
-        write_private(
-            &folder.join(format!("{name}.key")),
-            &pem("PRIVATE KEY", &self.key),
-        )?;
+        write_private(&folder.join(format!("{name}.key")), &pem("PRIVATE KEY", &self.key))?;
         let chain = pem("CERTIFICATE", &self.certificate) + &pem("CERTIFICATE", &self.ca);
         write_private(&folder.join(format!("{name}.pem")), &chain)
     }
 
     /// Loads what [`Self::save`] stored; `None` if there is nothing.
     pub fn load(folder: &Path, name: &str) -> Result<Option<Self>, NetError> {
-        let (chain_path, key_path) = (
-            folder.join(format!("{name}.pem")),
-            folder.join(format!("{name}.key")),
-        );
+        let (chain_path, key_path) = (folder.join(format!("{name}.pem")), folder.join(format!("{name}.key")));
         if !chain_path.exists() {
             return Ok(None);
         }
         let pem = fs::read(&chain_path).map_err(file(&chain_path))?;
-        let chain = CertificateDer::pem_slice_iter(&pem)
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(bad)?;
+        let chain = CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>().map_err(bad)?;
         let [certificate, ca] = chain.try_into().map_err(|chain: Vec<_>| {
-            bad(format!(
-                "{}: {} certificates instead of 2",
-                chain_path.display(),
-                chain.len()
-            ))
+            bad(format!("{}: {} certificates instead of 2", chain_path.display(), chain.len()))
         })?;
         let key_pem = fs::read(&key_path).map_err(file(&key_path))?;
-        let key = PrivatePkcs8KeyDer::from_pem_slice(&key_pem)
-            .map_err(bad)?
-            .secret_pkcs8_der()
-            .to_vec();
+        let key = PrivatePkcs8KeyDer::from_pem_slice(&key_pem).map_err(bad)?.secret_pkcs8_der().to_vec();
         Ok(Some(Self { certificate, key, ca }))
     }
 }

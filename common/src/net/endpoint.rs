@@ -22,6 +22,9 @@ pub const ALPN: &[u8] = b"lockstep";
 /// Wanted socket buffers: two windows of a bulk stream. The kernel grants what its `net.core.*mem_max` allows.
 const SOCKET_BUFFER_BYTES: usize = 8 << 20;
 
+/// The largest datagram taken: a jumbo Ethernet frame's. quinn's default of 1472 would stop MTU discovery there.
+const MAX_DATAGRAM_BYTES: u16 = 9000;
+
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
@@ -48,12 +51,9 @@ pub fn bind(address: SocketAddr, server: Option<ServerConfig>) -> Result<Endpoin
         let _ = socket.set_send_buffer_size(SOCKET_BUFFER_BYTES);
         socket.set_nonblocking(true)?;
         socket.bind(&address.into())?;
-        Endpoint::new(
-            EndpointConfig::default(),
-            server,
-            socket.into(),
-            Arc::new(TokioRuntime),
-        )
+        let mut datagrams = EndpointConfig::default();
+        datagrams.max_udp_payload_size(MAX_DATAGRAM_BYTES).map_err(std::io::Error::other)?;
+        Endpoint::new(datagrams, server, socket.into(), Arc::new(TokioRuntime))
     };
     open().map_err(|source: std::io::Error| {
         let hint = match source.kind() {
@@ -64,11 +64,7 @@ pub fn bind(address: SocketAddr, server: Option<ServerConfig>) -> Result<Endpoin
             std::io::ErrorKind::PermissionDenied => "; choose a port above 1023",
             _ => "",
         };
-        NetError::Bind {
-            address,
-            source,
-            hint,
-        }
+        NetError::Bind { address, source, hint }
     })
 }
 
@@ -76,11 +72,7 @@ pub fn bind(address: SocketAddr, server: Option<ServerConfig>) -> Result<Endpoin
 /// answer nothing but an enrolment.
 pub fn server_config(identity: &Identity, enrolment: bool) -> Result<ServerConfig, NetError> {
     let verifier = WebPkiClientVerifier::builder_with_provider(roots(identity)?, provider());
-    let verifier = if enrolment {
-        verifier.allow_unauthenticated()
-    } else {
-        verifier
-    };
+    let verifier = if enrolment { verifier.allow_unauthenticated() } else { verifier };
     let mut tls = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(bad)?
@@ -106,10 +98,7 @@ pub fn client_config(identity: &Identity) -> Result<ClientConfig, NetError> {
 
 /// Calls the coordinator of the cluster whose CA certificate has this BLAKE3 `fingerprint`, without a certificate.
 pub fn enrolment_config(fingerprint: [u8; 32]) -> Result<ClientConfig, NetError> {
-    let verifier = PinnedAuthority {
-        fingerprint,
-        provider: provider(),
-    };
+    let verifier = PinnedAuthority { fingerprint, provider: provider() };
     let tls = rustls::ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(bad)?

@@ -14,10 +14,7 @@ pub async fn connect(
 ) -> Result<Connection, NetError> {
     let mut failure = NetError::Address("nothing".to_owned());
     for &address in addresses {
-        let failed = |cause: String| NetError::Connect {
-            address: address.to_string(),
-            cause,
-        };
+        let failed = |cause: String| NetError::Connect { address: address.to_string(), cause };
         match endpoint.connect_with(config.clone(), address, server_name) {
             Err(e) => failure = failed(e.to_string()),
             Ok(connecting) => match connecting.await {
@@ -37,10 +34,7 @@ pub fn explain(error: &ConnectionError) -> String {
             "nobody answers there; check the address and that the process runs".to_owned()
         }
         ConnectionError::ApplicationClosed(close) => {
-            format!(
-                "the peer closed the connection: {}",
-                String::from_utf8_lossy(&close.reason)
-            )
+            format!("the peer closed the connection: {}", String::from_utf8_lossy(&close.reason))
         }
         ConnectionError::LocallyClosed => "the connection was closed on this side".to_owned(),
         _ if text.contains("another cluster") => {
@@ -100,8 +94,5 @@ impl Exchange {
 }
 
 fn lost(connection: &Connection, error: &ConnectionError) -> NetError {
-    NetError::Connect {
-        address: connection.remote_address().to_string(),
-        cause: explain(error),
-    }
+    NetError::Connect { address: connection.remote_address().to_string(), cause: explain(error) }
 }

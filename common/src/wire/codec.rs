@@ -71,10 +71,7 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, FrameError> {
     let (message, used) = bincode::serde::decode_from_slice(bytes, config())
         .map_err(|e| FrameError::Malformed(e.to_string()))?;
     if used != bytes.len() {
-        return Err(FrameError::Malformed(format!(
-            "{} bytes after the message",
-            bytes.len() - used
-        )));
+        return Err(FrameError::Malformed(format!("{} bytes after the message", bytes.len() - used)));
     }
     Ok(message)
 }
@@ -145,10 +142,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn block_on<F: Future>(f: F) -> F::Output {
-        tokio::runtime::Builder::new_current_thread()
-            .build()
-            .unwrap()
-            .block_on(f)
+        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(f)
     }
 
     proptest! {
@@ -184,9 +178,7 @@ mod tests {
     fn another_protocol_version_is_told_so() {
         let mut bytes = b"LKST".to_vec();
         bytes.extend_from_slice(&(PROTOCOL + 1).to_le_bytes());
-        let e = block_on(read_preamble(&mut bytes.as_slice()))
-            .unwrap_err()
-            .to_string();
+        let e = block_on(read_preamble(&mut bytes.as_slice())).unwrap_err().to_string();
         assert!(e.contains(&format!("speaks protocol {}", PROTOCOL + 1)), "{e}");
         let e = block_on(read_preamble(&mut &b"GET / HTTP/1.1\r\n"[..])).unwrap_err();
         assert!(matches!(e, FrameError::NotLockstep(_)), "{e}");

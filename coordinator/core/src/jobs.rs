@@ -96,8 +96,8 @@ impl Core {
     pub fn submit(&mut self, job: NewJob, now_ms: u64) -> JobId {
         let id = self.new_job_id();
         let record = JobRecord::new(id, job, now_ms);
-        self.log(id, format!("submitted as {id} `{}`", record.name));
         self.actions.push_back(Action::PersistJob(Box::new(record.clone())));
+        self.log(id, format!("submitted as {id} `{}`", record.name));
         self.jobs.insert(id, Job::new(record));
         self.schedule();
         id

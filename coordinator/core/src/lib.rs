@@ -9,6 +9,7 @@ mod core;
 mod decide;
 mod generation;
 mod jobs;
+mod presence;
 mod record;
 mod recovery;
 mod workers;

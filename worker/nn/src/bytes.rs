@@ -35,11 +35,7 @@ impl RawTensor {
         let host = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
         let mut bytes = vec![0; host.numel() * kind.elt_size_in_bytes()];
         host.f_copy_data_u8(&mut bytes, host.numel())?;
-        Ok(Self {
-            dtype,
-            shape: tensor.size().into_iter().map(|d| d as usize).collect(),
-            bytes,
-        })
+        Ok(Self { dtype, shape: tensor.size().into_iter().map(|d| d as usize).collect(), bytes })
     }
 
     /// The tensor that these bytes describe, on the CPU. Fails on an unknown type and on a length that does not
@@ -55,22 +51,13 @@ impl RawTensor {
             expected,
             got,
         };
-        let (_, kind) = DTYPES
-            .into_iter()
-            .find(|(name, _)| *name == dtype)
-            .ok_or_else(|| {
-                fault(
-                    format!("one of the types {:?}", DTYPES.map(|(name, _)| name)),
-                    format!("`{dtype}`"),
-                )
-            })?;
+        let (_, kind) = DTYPES.into_iter().find(|(name, _)| *name == dtype).ok_or_else(|| {
+            fault(format!("one of the types {:?}", DTYPES.map(|(name, _)| name)), format!("`{dtype}`"))
+        })?;
         let elements = shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
         let expected = elements.and_then(|n| n.checked_mul(kind.elt_size_in_bytes()));
         if expected != Some(bytes.len()) {
-            return Err(fault(
-                format!("the bytes of shape {shape:?}"),
-                format!("{} bytes", bytes.len()),
-            ));
+            return Err(fault(format!("the bytes of shape {shape:?}"), format!("{} bytes", bytes.len())));
         }
         let shape: Vec<i64> = shape.iter().map(|d| *d as i64).collect();
         Ok(Tensor::f_from_data_size(bytes, &shape, kind)?)

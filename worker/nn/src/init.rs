@@ -23,9 +23,7 @@ impl Init {
     /// PyTorch's default for convolutions and linear layers, weights and biases alike: uniform within
     /// ±1/√`fan_in`, where `fan_in` is the number of inputs of one output.
     pub fn fan_in(fan_in: i64) -> Self {
-        Self::Uniform {
-            bound: 1.0 / (fan_in.max(1) as f64).sqrt(),
-        }
+        Self::Uniform { bound: 1.0 / (fan_in.max(1) as f64).sqrt() }
     }
 
     /// `count` values for the parameter `name` of `network`.

@@ -31,10 +31,7 @@ pub fn correct(logits: &Tensor, labels: &Tensor) -> Result<i64, NnError> {
     if logits.size().first() == Some(&0) {
         return Ok(0);
     }
-    let hits = logits
-        .f_argmax(1, false)?
-        .f_eq_tensor(labels)?
-        .f_sum(tch::Kind::Int64)?;
+    let hits = logits.f_argmax(1, false)?.f_eq_tensor(labels)?.f_sum(tch::Kind::Int64)?;
     Ok(hits.f_int64_value(&[])?)
 }
 
@@ -78,18 +75,12 @@ mod tests {
 
     #[test]
     fn gan_losses_equal_binary_cross_entropy() {
-        let (real, fake) = (
-            Tensor::from_slice(&[0.3, -2.0]),
-            Tensor::from_slice(&[1.5, -40.0]),
-        );
+        let (real, fake) = (Tensor::from_slice(&[0.3, -2.0]), Tensor::from_slice(&[1.5, -40.0]));
         let bce = |logits: &Tensor, target: f64| {
             let target = logits.ones_like() * target;
             logits.binary_cross_entropy_with_logits::<&Tensor>(&target, None, None, Reduction::Mean)
         };
-        assert!(close(
-            &discriminator(&real, &fake, 2.0).unwrap(),
-            &(bce(&real, 1.0) + bce(&fake, 0.0))
-        ));
+        assert!(close(&discriminator(&real, &fake, 2.0).unwrap(), &(bce(&real, 1.0) + bce(&fake, 0.0))));
         assert!(close(&generator(&fake, 2.0).unwrap(), &bce(&fake, 1.0)));
     }
 
@@ -97,9 +88,6 @@ mod tests {
     fn correct_counts_rows_and_takes_an_empty_batch() {
         let logits = Tensor::from_slice2(&[[0.0, 1.0], [2.0, 1.0]]);
         assert_eq!(correct(&logits, &Tensor::from_slice(&[1i64, 1])).unwrap(), 1);
-        assert_eq!(
-            correct(&logits.narrow(0, 0, 0), &Tensor::from_slice::<i64>(&[])).unwrap(),
-            0
-        );
+        assert_eq!(correct(&logits.narrow(0, 0, 0), &Tensor::from_slice::<i64>(&[])).unwrap(), 0);
     }
 }

@@ -39,13 +39,7 @@ pub fn weighted_records(records: &[BnRecord]) -> Vec<f64> {
     let mut flat = Vec::new();
     for record in records {
         flat.push(record.count);
-        flat.extend(
-            record
-                .mean
-                .iter()
-                .chain(&record.var_unbiased)
-                .map(|v| v * record.count),
-        );
+        flat.extend(record.mean.iter().chain(&record.var_unbiased).map(|v| v * record.count));
     }
     flat
 }
@@ -64,17 +58,8 @@ pub fn average_records(records: &mut [BnRecord], summed: &[f64]) -> Result<(), N
     let mut values = summed.iter().copied();
     for record in records {
         record.count = values.next().unwrap_or(0.0);
-        let share = if record.count > 0.0 {
-            1.0 / record.count
-        } else {
-            0.0
-        };
-        for (slot, value) in record
-            .mean
-            .iter_mut()
-            .chain(&mut record.var_unbiased)
-            .zip(values.by_ref())
-        {
+        let share = if record.count > 0.0 { 1.0 / record.count } else { 0.0 };
+        for (slot, value) in record.mean.iter_mut().chain(&mut record.var_unbiased).zip(values.by_ref()) {
             *slot = value * share;
         }
     }
@@ -90,10 +75,7 @@ pub fn apply_running_stats<'a>(
     momentum: f64,
 ) -> Result<(), NnError> {
     for record in records.into_iter().filter(|r| r.count > 1.0) {
-        for (buffer, batch) in [
-            ("running_mean", &record.mean),
-            ("running_var", &record.var_unbiased),
-        ] {
+        for (buffer, batch) in [("running_mean", &record.mean), ("running_var", &record.var_unbiased)] {
             let tensor = &vars.var(&format!("{}.{buffer}", record.layer))?.tensor;
             let mut running = Vec::<f64>::try_from(tensor.f_to_kind(tch::Kind::Double)?)?;
             for (r, b) in running.iter_mut().zip(batch) {
@@ -111,11 +93,7 @@ mod tests {
 
     fn moments(values: &[f64]) -> Vec<f64> {
         let n = values.len() as f64;
-        let mean = if n > 0.0 {
-            values.iter().sum::<f64>() / n
-        } else {
-            0.0
-        };
+        let mean = if n > 0.0 { values.iter().sum::<f64>() / n } else { 0.0 };
         vec![n, mean, values.iter().map(|v| (v - mean).powi(2)).sum()]
     }
 
@@ -130,12 +108,7 @@ mod tests {
         let whole = moments(&values);
         assert_eq!(merged[0], whole[0]);
         assert!((merged[1] - whole[1]).abs() < 1e-6);
-        assert!(
-            (merged[2] / whole[2] - 1.0).abs() < 1e-6,
-            "{} {}",
-            merged[2],
-            whole[2]
-        );
+        assert!((merged[2] / whole[2] - 1.0).abs() < 1e-6, "{} {}", merged[2], whole[2]);
     }
 
     #[test]
@@ -154,10 +127,7 @@ mod tests {
             .map(|(a, b)| a + b)
             .collect();
         average_records(&mut mine, &summed).unwrap();
-        assert_eq!(
-            (mine[0].count, mine[0].mean[0], mine[0].var_unbiased[0]),
-            (4.0, 7.0, 3.0)
-        );
+        assert_eq!((mine[0].count, mine[0].mean[0], mine[0].var_unbiased[0]), (4.0, 7.0, 3.0));
         assert!(average_records(&mut mine, &summed[1..]).is_err());
     }
 }

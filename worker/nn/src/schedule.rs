@@ -16,9 +16,7 @@ pub fn lr_factor(spec: &ScheduleSpec, step: u64, total_steps: u64, steps_per_epo
     }
     match *spec {
         ScheduleSpec::Constant { .. } => 1.0,
-        ScheduleSpec::Step {
-            every_epochs, gamma, ..
-        } => {
+        ScheduleSpec::Step { every_epochs, gamma, .. } => {
             let epochs = step as f64 / steps_per_epoch.max(1) as f64;
             gamma.powf((epochs / every_epochs).floor())
         }
@@ -34,12 +32,7 @@ pub fn lr_factor(spec: &ScheduleSpec, step: u64, total_steps: u64, steps_per_epo
 /// that has none.
 pub fn momentum(spec: &OptimizerSpec, step: u64) -> Option<f64> {
     match *spec {
-        OptimizerSpec::Sgd {
-            momentum,
-            momentum_final: Some(end),
-            momentum_ramp_steps,
-            ..
-        } => {
+        OptimizerSpec::Sgd { momentum, momentum_final: Some(end), momentum_ramp_steps, .. } => {
             let progress = (step as f64 / momentum_ramp_steps.max(1) as f64).min(1.0);
             Some(momentum + (end - momentum) * progress)
         }
@@ -55,39 +48,19 @@ mod tests {
     fn check(spec: &ScheduleSpec, expected: &[(u64, f64)]) {
         for &(step, factor) in expected {
             let got = lr_factor(spec, step, 110, 20);
-            assert!(
-                (got - factor).abs() < 1e-12,
-                "{spec:?} at {step}: {got} instead of {factor}"
-            );
+            assert!((got - factor).abs() < 1e-12, "{spec:?} at {step}: {got} instead of {factor}");
         }
     }
 
     #[test]
     fn factors_at_the_corners_of_each_schedule() {
-        check(
-            &ScheduleSpec::Constant { warmup_steps: 0 },
-            &[(0, 1.0), (500, 1.0)],
-        );
-        check(
-            &ScheduleSpec::Constant { warmup_steps: 4 },
-            &[(0, 0.25), (2, 0.75), (3, 1.0), (4, 1.0)],
-        );
-        let step = ScheduleSpec::Step {
-            every_epochs: 2.0,
-            gamma: 0.1,
-            warmup_steps: 0,
-        };
+        check(&ScheduleSpec::Constant { warmup_steps: 0 }, &[(0, 1.0), (500, 1.0)]);
+        check(&ScheduleSpec::Constant { warmup_steps: 4 }, &[(0, 0.25), (2, 0.75), (3, 1.0), (4, 1.0)]);
+        let step = ScheduleSpec::Step { every_epochs: 2.0, gamma: 0.1, warmup_steps: 0 };
         check(&step, &[(0, 1.0), (39, 1.0), (40, 0.1), (80, 0.01)]);
-        let cosine = ScheduleSpec::Cosine {
-            final_factor: 0.0,
-            warmup_steps: 10,
-        };
+        let cosine = ScheduleSpec::Cosine { final_factor: 0.0, warmup_steps: 10 };
         check(&cosine, &[(9, 1.0), (10, 1.0), (60, 0.5), (110, 0.0), (200, 0.0)]);
-        let exponential = ScheduleSpec::Exponential {
-            decay: 2.0,
-            floor: 0.1,
-            warmup_steps: 0,
-        };
+        let exponential = ScheduleSpec::Exponential { decay: 2.0, floor: 0.1, warmup_steps: 0 };
         check(&exponential, &[(0, 1.0), (2, 0.25), (50, 0.1)]);
     }
 

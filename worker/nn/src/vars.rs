@@ -54,15 +54,7 @@ impl Vars {
     /// name it keys the initial values.
     pub fn new(network: &str, seed: u64, kind: Kind, device: Device) -> Self {
         let network = network.to_owned();
-        Self {
-            network,
-            seed,
-            kind,
-            device,
-            entries: BTreeMap::new(),
-            sealed: false,
-            batch_norms: 0,
-        }
+        Self { network, seed, kind, device, entries: BTreeMap::new(), sealed: false, batch_norms: 0 }
     }
 
     /// The number type of all variables.
@@ -78,10 +70,7 @@ impl Vars {
     /// Where building a model starts.
     pub fn root(&mut self) -> Scope<'_> {
         self.batch_norms = 0;
-        Scope {
-            vars: self,
-            prefix: String::new(),
-        }
+        Scope { vars: self, prefix: String::new() }
     }
 
     /// All variables in name order.
@@ -122,13 +111,7 @@ impl Vars {
         let alias = |(name, var): (&String, &Var)| -> Result<(String, Var), NnError> {
             let tensor = var.tensor.f_detach()?;
             let tensor = tensor.f_set_requires_grad(learns && var.role == Role::Parameter)?;
-            Ok((
-                name.clone(),
-                Var {
-                    tensor,
-                    role: var.role,
-                },
-            ))
+            Ok((name.clone(), Var { tensor, role: var.role }))
         };
         Ok(Self {
             network: self.network.clone(),
@@ -153,11 +136,8 @@ impl Vars {
     /// Sets all variables from `saved`, which must hold exactly these names, shapes and types. On an error,
     /// which names every key that does not fit, nothing has changed.
     pub fn load(&mut self, saved: &BTreeMap<String, Tensor>) -> Result<(), NnError> {
-        let mine = self
-            .entries
-            .iter()
-            .map(|(name, var)| (name.clone(), var.tensor.shallow_clone()))
-            .collect();
+        let mine =
+            self.entries.iter().map(|(name, var)| (name.clone(), var.tensor.shallow_clone())).collect();
         load_tensors("network", &mine, saved)
     }
 }
@@ -173,28 +153,15 @@ pub(crate) fn load_tensors(
         match saved.get(name) {
             None => problems.push(format!("`{name}` is missing")),
             Some(s) if s.size() != tensor.size() => {
-                problems.push(format!(
-                    "`{name}` has shape {:?} instead of {:?}",
-                    s.size(),
-                    tensor.size()
-                ));
+                problems.push(format!("`{name}` has shape {:?} instead of {:?}", s.size(), tensor.size()));
             }
             Some(s) if s.kind() != tensor.kind() => {
-                problems.push(format!(
-                    "`{name}` has type {:?} instead of {:?}",
-                    s.kind(),
-                    tensor.kind()
-                ));
+                problems.push(format!("`{name}` has type {:?} instead of {:?}", s.kind(), tensor.kind()));
             }
             Some(_) => {}
         }
     }
-    problems.extend(
-        saved
-            .keys()
-            .filter(|k| !mine.contains_key(*k))
-            .map(|k| format!("`{k}` is unknown")),
-    );
+    problems.extend(saved.keys().filter(|k| !mine.contains_key(*k)).map(|k| format!("`{k}` is unknown")));
     if !problems.is_empty() {
         return Err(NnError::Load { what, problems });
     }
@@ -217,10 +184,7 @@ impl Scope<'_> {
     /// The place `name` below this one.
     pub fn sub(&mut self, name: &str) -> Scope<'_> {
         let prefix = self.full_name(name);
-        Scope {
-            vars: self.vars,
-            prefix,
-        }
+        Scope { vars: self.vars, prefix }
     }
 
     /// The full name of this place.
@@ -246,21 +210,13 @@ impl Scope<'_> {
 
     fn variable(&mut self, name: &str, shape: &[i64], init: Init, role: Role) -> Result<Tensor, NnError> {
         let name = self.full_name(name);
-        let fault = |name: &str, problem: String| {
-            Err(NnError::Variable {
-                name: name.to_owned(),
-                problem,
-            })
-        };
+        let fault = |name: &str, problem: String| Err(NnError::Variable { name: name.to_owned(), problem });
         if self.vars.sealed {
             let var = self.vars.var(&name)?;
             return if var.role == role && var.tensor.size() == shape {
                 Ok(var.tensor.shallow_clone())
             } else {
-                fault(
-                    &name,
-                    format!("is a {:?} of shape {:?}", var.role, var.tensor.size()),
-                )
+                fault(&name, format!("is a {:?} of shape {:?}", var.role, var.tensor.size()))
             };
         }
         if self.vars.entries.contains_key(&name) {
@@ -268,26 +224,14 @@ impl Scope<'_> {
         }
         let count = shape.iter().product::<i64>() as usize;
         let values = init.draw(self.vars.seed, &self.vars.network, &name, count);
-        let tensor = Tensor::f_from_slice(&values)?
-            .f_reshape(shape)?
-            .f_to_kind(self.vars.kind)?;
+        let tensor = Tensor::f_from_slice(&values)?.f_reshape(shape)?.f_to_kind(self.vars.kind)?;
         let tensor = tensor.f_to_device(self.vars.device)?;
-        self.vars.entries.insert(
-            name,
-            Var {
-                tensor: tensor.shallow_clone(),
-                role,
-            },
-        );
+        self.vars.entries.insert(name, Var { tensor: tensor.shallow_clone(), role });
         Ok(tensor)
     }
 
     fn full_name(&self, name: &str) -> String {
-        if self.prefix.is_empty() {
-            name.to_owned()
-        } else {
-            format!("{}.{name}", self.prefix)
-        }
+        if self.prefix.is_empty() { name.to_owned() } else { format!("{}.{name}", self.prefix) }
     }
 }
 
@@ -298,10 +242,7 @@ mod tests {
     fn sample() -> Vars {
         let mut vars = Vars::new("model", 7, Kind::Double, Device::Cpu);
         let mut root = vars.root();
-        let _ = root
-            .sub("fc")
-            .parameter("weight", &[2, 3], Init::fan_in(3))
-            .unwrap();
+        let _ = root.sub("fc").parameter("weight", &[2, 3], Init::fan_in(3)).unwrap();
         let _ = root.sub("fc").buffer("seen", &[2], 1.0).unwrap();
         vars
     }
@@ -310,14 +251,8 @@ mod tests {
     fn initial_values_depend_on_seed_network_and_name_only() {
         let draw = |network, seed, name: &str| {
             let mut vars = Vars::new(network, seed, Kind::Double, Device::Cpu);
-            let _ = vars
-                .root()
-                .parameter("earlier", &[5], Init::Normal { std: 1.0 })
-                .unwrap();
-            let t = vars
-                .root()
-                .parameter(name, &[4], Init::Normal { std: 1.0 })
-                .unwrap();
+            let _ = vars.root().parameter("earlier", &[5], Init::Normal { std: 1.0 }).unwrap();
+            let t = vars.root().parameter(name, &[4], Init::Normal { std: 1.0 }).unwrap();
             Vec::<f64>::try_from(t).unwrap()
         };
         assert_eq!(draw("g", 1, "w"), draw("g", 1, "w"));
@@ -330,47 +265,20 @@ mod tests {
     fn replica_shares_memory_and_is_a_leaf_of_its_own() {
         let vars = sample();
         let replica = vars.replica().unwrap();
-        let (master, leaf) = (
-            &vars.var("fc.weight").unwrap().tensor,
-            &replica.var("fc.weight").unwrap().tensor,
-        );
+        let (master, leaf) =
+            (&vars.var("fc.weight").unwrap().tensor, &replica.var("fc.weight").unwrap().tensor);
         assert_eq!(master.data_ptr(), leaf.data_ptr());
         assert!(leaf.requires_grad() && leaf.is_leaf() && !master.requires_grad());
         assert!(!replica.var("fc.seen").unwrap().tensor.requires_grad());
-        assert!(
-            !vars
-                .frozen()
-                .unwrap()
-                .var("fc.weight")
-                .unwrap()
-                .tensor
-                .requires_grad()
-        );
+        assert!(!vars.frozen().unwrap().var("fc.weight").unwrap().tensor.requires_grad());
     }
 
     #[test]
     fn sealed_variables_refuse_names_and_shapes_they_lack() {
         let mut replica = sample().replica().unwrap();
-        assert!(
-            replica
-                .root()
-                .parameter("other", &[1], Init::Constant(0.0))
-                .is_err()
-        );
-        assert!(
-            replica
-                .root()
-                .sub("fc")
-                .parameter("weight", &[3, 2], Init::Constant(0.0))
-                .is_err()
-        );
-        assert!(
-            replica
-                .root()
-                .sub("fc")
-                .parameter("weight", &[2, 3], Init::Constant(0.0))
-                .is_ok()
-        );
+        assert!(replica.root().parameter("other", &[1], Init::Constant(0.0)).is_err());
+        assert!(replica.root().sub("fc").parameter("weight", &[3, 2], Init::Constant(0.0)).is_err());
+        assert!(replica.root().sub("fc").parameter("weight", &[2, 3], Init::Constant(0.0)).is_ok());
     }
 
     #[test]
@@ -379,31 +287,19 @@ mod tests {
         let before = vars.snapshot().unwrap();
         let mut saved = vars.snapshot().unwrap();
         saved.insert("fc.seen".into(), Tensor::from_slice(&[5.0, 5.0]));
-        saved.insert(
-            "fc.weight".into(),
-            Tensor::zeros([3, 2], (Kind::Double, Device::Cpu)),
-        );
+        saved.insert("fc.weight".into(), Tensor::zeros([3, 2], (Kind::Double, Device::Cpu)));
         saved.insert("fc.bias".into(), Tensor::from_slice(&[0.0]));
         let message = vars.load(&saved).unwrap_err().to_string();
-        assert!(
-            message.contains("`fc.weight` has shape [3, 2] instead of [2, 3]"),
-            "{message}"
-        );
+        assert!(message.contains("`fc.weight` has shape [3, 2] instead of [2, 3]"), "{message}");
         assert!(message.contains("`fc.bias` is unknown"), "{message}");
         for (name, var) in vars.iter() {
             assert_eq!(var.tensor, before[name]);
         }
         saved.remove("fc.bias");
-        saved.insert(
-            "fc.weight".into(),
-            Tensor::ones([2, 3], (Kind::Double, Device::Cpu)),
-        );
+        saved.insert("fc.weight".into(), Tensor::ones([2, 3], (Kind::Double, Device::Cpu)));
         vars.load(&saved).unwrap();
         assert_eq!(vars.var("fc.weight").unwrap().tensor, saved["fc.weight"]);
-        saved.insert(
-            "fc.weight".into(),
-            Tensor::ones([2, 3], (Kind::Float, Device::Cpu)),
-        );
+        saved.insert("fc.weight".into(), Tensor::ones([2, 3], (Kind::Float, Device::Cpu)));
         saved.remove("fc.seen");
         let message = vars.load(&saved).unwrap_err().to_string();
         assert!(message.contains("`fc.seen` is missing") && message.contains("type Float instead of Double"));

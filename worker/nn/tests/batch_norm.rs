@@ -32,25 +32,17 @@ fn batches(steps: usize, rows: i64) -> Vec<(Tensor, Tensor)> {
 /// The largest error of loss, gradients, parameters and running statistics over 5 steps: shards against one batch.
 fn error_of_sharding(mode: Mode, sizes: &[i64]) -> f64 {
     let spec = spec("small-cnn", mode, json!({ "width": 4 }));
-    let (mut whole, mut sharded) = (
-        Trainer::new(spec.clone(), Kind::Double),
-        Trainer::new(spec, Kind::Double),
-    );
+    let (mut whole, mut sharded) =
+        (Trainer::new(spec.clone(), Kind::Double), Trainer::new(spec, Kind::Double));
     let rows = sizes.iter().sum();
     let mut worst = 0.0f64;
     for (images, labels) in batches(5, rows) {
-        let (a, b) = (
-            whole.step(&images, &labels, &[rows]),
-            sharded.step(&images, &labels, sizes),
-        );
+        let (a, b) = (whole.step(&images, &labels, &[rows]), sharded.step(&images, &labels, sizes));
         worst = worst.max((a.loss - b.loss).abs());
         for ((name, a), (_, b)) in a.gradients.iter().zip(&b.gradients) {
             let error = relative_error(b, a);
             worst = worst.max(error);
-            assert!(
-                mode != Mode::Sync || error < 1e-10,
-                "gradient of {name}: {error:e}"
-            );
+            assert!(mode != Mode::Sync || error < 1e-10, "gradient of {name}: {error:e}");
         }
     }
     for ((name, a), (_, b)) in whole.vars.iter().zip(sharded.vars.iter()) {
@@ -98,17 +90,12 @@ fn check_against_libtorch(Case { x, relu, tolerance }: Case) {
     let mut master = Vars::new("model", 1, kind, CPU);
     BatchNorm::new(&mut master.root().sub("bn"), channels, Mode::Sync, relu).unwrap();
     let mut vars = master.replica().unwrap();
-    let layer = BatchNorm::new(&mut vars.root().sub("bn"), channels, Mode::Sync, relu)
-        .unwrap()
-        .unwrap();
+    let layer = BatchNorm::new(&mut vars.root().sub("bn"), channels, Mode::Sync, relu).unwrap().unwrap();
     let parameter = |name: &str| vars.var(name).unwrap().tensor.shallow_clone();
     let (gamma, beta) = (parameter("bn.weight"), parameter("bn.bias"));
     tch::no_grad(|| {
-        gamma
-            .detach()
-            .copy_(&Tensor::linspace(-1.0, 2.0, channels, (kind, CPU)));
-        beta.detach()
-            .copy_(&Tensor::linspace(0.3, -0.2, channels, (kind, CPU)));
+        gamma.detach().copy_(&Tensor::linspace(-1.0, 2.0, channels, (kind, CPU)));
+        beta.detach().copy_(&Tensor::linspace(0.3, -0.2, channels, (kind, CPU)));
     });
     let ours = x.detach().set_requires_grad(true);
     let samples = (0..x.size()[0] as u64).collect();
@@ -119,20 +106,9 @@ fn check_against_libtorch(Case { x, relu, tolerance }: Case) {
 
     let leaf = |t: &Tensor| t.detach().to_kind(Kind::Double).set_requires_grad(true);
     let (rx, rgamma, rbeta) = (leaf(&x), leaf(&gamma), leaf(&beta));
-    let (mean, var) = (
-        Tensor::zeros([channels], (Kind::Double, CPU)),
-        Tensor::ones([channels], (Kind::Double, CPU)),
-    );
-    let ry = rx.batch_norm(
-        Some(&rgamma),
-        Some(&rbeta),
-        Some(&mean),
-        Some(&var),
-        true,
-        1.0,
-        1e-5,
-        false,
-    );
+    let (mean, var) =
+        (Tensor::zeros([channels], (Kind::Double, CPU)), Tensor::ones([channels], (Kind::Double, CPU)));
+    let ry = rx.batch_norm(Some(&rgamma), Some(&rbeta), Some(&mean), Some(&var), true, 1.0, 1e-5, false);
     let ry = if relu { ry.relu() } else { ry };
     (&ry * weights.to_kind(Kind::Double)).sum(None).backward();
 
@@ -146,47 +122,21 @@ fn check_against_libtorch(Case { x, relu, tolerance }: Case) {
     close("dgamma", &gamma.grad(), &rgamma.grad());
     close("dbeta", &beta.grad(), &rbeta.grad());
     close("mean", &Tensor::from_slice(&fwd.records[0].mean), &mean);
-    close(
-        "unbiased variance",
-        &Tensor::from_slice(&fwd.records[0].var_unbiased),
-        &var,
-    );
+    close("unbiased variance", &Tensor::from_slice(&fwd.records[0].var_unbiased), &var);
 }
 
 #[test]
 fn every_layout_and_type_agrees_with_libtorch() {
     tch::manual_seed(5);
     // Lengths around the kernels' 8 and 16 lanes, and the shapes that have no fast path.
-    for shape in [
-        [6, 3, 1, 1],
-        [2, 5, 3, 3],
-        [4, 2, 4, 4],
-        [3, 4, 5, 5],
-        [2, 3, 7, 9],
-    ] {
+    for shape in [[6, 3, 1, 1], [2, 5, 3, 3], [4, 2, 4, 4], [3, 4, 5, 5], [2, 3, 7, 9]] {
         for relu in [false, true] {
             let x = || Tensor::randn(shape, (Kind::Double, CPU)) * 3.0 + 10.0;
-            check_against_libtorch(Case {
-                x: x(),
-                relu,
-                tolerance: 1e-11,
-            });
-            check_against_libtorch(Case {
-                x: x().to_kind(Kind::Float),
-                relu,
-                tolerance: 2e-5,
-            });
+            check_against_libtorch(Case { x: x(), relu, tolerance: 1e-11 });
+            check_against_libtorch(Case { x: x().to_kind(Kind::Float), relu, tolerance: 2e-5 });
             let channels_last = x().permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2]);
-            check_against_libtorch(Case {
-                x: channels_last,
-                relu,
-                tolerance: 1e-11,
-            });
-            check_against_libtorch(Case {
-                x: x().flatten(1, -1),
-                relu,
-                tolerance: 1e-11,
-            });
+            check_against_libtorch(Case { x: channels_last, relu, tolerance: 1e-11 });
+            check_against_libtorch(Case { x: x().flatten(1, -1), relu, tolerance: 1e-11 });
         }
     }
 }
@@ -194,13 +144,9 @@ fn every_layout_and_type_agrees_with_libtorch() {
 #[test]
 fn nan_passes_through_the_fused_relu() {
     let mut vars = Vars::new("model", 1, Kind::Float, CPU);
-    let layer = BatchNorm::new(&mut vars.root(), 1, Mode::Sync, true)
-        .unwrap()
-        .unwrap();
+    let layer = BatchNorm::new(&mut vars.root(), 1, Mode::Sync, true).unwrap().unwrap();
     let mut fwd = Forward::training(1, 0, LogicalShard(0), vec![0, 1], Arc::new(LocalOnly));
-    let y = layer
-        .forward(&Tensor::from_slice2(&[[f32::NAN], [1.0]]), &mut fwd)
-        .unwrap();
+    let y = layer.forward(&Tensor::from_slice2(&[[f32::NAN], [1.0]]), &mut fwd).unwrap();
     assert_eq!(y.isnan().all().int64_value(&[]), 1);
 }
 
@@ -215,11 +161,7 @@ struct Failing {
 
 impl BatchNormSync for Failing {
     fn merge_moments(&self, _: BnCall, _: LogicalShard, local: Vec<f64>) -> Result<Vec<f64>, NnError> {
-        if self.in_backward {
-            Ok(local)
-        } else {
-            Err(NnError::Exchange(Box::new(Gone)))
-        }
+        if self.in_backward { Ok(local) } else { Err(NnError::Exchange(Box::new(Gone))) }
     }
 
     fn sum(&self, _: BnCall, _: LogicalShard, _: Vec<f64>) -> Result<Vec<f64>, NnError> {
@@ -230,33 +172,22 @@ impl BatchNormSync for Failing {
 #[test]
 fn a_failed_exchange_ends_forward_or_backward_with_its_own_error() {
     let mut vars = Vars::new("model", 1, Kind::Float, CPU);
-    let layer = BatchNorm::new(&mut vars.root(), 2, Mode::Sync, false)
-        .unwrap()
-        .unwrap();
+    let layer = BatchNorm::new(&mut vars.root(), 2, Mode::Sync, false).unwrap().unwrap();
     let x = Tensor::randn([3, 2], (Kind::Float, CPU)).set_requires_grad(true);
     let forward = |in_backward| {
-        let mut fwd = Forward::training(
-            1,
-            0,
-            LogicalShard(0),
-            vec![0, 1, 2],
-            Arc::new(Failing { in_backward }),
-        );
+        let mut fwd =
+            Forward::training(1, 0, LogicalShard(0), vec![0, 1, 2], Arc::new(Failing { in_backward }));
         layer.forward(&x, &mut fwd)
     };
     let is_gone = |e: NnError| matches!(e, NnError::Exchange(inner) if inner.is::<Gone>());
     assert!(is_gone(forward(false).unwrap_err()));
-    assert!(is_gone(
-        shim::backward(&forward(true).unwrap().sum(None)).unwrap_err()
-    ));
+    assert!(is_gone(shim::backward(&forward(true).unwrap().sum(None)).unwrap_err()));
 }
 
 #[test]
 fn statistics_are_recorded_only_where_they_are_wanted_and_never_applied_by_forward() {
     let mut vars = Vars::new("model", 1, Kind::Float, CPU);
-    let layer = BatchNorm::new(&mut vars.root().sub("bn"), 2, Mode::Sync, false)
-        .unwrap()
-        .unwrap();
+    let layer = BatchNorm::new(&mut vars.root().sub("bn"), 2, Mode::Sync, false).unwrap().unwrap();
     let before = vars.snapshot().unwrap();
     let mut fwd = Forward::training(1, 0, LogicalShard(0), vec![0, 1, 2], Arc::new(LocalOnly));
     fwd.update_stats = false;

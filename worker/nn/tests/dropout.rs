@@ -53,12 +53,7 @@ fn keeps_the_expected_share_and_scales_it_to_the_same_mean() {
 
 #[test]
 fn evaluation_keeps_everything_and_a_wrong_number_of_samples_is_refused() {
-    assert_eq!(
-        dropout(&ones(2), 0.5, "d", &mut Forward::evaluation()).unwrap(),
-        ones(2)
-    );
-    let message = dropout(&ones(2), 0.5, "d", &mut context(0, 0..3))
-        .unwrap_err()
-        .to_string();
+    assert_eq!(dropout(&ones(2), 0.5, "d", &mut Forward::evaluation()).unwrap(), ones(2));
+    let message = dropout(&ones(2), 0.5, "d", &mut context(0, 0..3)).unwrap_err().to_string();
     assert!(message.contains("expected 3 rows"), "{message}");
 }

@@ -32,10 +32,7 @@ fn gradients_arrive_one_by_one_from_the_last_layer_to_the_first_each_once_and_co
         backward(&loss).unwrap();
         let order: Vec<_> = std::mem::take(&mut *seen.lock().unwrap());
         assert_eq!(order, [(2, -18.0), (1, -60.0), (0, -45.0)]);
-        assert!(
-            leaves.iter().all(|l| !l.grad().defined()),
-            "gradients are handed over, not kept"
-        );
+        assert!(leaves.iter().all(|l| !l.grad().defined()), "gradients are handed over, not kept");
     }
 }
 
@@ -62,17 +59,10 @@ fn an_error_of_a_callback_comes_out_of_backward_with_its_type() {
     let fail = |_: &Tensor| Err(NnError::Exchange(Box::new(std::io::Error::other("link cut"))));
     let hook = on_gradient(&l, fail).unwrap();
     let error = backward(&(&l * 2.0).sum(None)).unwrap_err();
-    assert!(
-        matches!(&error, NnError::Exchange(e) if e.is::<std::io::Error>()),
-        "{error}"
-    );
+    assert!(matches!(&error, NnError::Exchange(e) if e.is::<std::io::Error>()), "{error}");
     drop(hook);
     backward(&(&l * 2.0).sum(None)).unwrap();
-    assert_eq!(
-        l.grad().double_value(&[0]),
-        2.0,
-        "a dropped hook takes no more gradients"
-    );
+    assert_eq!(l.grad().double_value(&[0]), 2.0, "a dropped hook takes no more gradients");
 }
 
 #[test]
@@ -80,38 +70,22 @@ fn a_panic_of_a_callback_becomes_an_error() {
     let l = leaf(1.0);
     let _hook = on_gradient(&l, |_| panic!("bucket {} is full", 4)).unwrap();
     let error = backward(&(&l * 2.0).sum(None)).unwrap_err();
-    assert!(
-        matches!(&error, NnError::Panic(text) if text == "bucket 4 is full"),
-        "{error}"
-    );
+    assert!(matches!(&error, NnError::Panic(text) if text == "bucket 4 is full"), "{error}");
 }
 
 #[test]
 fn hooks_are_refused_on_tensors_that_get_no_gradient_and_a_second_time() {
     let none = || |_: &Tensor| Ok(());
     let constant = Tensor::zeros([1], (Kind::Double, Device::Cpu));
-    assert!(
-        on_gradient(&constant, none())
-            .unwrap_err()
-            .to_string()
-            .contains("needs a leaf")
-    );
+    assert!(on_gradient(&constant, none()).unwrap_err().to_string().contains("needs a leaf"));
     let l = leaf(1.0);
     assert!(on_gradient(&(&l * 1.0), none()).is_err());
     let _hook = on_gradient(&l, none()).unwrap();
-    assert!(
-        on_gradient(&l, none())
-            .unwrap_err()
-            .to_string()
-            .contains("hook already")
-    );
+    assert!(on_gradient(&l, none()).unwrap_err().to_string().contains("hook already"));
 }
 
 #[test]
 fn backward_without_a_graph_is_an_error_of_one_line() {
     let message = backward(&Tensor::from(1.0)).unwrap_err().to_string();
-    assert!(
-        message.contains("does not require grad") && !message.contains("Exception raised"),
-        "{message}"
-    );
+    assert!(message.contains("does not require grad") && !message.contains("Exception raised"), "{message}");
 }

@@ -18,17 +18,9 @@ fn fixture() -> BTreeMap<String, Tensor> {
     let bytes = include_bytes!("fixtures/pytorch.safetensors");
     let read = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
         let dtype = view.dtype().to_string();
-        (
-            name,
-            RawTensor::tensor_of(&dtype, view.shape(), view.data()).unwrap(),
-        )
+        (name, RawTensor::tensor_of(&dtype, view.shape(), view.data()).unwrap())
     };
-    SafeTensors::deserialize(bytes)
-        .unwrap()
-        .tensors()
-        .into_iter()
-        .map(read)
-        .collect()
+    SafeTensors::deserialize(bytes).unwrap().tensors().into_iter().map(read).collect()
 }
 
 fn below(fixture: &BTreeMap<String, Tensor>, prefix: &str) -> BTreeMap<String, Tensor> {
@@ -41,20 +33,14 @@ fn error_against_pytorch(run: &str, batch_norm: BatchNorm, label_smoothing: f64,
     let fixture = fixture();
     let mut trainer = Trainer::new(spec("small-cnn", batch_norm, json!({ "width": 4 })), Kind::Double);
     trainer.label_smoothing = label_smoothing;
-    trainer
-        .vars
-        .load(&below(&fixture, &format!("{run}.init.")))
-        .unwrap();
+    trainer.vars.load(&below(&fixture, &format!("{run}.init."))).unwrap();
     let (images, labels) = (&fixture["images"].to_kind(Kind::Double), &fixture["labels"]);
     let losses: Vec<f64> = (0..images.size()[0])
         .map(|step| trainer.step(&images.get(step), &labels.get(step), shards).loss)
         .collect();
     let mut worst = relative_error(&Tensor::from_slice(&losses), &fixture[&format!("{run}.losses")]);
     for (name, expected) in below(&fixture, &format!("{run}.final.")) {
-        worst = worst.max(relative_error(
-            &trainer.vars.var(&name).unwrap().tensor,
-            &expected,
-        ));
+        worst = worst.max(relative_error(&trainer.vars.var(&name).unwrap().tensor, &expected));
     }
     worst
 }
@@ -83,19 +69,13 @@ fn local_batch_norm_differs_from_pytorch_on_the_whole_batch() {
 fn check_optimizer(case: &str, spec: &OptimizerSpec) {
     let fixture = below(&fixture(), &format!("optim.{case}."));
     let mut vars = Vars::new("model", 1, Kind::Double, Device::Cpu);
-    let _ = vars
-        .root()
-        .parameter("weight", &[3, 4], Init::Constant(0.0))
-        .unwrap();
+    let _ = vars.root().parameter("weight", &[3, 4], Init::Constant(0.0)).unwrap();
     let _ = vars.root().parameter("bias", &[3], Init::Constant(0.0)).unwrap();
     vars.load(&below(&fixture, "init.")).unwrap();
     let gradients = below(&fixture, "gradients.");
     let mut optimizer = Optimizer::new(spec, &vars).unwrap();
     for step in 0..10 {
-        let named: Vec<_> = gradients
-            .iter()
-            .map(|(name, g)| (name.clone(), g.get(step)))
-            .collect();
+        let named: Vec<_> = gradients.iter().map(|(name, g)| (name.clone(), g.get(step))).collect();
         optimizer.step(&vars, &named, spec.lr(), step as u64).unwrap();
         if step == 4 {
             // A checkpoint in the middle: a new optimizer goes on from the saved state.
@@ -125,23 +105,11 @@ fn optimizers_equal_pytorch_also_across_a_checkpoint() {
     check_optimizer("momentum", &sgd(0.9, false, 0.1));
     check_optimizer("nesterov", &sgd(0.9, true, 0.0));
     let (eps, weight_decay, no_decay_norm_bias) = (1e-8, 0.1, false);
-    let adam = OptimizerSpec::Adam {
-        lr: 0.01,
-        beta1: 0.8,
-        beta2: 0.99,
-        eps,
-        weight_decay,
-        no_decay_norm_bias,
-    };
+    let adam =
+        OptimizerSpec::Adam { lr: 0.01, beta1: 0.8, beta2: 0.99, eps, weight_decay, no_decay_norm_bias };
     check_optimizer("adam", &adam);
-    let adamw = OptimizerSpec::Adamw {
-        lr: 0.01,
-        beta1: 0.9,
-        beta2: 0.999,
-        eps,
-        weight_decay,
-        no_decay_norm_bias,
-    };
+    let adamw =
+        OptimizerSpec::Adamw { lr: 0.01, beta1: 0.9, beta2: 0.999, eps, weight_decay, no_decay_norm_bias };
     check_optimizer("adamw", &adamw);
 }
 
@@ -156,17 +124,11 @@ fn sparing_norms_and_biases_decays_weights_only() {
         no_decay_norm_bias: true,
     };
     let mut vars = Vars::new("model", 1, Kind::Double, Device::Cpu);
-    let _ = vars
-        .root()
-        .parameter("weight", &[1, 1], Init::Constant(1.0))
-        .unwrap();
+    let _ = vars.root().parameter("weight", &[1, 1], Init::Constant(1.0)).unwrap();
     let _ = vars.root().parameter("bias", &[1], Init::Constant(1.0)).unwrap();
     let mut optimizer = Optimizer::new(&spec, &vars).unwrap();
     let zero = |shape: &[i64]| Tensor::zeros(shape, (Kind::Double, Device::Cpu));
-    let gradients = [
-        ("weight".to_owned(), zero(&[1, 1])),
-        ("bias".to_owned(), zero(&[1])),
-    ];
+    let gradients = [("weight".to_owned(), zero(&[1, 1])), ("bias".to_owned(), zero(&[1]))];
     optimizer.step(&vars, &gradients, 0.1, 0).unwrap();
     assert!((vars.var("weight").unwrap().tensor.double_value(&[0, 0]) - 0.95).abs() < 1e-15);
     assert_eq!(vars.var("bias").unwrap().tensor.double_value(&[0]), 1.0);
@@ -175,21 +137,12 @@ fn sparing_norms_and_biases_decays_weights_only() {
 #[test]
 fn optimizer_state_of_another_network_is_refused_by_name() {
     let mut vars = Vars::new("model", 1, Kind::Double, Device::Cpu);
-    let _ = vars
-        .root()
-        .parameter("weight", &[2], Init::Constant(0.0))
-        .unwrap();
+    let _ = vars.root().parameter("weight", &[2], Init::Constant(0.0)).unwrap();
     let mut optimizer = Optimizer::new(&common::sgd(0.1), &vars).unwrap();
     let mut state = optimizer.state();
     let tensor = state.remove("momentum_buffer.weight").unwrap();
     state.insert("momentum_buffer.other".to_owned(), tensor);
     let message = optimizer.load_state(&state).unwrap_err().to_string();
-    assert!(
-        message.contains("`momentum_buffer.weight` is missing"),
-        "{message}"
-    );
-    assert!(
-        message.contains("`momentum_buffer.other` is unknown"),
-        "{message}"
-    );
+    assert!(message.contains("`momentum_buffer.weight` is missing"), "{message}");
+    assert!(message.contains("`momentum_buffer.other` is unknown"), "{message}");
 }

@@ -85,7 +85,8 @@ impl<T: Number> Decoder<T> {
         change: impl Fn(u64, &mut Pixels),
     ) -> Result<ShardBatch, TrainError> {
         let shape = self.reader.manifest().shape;
-        let (channels, height, width) = (shape.channels as usize, shape.height as usize, shape.width as usize);
+        let (channels, height, width) =
+            (shape.channels as usize, shape.height as usize, shape.width as usize);
         let mut values = Vec::with_capacity(samples.len() * channels * height * width);
         let mut labels = Vec::with_capacity(samples.len());
         for &sample in &samples {
@@ -98,7 +99,8 @@ impl<T: Number> Decoder<T> {
             labels.push(i64::from(raw.label));
         }
         let n = samples.len() as i64;
-        let images = Tensor::f_from_slice(&values)?.f_view([n, channels as i64, height as i64, width as i64])?;
+        let images =
+            Tensor::f_from_slice(&values)?.f_view([n, channels as i64, height as i64, width as i64])?;
         let labels = Tensor::f_from_slice(&labels)?;
         Ok(ShardBatch {
             samples,

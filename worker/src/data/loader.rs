@@ -73,7 +73,9 @@ impl Loader {
 
     /// The next step's batches.
     pub(crate) fn next(&self) -> Result<StepBatches, TrainError> {
-        self.steps.recv().unwrap_or_else(|_| Err(TrainError::Fatal("the loader ended early; see the worker's log".to_owned())))
+        self.steps.recv().unwrap_or_else(|_| {
+            Err(TrainError::Fatal("the loader ended early; see the worker's log".to_owned()))
+        })
     }
 }
 

@@ -22,7 +22,8 @@ pub(crate) fn cache(
     stores: &[PathBuf],
     control: Control,
 ) -> Result<Arc<ShardCache>, TrainError> {
-    let cache = ShardCache::new(&home.join("shards"), max_bytes).map_err(|e| TrainError::Fatal(e.to_string()))?;
+    let cache =
+        ShardCache::new(&home.join("shards"), max_bytes).map_err(|e| TrainError::Fatal(e.to_string()))?;
     let folders = stores.iter().map(|store| store.join("shards"));
     Ok(Arc::new(cache.with_local(folders).with_fetch(Arc::new(FromCoordinator(control)))))
 }

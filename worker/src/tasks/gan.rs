@@ -33,7 +33,8 @@ pub(super) fn lane(modules: Vec<Modules>, job: &JobSpec) -> Result<Box<dyn LaneT
     let [generator, discriminator]: [Modules; 2] = modules
         .try_into()
         .map_err(|_| TrainError::Fatal("a `gan` job needs a generator and a discriminator".to_owned()))?;
-    let latent = job.generator.as_ref().and_then(|g| g.options.get("latent")).and_then(serde_json::Value::as_i64);
+    let latent =
+        job.generator.as_ref().and_then(|g| g.options.get("latent")).and_then(serde_json::Value::as_i64);
     Ok(Box::new(Gan {
         generator,
         discriminator,
@@ -60,7 +61,11 @@ impl Gan {
         Ok(z.f_to_device(self.generator.device)?)
     }
 
-    fn discriminator_phase(&mut self, batch: &ShardBatch, forward: &mut Forward) -> Result<ShardLoss, TrainError> {
+    fn discriminator_phase(
+        &mut self,
+        batch: &ShardBatch,
+        forward: &mut Forward,
+    ) -> Result<ShardLoss, TrainError> {
         let n = batch.samples.len() as i64;
         let z = self.latent(forward.step, forward.phase, &batch.samples)?;
         // The generator is a constant here: no graph, no gradient, no running statistics.
@@ -83,7 +88,11 @@ impl Gan {
         Ok(ShardLoss { loss, figures })
     }
 
-    fn generator_phase(&mut self, batch: &ShardBatch, forward: &mut Forward) -> Result<ShardLoss, TrainError> {
+    fn generator_phase(
+        &mut self,
+        batch: &ShardBatch,
+        forward: &mut Forward,
+    ) -> Result<ShardLoss, TrainError> {
         let z = self.latent(forward.step, forward.phase, &batch.samples)?;
         forward.network = GENERATOR;
         let fake = self.generator.learning.forward(&z, forward)?;
@@ -129,4 +138,3 @@ impl LaneTask for Gan {
         Ok(Some(grid.f_reshape([c, side * h, side * w])?.f_clamp(0.0, 1.0)?))
     }
 }
-

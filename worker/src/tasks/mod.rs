@@ -6,8 +6,8 @@ mod gan;
 use crate::train::error::TrainError;
 use crate::train::phase::{PhasePlan, ShardBatch, ShardLoss};
 use lockstep_common::job::{JobSpec, ModelSpec, OptimizerSpec, Task};
-use lockstep_nn::models::{self, Model};
 use lockstep_nn::forward::Forward;
+use lockstep_nn::models::{self, Model};
 use lockstep_nn::vars::Vars;
 use tch::Tensor;
 
@@ -86,7 +86,11 @@ impl TaskPlan {
     }
 
     /// A lane's networks: over `learning` replicas, and over frozen ones for when another network learns.
-    pub(crate) fn lane(&self, learning: &mut [Vars], frozen: &mut [Vars]) -> Result<Box<dyn LaneTask>, TrainError> {
+    pub(crate) fn lane(
+        &self,
+        learning: &mut [Vars],
+        frozen: &mut [Vars],
+    ) -> Result<Box<dyn LaneTask>, TrainError> {
         let mut modules = Vec::new();
         for ((plan, learning), frozen) in self.networks.iter().zip(learning).zip(frozen) {
             let kind = learning.kind();

@@ -70,7 +70,8 @@ impl BucketPlan {
 }
 
 /// Sends a full bucket towards the other ranks.
-pub(crate) type Launch<T> = dyn Fn(u32, Vec<Vec<T>>) -> Result<Pending<Vec<T>>, CollectiveError> + Send + Sync;
+pub(crate) type Launch<T> =
+    dyn Fn(u32, Vec<Vec<T>>) -> Result<Pending<Vec<T>>, CollectiveError> + Send + Sync;
 
 /// The gradients of one phase.
 pub(crate) struct GradientBuckets<T> {
@@ -154,7 +155,8 @@ impl<T: Number> GradientBuckets<T> {
         let mut flat = Vec::with_capacity(self.buckets.len());
         for (index, bucket) in self.buckets.iter().enumerate() {
             let pending = bucket.pending.lock().take();
-            let pending = pending.ok_or_else(|| TrainError::Fatal(format!("gradient bucket {index} was never sent")))?;
+            let pending = pending
+                .ok_or_else(|| TrainError::Fatal(format!("gradient bucket {index} was never sent")))?;
             flat.push(Tensor::f_from_slice(pending.wait()?.as_slice())?.f_to_device(device)?);
         }
         self.plan

@@ -4,7 +4,10 @@ use super::error::TrainError;
 use super::replica::{RawTensors, Replica, tensor_bytes};
 use crate::control::Control;
 use crate::tasks::TaskPlan;
-use lockstep_common::checkpoint::{CheckpointFiles, CheckpointInfo, CheckpointManifest, OPTIMIZER_FILE, WEIGHTS_FILE, decode_tensors, encode_tensors};
+use lockstep_common::checkpoint::{
+    CheckpointFiles, CheckpointInfo, CheckpointManifest, OPTIMIZER_FILE, WEIGHTS_FILE, decode_tensors,
+    encode_tensors,
+};
 use lockstep_common::ids::{Generation, JobId};
 use lockstep_common::wire::{CheckpointHead, FileHead};
 use lockstep_nn::bytes::RawTensor;
@@ -35,7 +38,12 @@ impl Checkpointer {
     }
 
     /// Copies the replica's state and begins to store it; the previous checkpoint is waited for first.
-    pub(crate) fn begin(&mut self, replica: &Replica, plan: &TaskPlan, info: CheckpointInfo) -> Result<(), TrainError> {
+    pub(crate) fn begin(
+        &mut self,
+        replica: &Replica,
+        plan: &TaskPlan,
+        info: CheckpointInfo,
+    ) -> Result<(), TrainError> {
         self.finish()?;
         let start = Instant::now();
         let (weights, optimizer) = (replica.weights()?, replica.optimizer_state(plan)?);
@@ -49,7 +57,8 @@ impl Checkpointer {
             ];
             let packed = CheckpointFiles::new(info, files).and_then(CheckpointFiles::into_parts);
             let all = packed.map_err(|e| TrainError::Fatal(e.to_string()))?;
-            let heads = all.iter().map(|(n, b)| FileHead { name: n.clone(), bytes: b.len() as u64 }).collect();
+            let heads =
+                all.iter().map(|(n, b)| FileHead { name: n.clone(), bytes: b.len() as u64 }).collect();
             control.store_checkpoint(CheckpointHead { job, generation, step, files: heads }, &all)?;
             observe(start.elapsed().as_secs_f64());
             Ok(())
@@ -64,7 +73,9 @@ impl Checkpointer {
         match self.writing.take().map(JoinHandle::join) {
             None => Ok(()),
             Some(Ok(result)) => result,
-            Some(Err(_)) => Err(TrainError::Fatal("the checkpoint thread panicked; see the worker's log".to_owned())),
+            Some(Err(_)) => {
+                Err(TrainError::Fatal("the checkpoint thread panicked; see the worker's log".to_owned()))
+            }
         }
     }
 }
@@ -83,8 +94,10 @@ pub(crate) fn restore(
     plan: &TaskPlan,
     replica: &mut Replica,
 ) -> Result<CheckpointManifest, TrainError> {
-    let refused = |what: String| TrainError::Fatal(format!("the checkpoint of step {step} is of no use: {what}"));
-    let files = CheckpointFiles::from_parts(control.checkpoint(job, generation, step)?).map_err(|e| refused(e.to_string()))?;
+    let refused =
+        |what: String| TrainError::Fatal(format!("the checkpoint of step {step} is of no use: {what}"));
+    let files = CheckpointFiles::from_parts(control.checkpoint(job, generation, step)?)
+        .map_err(|e| refused(e.to_string()))?;
     let tensors = |name: &str| -> Result<BTreeMap<String, Tensor>, TrainError> {
         let bytes = files.file(name).ok_or_else(|| refused(format!("it has no {name}")))?;
         let tensors = decode_tensors(bytes).map_err(|e| refused(format!("{name}: {e}")))?;
@@ -94,6 +107,8 @@ pub(crate) fn restore(
         tensors.into_iter().map(unpack).collect()
     };
     let (weights, optimizer) = (tensors(WEIGHTS_FILE)?, tensors(OPTIMIZER_FILE)?);
-    replica.restore(plan, files.manifest.info.step, &weights, &optimizer).map_err(|e| refused(e.to_string()))?;
+    replica
+        .restore(plan, files.manifest.info.step, &weights, &optimizer)
+        .map_err(|e| refused(e.to_string()))?;
     Ok(files.manifest)
 }

@@ -19,7 +19,8 @@ pub(crate) fn evaluate<T: Number>(
     test: &Arc<Decoder<T>>,
 ) -> Result<BTreeMap<String, f64>, TrainError> {
     let names = trainer.plan.evaluation;
-    let plan = EvalPlan::new(test.len(), trainer.job.logical_shards, BATCH).map_err(|e| TrainError::Fatal(e.to_string()))?;
+    let plan = EvalPlan::new(test.len(), trainer.job.logical_shards, BATCH)
+        .map_err(|e| TrainError::Fatal(e.to_string()))?;
     let range = trainer.group.placement().range(trainer.group.rank());
     let owed: Vec<_> = range
         .zip(trainer.lanes())
@@ -43,7 +44,10 @@ pub(crate) fn evaluate<T: Number>(
     let sums = trainer.group.all_reduce(tag, leaves, ReduceOp::Sum)?.wait()?;
     let count = sums[names.len()];
     if count != test.len() as f64 {
-        return Err(TrainError::Fatal(format!("the evaluation counted {count} of {} test samples", test.len())));
+        return Err(TrainError::Fatal(format!(
+            "the evaluation counted {count} of {} test samples",
+            test.len()
+        )));
     }
     Ok(names.iter().zip(sums.iter()).map(|(name, sum)| ((*name).to_owned(), sum / count)).collect())
 }

@@ -62,7 +62,9 @@ pub(crate) struct Owed<R>(Receiver<Result<R, TrainError>>);
 impl<R> Owed<R> {
     /// Waits for it.
     pub(crate) fn wait(self) -> Result<R, TrainError> {
-        self.0.recv().unwrap_or_else(|_| Err(TrainError::Fatal("a training thread panicked; see the worker's log".to_owned())))
+        self.0.recv().unwrap_or_else(|_| {
+            Err(TrainError::Fatal("a training thread panicked; see the worker's log".to_owned()))
+        })
     }
 }
 
@@ -189,4 +191,3 @@ impl<T: Number> LaneState<T> {
         })
     }
 }
-

@@ -17,7 +17,8 @@ pub(crate) fn png<T: Number>(trainer: &Trainer<T>) -> Result<Option<Vec<u8>>, Tr
         other => return Err(TrainError::Fatal(format!("a picture of {other} channels cannot be shown"))),
     };
     // [channels, height, width] in 0..1 to rows of pixels in 0..=255.
-    let pixels = (picture.f_permute([1, 2, 0])?.f_to_device(Device::Cpu)?.f_mul_scalar(255.0)?.f_round()?).f_to_kind(Kind::Uint8)?;
+    let pixels = (picture.f_permute([1, 2, 0])?.f_to_device(Device::Cpu)?.f_mul_scalar(255.0)?.f_round()?)
+        .f_to_kind(Kind::Uint8)?;
     let pixels = Vec::<u8>::try_from(pixels.f_contiguous()?.f_view(-1)?)?;
     let mut bytes = Vec::new();
     PngEncoder::new(&mut bytes)

@@ -62,7 +62,13 @@ impl Rendezvous {
         self.waited.get(slot).map_or(0.0, |w| w.swap(0, Ordering::Relaxed) as f64 * 1e-9)
     }
 
-    fn exchange(&self, tag: Tag, op: ReduceOp, shard: LogicalShard, local: Vec<f64>) -> Result<Vec<f64>, CollectiveError> {
+    fn exchange(
+        &self,
+        tag: Tag,
+        op: ReduceOp,
+        shard: LogicalShard,
+        local: Vec<f64>,
+    ) -> Result<Vec<f64>, CollectiveError> {
         let slot = (shard.0 - self.first) as usize;
         let pending = self.meet(tag, op, slot, local)?;
         let result = if pending.is_ready() {
@@ -77,7 +83,13 @@ impl Rendezvous {
     }
 
     /// Hands in a part; returns once all owned shards have.
-    fn meet(&self, tag: Tag, op: ReduceOp, slot: usize, local: Vec<f64>) -> Result<Pending<Vec<f64>>, CollectiveError> {
+    fn meet(
+        &self,
+        tag: Tag,
+        op: ReduceOp,
+        slot: usize,
+        local: Vec<f64>,
+    ) -> Result<Pending<Vec<f64>>, CollectiveError> {
         let mut state = self.state.lock();
         if let Some(failure) = &state.failure {
             return Err(failure.clone());

@@ -102,14 +102,18 @@ impl Replica {
         optimizer: &BTreeMap<String, Tensor>,
     ) -> Result<(), TrainError> {
         let part = |all: &BTreeMap<String, Tensor>, prefix: &str| -> BTreeMap<String, Tensor> {
-            let own = all.iter().filter_map(|(n, t)| Some((n.strip_prefix(prefix)?.to_owned(), t.shallow_clone())));
+            let own =
+                all.iter().filter_map(|(n, t)| Some((n.strip_prefix(prefix)?.to_owned(), t.shallow_clone())));
             own.collect()
         };
         for (i, network) in plan.networks.iter().enumerate() {
             self.vars[i].load(&part(weights, &self.prefixes[i]))?;
             let mut state = part(optimizer, &format!("{}/", network.name));
             let Some(updates) = state.remove("updates") else {
-                return Err(TrainError::Fatal(format!("the checkpoint has no update counter of `{}`", network.name)));
+                return Err(TrainError::Fatal(format!(
+                    "the checkpoint has no update counter of `{}`",
+                    network.name
+                )));
             };
             self.updates[i] = u64::try_from(updates.f_int64_value(&[0])?).unwrap_or(0);
             self.optimizers[i].load_state(&state)?;
@@ -136,6 +140,13 @@ pub(crate) fn tensor_bytes<'a>(name: &'a str, tensor: &'a RawTensor) -> TensorBy
 }
 
 /// The learning rate of `network` at `step`.
-pub(crate) fn learning_rate(job: &JobSpec, plan: &TaskPlan, network: usize, step: u64, steps: u64, per_epoch: u64) -> f64 {
+pub(crate) fn learning_rate(
+    job: &JobSpec,
+    plan: &TaskPlan,
+    network: usize,
+    step: u64,
+    steps: u64,
+    per_epoch: u64,
+) -> f64 {
     plan.networks[network].optimizer.lr() * lr_factor(&job.schedule, step, steps, per_epoch)
 }

@@ -50,6 +50,9 @@ impl PhaseStatistics {
 }
 
 /// Moves the running statistics in `vars`.
-pub(super) fn apply<'a>(vars: &Vars, records: impl IntoIterator<Item = &'a BnRecord>) -> Result<(), TrainError> {
+pub(super) fn apply<'a>(
+    vars: &Vars,
+    records: impl IntoIterator<Item = &'a BnRecord>,
+) -> Result<(), TrainError> {
     Ok(apply_running_stats(vars, records, MOMENTUM)?)
 }

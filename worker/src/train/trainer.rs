@@ -152,8 +152,12 @@ impl<T: Number> Trainer<T> {
             let network = usize::from(phase_plan.learns);
             let lr = learning_rate(&self.job, &plan, network, step, total_steps, steps_per_epoch);
             let phase = phase as u16;
-            let buckets: Arc<GradientBuckets<T>> =
-                Arc::new(GradientBuckets::for_group(self.buckets[network].clone(), self.group.clone(), step, phase));
+            let buckets: Arc<GradientBuckets<T>> = Arc::new(GradientBuckets::for_group(
+                self.buckets[network].clone(),
+                self.group.clone(),
+                step,
+                phase,
+            ));
             let owed: Vec<_> = self
                 .lanes
                 .iter()

@@ -18,11 +18,7 @@ enum Fault {
 
 impl Source {
     fn new(store: &Store, faults: Vec<Fault>) -> Arc<Self> {
-        Arc::new(Self {
-            store: store.clone(),
-            faults: Mutex::new(faults),
-            asked: Mutex::default(),
-        })
+        Arc::new(Self { store: store.clone(), faults: Mutex::new(faults), asked: Mutex::default() })
     }
 
     fn times_asked(&self) -> usize {
@@ -55,20 +51,13 @@ impl Worker {
     fn new(samples: u32, faults: Vec<Fault>) -> Self {
         let (f, manifest) = Fixture::with_dataset(samples);
         let source = Source::new(&f.store, faults);
-        Self {
-            f,
-            shards: manifest.shards,
-            source,
-        }
+        Self { f, shards: manifest.shards, source }
     }
 
     /// A cache of `max_bytes` that keeps nothing in memory by itself; a new one is a new process.
     fn cache(&self, max_bytes: u64) -> ShardCache {
         let dir = self.f.dir.path().join("cache");
-        ShardCache::new(&dir, max_bytes)
-            .unwrap()
-            .with_fetch(self.source.clone())
-            .with_memory_bytes(0)
+        ShardCache::new(&dir, max_bytes).unwrap().with_fetch(self.source.clone()).with_memory_bytes(0)
     }
 
     fn cached(&self, i: usize) -> std::path::PathBuf {
@@ -115,16 +104,10 @@ fn damage_on_the_way_is_counted_and_fetched_again() {
 
 #[test]
 fn a_source_that_stays_damaged_is_given_up_with_names() {
-    let w = Worker::new(
-        10,
-        vec![Fault::Refuse, Fault::FlipBit, Fault::FlipBit, Fault::FlipBit],
-    );
+    let w = Worker::new(10, vec![Fault::Refuse, Fault::FlipBit, Fault::FlipBit, Fault::FlipBit]);
     let cache = w.cache(u64::MAX);
     let error = w.get(&cache, 0).unwrap_err().to_string();
-    assert!(
-        error.contains(&w.shards[0].hash) && error.contains("d/train"),
-        "{error}"
-    );
+    assert!(error.contains(&w.shards[0].hash) && error.contains("d/train"), "{error}");
     assert!(error.contains("do not match"), "{error}");
     assert!(!w.cached(0).exists());
     assert_eq!((cache.hash_failures(), cache.fetches()), (3, 3));
@@ -168,10 +151,7 @@ fn with_nowhere_to_fetch_from_the_error_names_shard_and_folders() {
     let dir = w.f.dir.path().join("empty");
     let cache = ShardCache::new(&dir, u64::MAX).unwrap();
     let error = w.get(&cache, 0).unwrap_err().to_string();
-    assert!(
-        error.contains(&w.shards[0].hash) && error.contains(&dir.display().to_string()),
-        "{error}"
-    );
+    assert!(error.contains(&w.shards[0].hash) && error.contains(&dir.display().to_string()), "{error}");
 }
 
 #[test]
@@ -239,9 +219,7 @@ fn a_fetch_that_panics_leaves_no_one_waiting() {
         }
     }
     let w = Worker::new(10, vec![]);
-    let cache = ShardCache::new(&w.f.dir.path().join("c"), 0)
-        .unwrap()
-        .with_fetch(Arc::new(Panics));
+    let cache = ShardCache::new(&w.f.dir.path().join("c"), 0).unwrap().with_fetch(Arc::new(Panics));
     for _ in 0..2 {
         let attempt = std::panic::AssertUnwindSafe(|| cache.get("d/train", &w.shards[0]));
         assert!(std::panic::catch_unwind(attempt).is_err());
@@ -251,10 +229,7 @@ fn a_fetch_that_panics_leaves_no_one_waiting() {
 #[test]
 fn a_hash_that_is_a_path_is_refused() {
     let w = Worker::new(10, vec![]);
-    let entry = ShardEntry {
-        hash: "../store/manifests/d@train.json".into(),
-        ..w.shards[0].clone()
-    };
+    let entry = ShardEntry { hash: "../store/manifests/d@train.json".into(), ..w.shards[0].clone() };
     let error = w.cache(u64::MAX).get("d/train", &entry).unwrap_err();
     assert!(matches!(error, CacheError::NotAHash(_)), "{error}");
     assert_eq!(w.source.times_asked(), 0);

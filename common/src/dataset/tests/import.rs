@@ -13,23 +13,13 @@ fn a_folder_gives_both_splits_and_every_sample_comes_back() {
     write_pair(&source, "train", 150, Compression::Gzip);
     write_pair(&source, "t10k", 20, Compression::Plain);
     let mut reports = Vec::new();
-    let outcomes = f
-        .store
-        .import_idx("d", &source, |p| {
-            reports.push((p.dataset.to_string(), p.done, p.total))
-        })
-        .unwrap();
+    let outcomes =
+        f.store.import_idx("d", &source, |p| reports.push((p.dataset.to_string(), p.done, p.total))).unwrap();
     assert!(outcomes.iter().all(|o| matches!(o, ImportOutcome::Added(_))));
     assert_eq!(reports.last().unwrap(), &("d/test".to_owned(), 20, 20));
     assert!(reports.contains(&("d/train".to_owned(), 150, 150)));
 
-    let names: Vec<_> = f
-        .store
-        .list()
-        .unwrap()
-        .iter()
-        .map(|m| m.name.to_string())
-        .collect();
+    let names: Vec<_> = f.store.list().unwrap().iter().map(|m| m.name.to_string()).collect();
     assert_eq!(names, ["d/test", "d/train"]);
     let cache = ShardCache::new(&f.dir.path().join("cache"), 0)
         .unwrap()
@@ -44,44 +34,21 @@ fn a_folder_gives_both_splits_and_every_sample_comes_back() {
         for i in (0..samples).rev() {
             let sample = reader.sample(i).unwrap();
             assert_eq!(u64::from(sample.label), i % 10);
-            assert!(
-                sample
-                    .bytes()
-                    .iter()
-                    .enumerate()
-                    .all(|(at, &b)| b == pixel(i as u32, at)),
-                "sample {i}"
-            );
+            assert!(sample.bytes().iter().enumerate().all(|(at, &b)| b == pixel(i as u32, at)), "sample {i}");
         }
-        assert!(
-            reader
-                .sample(samples)
-                .unwrap_err()
-                .to_string()
-                .contains("no sample")
-        );
+        assert!(reader.sample(samples).unwrap_err().to_string().contains("no sample"));
     }
 }
 
 #[test]
 fn statistics_are_those_of_the_pixels() {
     let (_f, manifest) = Fixture::with_dataset(10);
-    let all: Vec<f64> = (0..10)
-        .flat_map(|i| (0..PIXELS).map(move |at| f64::from(pixel(i, at)) / 255.0))
-        .collect();
+    let all: Vec<f64> =
+        (0..10).flat_map(|i| (0..PIXELS).map(move |at| f64::from(pixel(i, at)) / 255.0)).collect();
     let mean = all.iter().sum::<f64>() / all.len() as f64;
     let variance = all.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / all.len() as f64;
-    assert!(
-        (manifest.mean[0] - mean).abs() < 1e-12,
-        "{:?} {mean}",
-        manifest.mean
-    );
-    assert!(
-        (manifest.std[0] - variance.sqrt()).abs() < 1e-12,
-        "{:?} {}",
-        manifest.std,
-        variance.sqrt()
-    );
+    assert!((manifest.mean[0] - mean).abs() < 1e-12, "{:?} {mean}", manifest.mean);
+    assert!((manifest.std[0] - variance.sqrt()).abs() < 1e-12, "{:?} {}", manifest.std, variance.sqrt());
 }
 
 #[test]
@@ -89,10 +56,7 @@ fn the_path_of_one_pair_gives_one_dataset() {
     let f = Fixture::new();
     let source = f.source("source");
     write_pair(&source, "letters", 3, Compression::Plain);
-    let outcomes = f
-        .store
-        .import_idx("letters", &source.join("letters"), |_| ())
-        .unwrap();
+    let outcomes = f.store.import_idx("letters", &source.join("letters"), |_| ()).unwrap();
     assert_eq!(outcomes[0].manifest().name.as_str(), "letters");
 }
 
@@ -154,83 +118,23 @@ fn damaged_sources_are_refused_by_name_and_nothing_becomes_visible() {
         assert_eq!(files(f.store.shards_dir()), 0, "{error}");
     };
     use Compression::{Gzip, Plain};
-    check(
-        Plain,
-        &|d| edit(d, IMAGES, |b| b[0] = 1),
-        &[IMAGES, "does not begin as an IDX"],
-    );
+    check(Plain, &|d| edit(d, IMAGES, |b| b[0] = 1), &[IMAGES, "does not begin as an IDX"]);
     check(Plain, &|d| edit(d, IMAGES, |b| b[2] = 0x0d), &[IMAGES, "0x0d"]);
-    check(
-        Plain,
-        &|d| edit(d, IMAGES, |b| b[3] = 4),
-        &[IMAGES, "4 dimensions where 3"],
-    );
-    check(
-        Plain,
-        &|d| edit(d, IMAGES, |b| b[8..12].fill(0xff)),
-        &[IMAGES, "too large"],
-    );
-    check(
-        Plain,
-        &|d| edit(d, IMAGES, |b| b[8..12].fill(0)),
-        &[IMAGES, "empty"],
-    );
-    check(
-        Plain,
-        &|d| edit(d, IMAGES, |b| b.truncate(10)),
-        &[IMAGES, "header is incomplete"],
-    );
-    check(
-        Plain,
-        &|d| edit(d, IMAGES, |b| b.push(0)),
-        &[IMAGES, "goes on after its 5 records"],
-    );
-    check(
-        Plain,
-        &|d| edit(d, LABELS, |b| b.push(0)),
-        &[LABELS, "goes on after its 5 records"],
-    );
-    check(
-        Plain,
-        &|d| edit(d, LABELS, |b| b[7] = 4),
-        &[LABELS, "4 labels", IMAGES, "5 images"],
-    );
-    check(
-        Plain,
-        &|d| truncate(&d.join(IMAGES), PIXELS + 1),
-        &[IMAGES, "record 3 of 5"],
-    );
-    check(
-        Plain,
-        &|d| std::fs::remove_file(d.join(LABELS)).unwrap(),
-        &[LABELS, "cannot read"],
-    );
-    check(
-        Plain,
-        &|d| std::fs::remove_file(d.join(IMAGES)).unwrap(),
-        &["no IDX files"],
-    );
+    check(Plain, &|d| edit(d, IMAGES, |b| b[3] = 4), &[IMAGES, "4 dimensions where 3"]);
+    check(Plain, &|d| edit(d, IMAGES, |b| b[8..12].fill(0xff)), &[IMAGES, "too large"]);
+    check(Plain, &|d| edit(d, IMAGES, |b| b[8..12].fill(0)), &[IMAGES, "empty"]);
+    check(Plain, &|d| edit(d, IMAGES, |b| b.truncate(10)), &[IMAGES, "header is incomplete"]);
+    check(Plain, &|d| edit(d, IMAGES, |b| b.push(0)), &[IMAGES, "goes on after its 5 records"]);
+    check(Plain, &|d| edit(d, LABELS, |b| b.push(0)), &[LABELS, "goes on after its 5 records"]);
+    check(Plain, &|d| edit(d, LABELS, |b| b[7] = 4), &[LABELS, "4 labels", IMAGES, "5 images"]);
+    check(Plain, &|d| truncate(&d.join(IMAGES), PIXELS + 1), &[IMAGES, "record 3 of 5"]);
+    check(Plain, &|d| std::fs::remove_file(d.join(LABELS)).unwrap(), &[LABELS, "cannot read"]);
+    check(Plain, &|d| std::fs::remove_file(d.join(IMAGES)).unwrap(), &["no IDX files"]);
     let (images_gz, labels_gz) = (format!("{IMAGES}.gz"), format!("{LABELS}.gz"));
-    check(
-        Gzip,
-        &|d| truncate(&d.join(&images_gz), 1),
-        &[IMAGES, "truncated"],
-    );
-    check(
-        Gzip,
-        &|d| truncate(&d.join(&images_gz), 1000),
-        &[IMAGES, "truncated"],
-    );
-    check(
-        Gzip,
-        &|d| truncate(&d.join(&labels_gz), 4),
-        &[LABELS, "truncated"],
-    );
-    check(
-        Gzip,
-        &|d| edit(d, &labels_gz, |b| *b.last_mut().unwrap() ^= 1),
-        &[LABELS, "gzip data is damaged"],
-    );
+    check(Gzip, &|d| truncate(&d.join(&images_gz), 1), &[IMAGES, "truncated"]);
+    check(Gzip, &|d| truncate(&d.join(&images_gz), 1000), &[IMAGES, "truncated"]);
+    check(Gzip, &|d| truncate(&d.join(&labels_gz), 4), &[LABELS, "truncated"]);
+    check(Gzip, &|d| edit(d, &labels_gz, |b| *b.last_mut().unwrap() ^= 1), &[LABELS, "gzip data is damaged"]);
 }
 
 #[test]
@@ -248,35 +152,21 @@ fn verify_names_every_shard_that_is_not_good() {
         [
             ShardState::Flipped,
             ShardState::Missing,
-            ShardState::WrongSize {
-                expected,
-                found: expected - 1
-            },
+            ShardState::WrongSize { expected, found: expected - 1 },
             ShardState::Good
         ]
     );
     assert_eq!(report.bad().count(), 3);
     let text = report.bad().next().unwrap().to_string();
-    assert!(
-        text.contains(&manifest.shards[0].hash) && text.contains("flipped"),
-        "{text}"
-    );
+    assert!(text.contains(&manifest.shards[0].hash) && text.contains("flipped"), "{text}");
 }
 
 #[test]
 fn unknown_and_impossible_names_get_an_answer_that_helps() {
     let (f, manifest) = Fixture::with_dataset(1);
     let error = |name: &str| f.store.manifest(name).unwrap_err().to_string();
-    assert!(
-        error("d/trian").contains("did you mean `d/train`?"),
-        "{}",
-        error("d/trian")
-    );
-    assert!(
-        error("zebra").contains("coordinator dataset"),
-        "{}",
-        error("zebra")
-    );
+    assert!(error("d/trian").contains("did you mean `d/train`?"), "{}", error("d/trian"));
+    assert!(error("zebra").contains("coordinator dataset"), "{}", error("zebra"));
     assert!(error("../d").contains("not a dataset name"), "{}", error("../d"));
     assert!(f.store.shard_path("../manifests/d@train.json").is_err());
     assert!(f.store.shard_path(&manifest.shards[0].hash).unwrap().exists());
@@ -289,16 +179,7 @@ fn a_damaged_manifest_is_refused_by_path() {
     let text = std::fs::read_to_string(&path).unwrap();
     std::fs::write(&path, text.replace("\"samples\": 1", "\"samples\": 2")).unwrap();
     let error = f.store.manifest("d/train").unwrap_err().to_string();
-    assert!(
-        error.contains("d@train.json") && error.contains("does not match its id"),
-        "{error}"
-    );
+    assert!(error.contains("d@train.json") && error.contains("does not match its id"), "{error}");
     truncate(&path, 10);
-    assert!(
-        f.store
-            .manifest("d/train")
-            .unwrap_err()
-            .to_string()
-            .contains("does not parse")
-    );
+    assert!(f.store.manifest("d/train").unwrap_err().to_string().contains("does not parse"));
 }

@@ -29,19 +29,11 @@ impl Maxout {
         weight: Init,
     ) -> Result<Self, NnError> {
         let linear = Linear::new(scope, inputs, units * pieces, weight, Init::Constant(0.0))?;
-        Ok(Self {
-            linear,
-            units,
-            pieces,
-        })
+        Ok(Self { linear, units, pieces })
     }
 
     /// [N, inputs] to [N, units].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor, NnError> {
-        Ok(self
-            .linear
-            .forward(x)?
-            .f_view([x.size()[0], self.units, self.pieces])?
-            .f_amax([2], false)?)
+        Ok(self.linear.forward(x)?.f_view([x.size()[0], self.units, self.pieces])?.f_amax([2], false)?)
     }
 }

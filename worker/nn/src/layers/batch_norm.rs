@@ -50,20 +50,12 @@ impl BatchNorm {
     /// [N, C, ...] to the same shape. N may be 0 in training: the shard then takes part in the exchange with
     /// nothing to add.
     pub fn forward(&self, x: &Tensor, fwd: &mut Forward) -> Result<Tensor, NnError> {
-        if fwd.train {
-            self.normalize_by_batch(x, fwd)
-        } else {
-            self.normalize_by_running(x)
-        }
+        if fwd.train { self.normalize_by_batch(x, fwd) } else { self.normalize_by_running(x) }
     }
 
     fn normalize_by_batch(&self, x: &Tensor, fwd: &mut Forward) -> Result<Tensor, NnError> {
         let exchange = Exchange {
-            sync: if self.sync {
-                fwd.sync.clone()
-            } else {
-                Arc::new(LocalOnly)
-            },
+            sync: if self.sync { fwd.sync.clone() } else { Arc::new(LocalOnly) },
             call: BnCall {
                 network: fwd.network,
                 layer: self.index,
@@ -111,10 +103,7 @@ struct Exchange {
 
 impl Exchange {
     fn run(&self, backward: bool, values: &mut [f64]) -> Result<(), NnError> {
-        let call = BnCall {
-            backward,
-            ..self.call
-        };
+        let call = BnCall { backward, ..self.call };
         let local = values.to_vec();
         let merged = if backward {
             self.sync.sum(call, self.shard, local)?
@@ -123,11 +112,7 @@ impl Exchange {
         };
         if merged.len() != values.len() {
             let (expected, got) = (values.len(), merged.len());
-            return Err(NnError::MergedLength {
-                layer: self.layer.clone(),
-                expected,
-                got,
-            });
+            return Err(NnError::MergedLength { layer: self.layer.clone(), expected, got });
         }
         values.copy_from_slice(&merged);
         if !backward {
@@ -139,9 +124,7 @@ impl Exchange {
 
 /// From `[n, mean[C], M2[C]]`.
 fn record(network: u16, layer: &str, moments: &[f64]) -> BnRecord {
-    let (count, rest) = moments
-        .split_first()
-        .map_or((0.0, moments), |(n, rest)| (*n, rest));
+    let (count, rest) = moments.split_first().map_or((0.0, moments), |(n, rest)| (*n, rest));
     let (mean, m2) = rest.split_at(rest.len() / 2);
     let degrees = (count - 1.0).max(1.0);
     BnRecord {

@@ -42,9 +42,7 @@ impl Conv2d {
         let shape = [spec.outputs, spec.inputs, spec.kernel, spec.kernel];
         Ok(Self {
             weight: scope.parameter("weight", &shape, weight)?,
-            bias: bias
-                .map(|init| scope.parameter("bias", &[spec.outputs], init))
-                .transpose()?,
+            bias: bias.map(|init| scope.parameter("bias", &[spec.outputs], init)).transpose()?,
             stride: spec.stride,
             padding: spec.padding,
         })

@@ -63,11 +63,7 @@ impl Draws {
             Stream::new(self.seed, &self.purpose, &coordinates).fill_bytes(&mut bits);
             mask.extend(bits.chunks_exact(2).map(|pair| {
                 let draw = u16::from_le_bytes([pair[0], pair[1]]);
-                if u32::from(draw) < self.level as u32 {
-                    kept
-                } else {
-                    dropped
-                }
+                if u32::from(draw) < self.level as u32 { kept } else { dropped }
             }));
         }
         mask

@@ -21,21 +21,9 @@ pub(super) const GENERATOR: ModelInfo = ModelInfo {
     input: "[N, latent], uniform with variance 1",
     reference: "Goodfellow et al. 2014, arXiv:1406.2661; goodfeli/adversarial",
     options: &[
-        OptionInfo {
-            name: "latent",
-            default: "100",
-            meaning: "length of the latent vectors",
-        },
-        OptionInfo {
-            name: "hidden",
-            default: "1200",
-            meaning: "units of each hidden layer",
-        },
-        OptionInfo {
-            name: "outputs",
-            default: "784",
-            meaning: "pixels of one image",
-        },
+        OptionInfo { name: "latent", default: "100", meaning: "length of the latent vectors" },
+        OptionInfo { name: "hidden", default: "1200", meaning: "units of each hidden layer" },
+        OptionInfo { name: "outputs", default: "784", meaning: "pixels of one image" },
     ],
     build: build_generator,
 };
@@ -47,21 +35,9 @@ pub(super) const DISCRIMINATOR: ModelInfo = ModelInfo {
     input: "[N, ...] with `inputs` values a row",
     reference: "Goodfellow et al. 2014, arXiv:1406.2661; goodfeli/adversarial",
     options: &[
-        OptionInfo {
-            name: "inputs",
-            default: "784",
-            meaning: "pixels of one image",
-        },
-        OptionInfo {
-            name: "hidden",
-            default: "240",
-            meaning: "units of each maxout layer",
-        },
-        OptionInfo {
-            name: "pieces",
-            default: "5",
-            meaning: "linear pieces of each maxout unit",
-        },
+        OptionInfo { name: "inputs", default: "784", meaning: "pixels of one image" },
+        OptionInfo { name: "hidden", default: "240", meaning: "units of each maxout layer" },
+        OptionInfo { name: "pieces", default: "5", meaning: "linear pieces of each maxout unit" },
         OptionInfo {
             name: "dropout",
             default: "0.5",
@@ -90,9 +66,7 @@ pub fn latent(
         let mut stream = Stream::new(seed, "gan latent", &[step, u64::from(phase), sample]);
         values.extend((0..length).map(|_| stream.uniform_in(-bound, bound)));
     }
-    Ok(Tensor::f_from_slice(&values)?
-        .f_reshape([samples.len() as i64, length])?
-        .f_to_kind(kind)?)
+    Ok(Tensor::f_from_slice(&values)?.f_reshape([samples.len() as i64, length])?.f_to_kind(kind)?)
 }
 
 struct Generator {
@@ -155,12 +129,7 @@ impl Model for Discriminator {
     fn forward(&self, x: &Tensor, fwd: &mut Forward) -> Result<Tensor, NnError> {
         let mut x = dropout(&x.f_flatten(1, -1)?, self.input_keep, "dropout0", fwd)?;
         for (i, layer) in self.hidden.iter().enumerate() {
-            x = dropout(
-                &layer.forward(&x)?,
-                self.hidden_keep,
-                &format!("dropout{}", i + 1),
-                fwd,
-            )?;
+            x = dropout(&layer.forward(&x)?, self.hidden_keep, &format!("dropout{}", i + 1), fwd)?;
         }
         Ok(self.last.forward(&x)?.f_squeeze_dim(1)?)
     }

@@ -16,26 +16,10 @@ pub(super) const INFO: ModelInfo = ModelInfo {
     input: "[N, ...] with `inputs` values a row",
     reference: "this project",
     options: &[
-        OptionInfo {
-            name: "classes",
-            default: "10",
-            meaning: "logits",
-        },
-        OptionInfo {
-            name: "inputs",
-            default: "784",
-            meaning: "values of one sample",
-        },
-        OptionInfo {
-            name: "hidden",
-            default: "256",
-            meaning: "units of each hidden layer",
-        },
-        OptionInfo {
-            name: "dropout",
-            default: "0",
-            meaning: "share of hidden values dropped",
-        },
+        OptionInfo { name: "classes", default: "10", meaning: "logits" },
+        OptionInfo { name: "inputs", default: "784", meaning: "values of one sample" },
+        OptionInfo { name: "hidden", default: "256", meaning: "units of each hidden layer" },
+        OptionInfo { name: "dropout", default: "0", meaning: "share of hidden values dropped" },
     ],
     build,
 };
@@ -55,27 +39,12 @@ fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError>
         let linear = Linear::new(&mut scope.sub(&format!("fc{}", i + 1)), inputs, units, init, init)?;
         hidden.push((
             linear,
-            BatchNorm::new(
-                &mut scope.sub(&format!("bn{}", i + 1)),
-                units,
-                spec.batch_norm,
-                true,
-            )?,
+            BatchNorm::new(&mut scope.sub(&format!("bn{}", i + 1)), units, spec.batch_norm, true)?,
         ));
     }
     let init = Init::fan_in(units);
-    let last = Linear::new(
-        &mut scope.sub("fc3"),
-        units,
-        options::count(spec, "classes", 10)?,
-        init,
-        init,
-    )?;
-    Ok(Box::new(Mlp {
-        hidden,
-        last,
-        keep: 1.0 - options::drop_rate(spec, "dropout", 0.0)?,
-    }))
+    let last = Linear::new(&mut scope.sub("fc3"), units, options::count(spec, "classes", 10)?, init, init)?;
+    Ok(Box::new(Mlp { hidden, last, keep: 1.0 - options::drop_rate(spec, "dropout", 0.0)? }))
 }
 
 impl Model for Mlp {

@@ -62,23 +62,15 @@ pub struct ModelSummary {
 
 /// Every architecture.
 pub fn registry() -> &'static [ModelInfo] {
-    &[
-        nin::INFO,
-        small_cnn::INFO,
-        mlp::INFO,
-        gan::GENERATOR,
-        gan::DISCRIMINATOR,
-    ]
+    &[nin::INFO, small_cnn::INFO, mlp::INFO, gan::GENERATOR, gan::DISCRIMINATOR]
 }
 
 /// Builds the network that `spec` describes over the variables at `scope`.
 ///
 /// Fails on an unknown model or option (naming the nearest known one) and on a value out of range.
 pub fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError> {
-    let info = registry()
-        .iter()
-        .find(|info| info.name == spec.name)
-        .ok_or_else(|| NnError::UnknownModel {
+    let info =
+        registry().iter().find(|info| info.name == spec.name).ok_or_else(|| NnError::UnknownModel {
             name: spec.name.clone(),
             hint: did_you_mean(&spec.name, registry().iter().map(|info| info.name)),
         })?;
@@ -90,10 +82,7 @@ pub fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnEr
 pub fn validate(spec: &ModelSpec) -> Result<ModelSummary, NnError> {
     let mut vars = Vars::new("model", 0, Kind::Float, Device::Cpu);
     build(spec, &mut vars.root())?;
-    Ok(ModelSummary {
-        parameters: vars.parameter_count(),
-        tensors: vars.iter().count(),
-    })
+    Ok(ModelSummary { parameters: vars.parameter_count(), tensors: vars.iter().count() })
 }
 
 #[cfg(test)]

@@ -25,11 +25,7 @@ pub(super) const INFO: ModelInfo = ModelInfo {
             default: "cifar",
             meaning: "`cifar` or `mnist`: the paper's layer widths",
         },
-        OptionInfo {
-            name: "classes",
-            default: "10",
-            meaning: "logits",
-        },
+        OptionInfo { name: "classes", default: "10", meaning: "logits" },
         OptionInfo {
             name: "in_channels",
             default: "3 (cifar), 1 (mnist)",
@@ -40,11 +36,7 @@ pub(super) const INFO: ModelInfo = ModelInfo {
             default: "true",
             meaning: "ReLU after the last layer, as in the paper",
         },
-        OptionInfo {
-            name: "dropout",
-            default: "0.5",
-            meaning: "share of values dropped between blocks",
-        },
+        OptionInfo { name: "dropout", default: "0.5", meaning: "share of values dropped between blocks" },
     ],
     build,
 };
@@ -58,16 +50,10 @@ struct Widths {
     last_kernel: i64,
 }
 
-const CIFAR: Widths = Widths {
-    in_channels: 3,
-    blocks: [[192, 160, 96], [192, 192, 192], [192, 192, 0]],
-    last_kernel: 3,
-};
-const MNIST: Widths = Widths {
-    in_channels: 1,
-    blocks: [[96, 64, 48], [128, 96, 48], [128, 96, 0]],
-    last_kernel: 5,
-};
+const CIFAR: Widths =
+    Widths { in_channels: 3, blocks: [[192, 160, 96], [192, 192, 192], [192, 192, 0]], last_kernel: 3 };
+const MNIST: Widths =
+    Widths { in_channels: 1, blocks: [[96, 64, 48], [128, 96, 48], [128, 96, 0]], last_kernel: 5 };
 
 /// Standard deviation of all initial weights (`initW` in the reference).
 const WEIGHT: Init = Init::Normal { std: 0.05 };
@@ -87,18 +73,10 @@ impl Unit {
         spec: &ModelSpec,
         relu: bool,
     ) -> Result<Self, NnError> {
-        let norm = BatchNorm::new(
-            &mut scope.sub(&format!("{name}_bn")),
-            conv.outputs,
-            spec.batch_norm,
-            relu,
-        )?;
+        let norm =
+            BatchNorm::new(&mut scope.sub(&format!("{name}_bn")), conv.outputs, spec.batch_norm, relu)?;
         let bias = norm.is_none().then_some(Init::Constant(0.0));
-        Ok(Self {
-            conv: Conv2d::new(&mut scope.sub(name), conv, WEIGHT, bias)?,
-            norm,
-            relu,
-        })
+        Ok(Self { conv: Conv2d::new(&mut scope.sub(name), conv, WEIGHT, bias)?, norm, relu })
     }
 
     fn forward(&self, x: &Tensor, fwd: &mut Forward) -> Result<Tensor, NnError> {
@@ -126,28 +104,11 @@ fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError>
         let last = b + 1 == widths.blocks.len();
         let kernel = if last { widths.last_kernel } else { 5 };
         let second = if last { classes } else { second };
-        let square = |inputs, outputs, kernel| ConvSpec {
-            inputs,
-            outputs,
-            kernel,
-            stride: 1,
-            padding: kernel / 2,
-        };
+        let square =
+            |inputs, outputs, kernel| ConvSpec { inputs, outputs, kernel, stride: 1, padding: kernel / 2 };
         blocks.push([
-            Unit::new(
-                scope,
-                &format!("conv{}", b + 1),
-                square(inputs, conv, kernel),
-                spec,
-                true,
-            )?,
-            Unit::new(
-                scope,
-                &format!("cccp{}", 2 * b + 1),
-                square(conv, first, 1),
-                spec,
-                true,
-            )?,
+            Unit::new(scope, &format!("conv{}", b + 1), square(inputs, conv, kernel), spec, true)?,
+            Unit::new(scope, &format!("cccp{}", 2 * b + 1), square(conv, first, 1), spec, true)?,
             Unit::new(
                 scope,
                 &format!("cccp{}", 2 * b + 2),
@@ -158,10 +119,7 @@ fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError>
         ]);
         inputs = second;
     }
-    Ok(Box::new(Nin {
-        blocks,
-        keep: 1.0 - options::drop_rate(spec, "dropout", 0.5)?,
-    }))
+    Ok(Box::new(Nin { blocks, keep: 1.0 - options::drop_rate(spec, "dropout", 0.5)? }))
 }
 
 impl Model for Nin {

@@ -9,16 +9,8 @@ use serde_json::Value;
 /// Refuses a key that `info` does not list.
 pub(super) fn check_names(info: &ModelInfo, spec: &ModelSpec) -> Result<(), NnError> {
     let known = || info.options.iter().map(|o| o.name);
-    match spec
-        .options
-        .keys()
-        .find(|key| !known().any(|name| name == key.as_str()))
-    {
-        Some(key) => Err(fault(
-            spec,
-            key,
-            format!("is unknown{}", did_you_mean(key, known())),
-        )),
+    match spec.options.keys().find(|key| !known().any(|name| name == key.as_str())) {
+        Some(key) => Err(fault(spec, key, format!("is unknown{}", did_you_mean(key, known())))),
         None => Ok(()),
     }
 }
@@ -26,13 +18,7 @@ pub(super) fn check_names(info: &ModelInfo, spec: &ModelSpec) -> Result<(), NnEr
 /// A whole number from 1 to a million, or `default`.
 pub(super) fn count(spec: &ModelSpec, name: &str, default: i64) -> Result<i64, NnError> {
     let valid = |value: &Value| value.as_i64().filter(|n| (1..=1_000_000).contains(n));
-    read(
-        spec,
-        name,
-        default,
-        valid,
-        "is not a whole number from 1 to 1000000",
-    )
+    read(spec, name, default, valid, "is not a whole number from 1 to 1000000")
 }
 
 /// A probability to drop, in [0, 1), or `default`.
@@ -50,19 +36,10 @@ pub(super) fn switch(spec: &ModelSpec, name: &str, default: bool) -> Result<bool
 pub(super) fn choice<T: Copy>(spec: &ModelSpec, name: &str, choices: &[(&str, T)]) -> Result<T, NnError> {
     let valid = |value: &Value| {
         let text = value.as_str()?;
-        choices
-            .iter()
-            .find(|(choice, _)| *choice == text)
-            .map(|(_, value)| *value)
+        choices.iter().find(|(choice, _)| *choice == text).map(|(_, value)| *value)
     };
     let names: Vec<_> = choices.iter().map(|(choice, _)| format!("`{choice}`")).collect();
-    read(
-        spec,
-        name,
-        choices[0].1,
-        valid,
-        &format!("is not one of {}", names.join(", ")),
-    )
+    read(spec, name, choices[0].1, valid, &format!("is not one of {}", names.join(", ")))
 }
 
 fn read<T>(
@@ -79,9 +56,5 @@ fn read<T>(
 }
 
 fn fault(spec: &ModelSpec, option: &str, problem: String) -> NnError {
-    NnError::Option {
-        model: spec.name.clone(),
-        option: option.to_owned(),
-        problem,
-    }
+    NnError::Option { model: spec.name.clone(), option: option.to_owned(), problem }
 }

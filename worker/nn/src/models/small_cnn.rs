@@ -16,16 +16,8 @@ pub(super) const INFO: ModelInfo = ModelInfo {
     input: "[N, in_channels, H, W]",
     reference: "this project; worker/nn/parity/reference.py is the same network in PyTorch",
     options: &[
-        OptionInfo {
-            name: "classes",
-            default: "10",
-            meaning: "logits",
-        },
-        OptionInfo {
-            name: "in_channels",
-            default: "1",
-            meaning: "channels of the images",
-        },
+        OptionInfo { name: "classes", default: "10", meaning: "logits" },
+        OptionInfo { name: "in_channels", default: "1", meaning: "channels of the images" },
         OptionInfo {
             name: "width",
             default: "16",
@@ -44,39 +36,16 @@ fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError>
     let width = options::count(spec, "width", 16)?;
     let mut inputs = options::count(spec, "in_channels", 1)?;
     let mut convs = Vec::new();
-    for (i, (outputs, stride)) in [(width, 1), (2 * width, 2), (4 * width, 2)]
-        .into_iter()
-        .enumerate()
-    {
-        let conv = ConvSpec {
-            inputs,
-            outputs,
-            kernel: 3,
-            stride,
-            padding: 1,
-        };
+    for (i, (outputs, stride)) in [(width, 1), (2 * width, 2), (4 * width, 2)].into_iter().enumerate() {
+        let conv = ConvSpec { inputs, outputs, kernel: 3, stride, padding: 1 };
         let init = Init::fan_in(conv.fan_in());
-        let norm = BatchNorm::new(
-            &mut scope.sub(&format!("bn{}", i + 1)),
-            outputs,
-            spec.batch_norm,
-            true,
-        )?;
+        let norm = BatchNorm::new(&mut scope.sub(&format!("bn{}", i + 1)), outputs, spec.batch_norm, true)?;
         let bias = norm.is_none().then_some(init);
-        convs.push((
-            Conv2d::new(&mut scope.sub(&format!("conv{}", i + 1)), conv, init, bias)?,
-            norm,
-        ));
+        convs.push((Conv2d::new(&mut scope.sub(&format!("conv{}", i + 1)), conv, init, bias)?, norm));
         inputs = outputs;
     }
     let init = Init::fan_in(inputs);
-    let fc = Linear::new(
-        &mut scope.sub("fc"),
-        inputs,
-        options::count(spec, "classes", 10)?,
-        init,
-        init,
-    )?;
+    let fc = Linear::new(&mut scope.sub("fc"), inputs, options::count(spec, "classes", 10)?, init, init)?;
     Ok(Box::new(SmallCnn { convs, fc }))
 }
 

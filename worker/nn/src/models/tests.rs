@@ -4,18 +4,11 @@ use serde_json::json;
 
 fn spec(name: &str, batch_norm: BatchNorm, options: serde_json::Value) -> ModelSpec {
     let options = options.as_object().cloned().unwrap();
-    ModelSpec {
-        name: name.to_owned(),
-        batch_norm,
-        optimizer: None,
-        options,
-    }
+    ModelSpec { name: name.to_owned(), batch_norm, optimizer: None, options }
 }
 
 fn parameters(name: &str, options: serde_json::Value) -> u64 {
-    validate(&spec(name, BatchNorm::None, options))
-        .unwrap()
-        .parameters
+    validate(&spec(name, BatchNorm::None, options)).unwrap().parameters
 }
 
 #[test]
@@ -29,14 +22,10 @@ fn parameter_counts_are_those_of_the_references() {
 
 #[test]
 fn the_registry_is_the_catalogue_that_job_files_are_checked_against() {
-    let ours: Vec<_> = registry()
-        .iter()
-        .map(|m| (m.name, m.role, m.options.iter().map(|o| o.name).collect()))
-        .collect();
-    let theirs: Vec<(_, _, Vec<_>)> = catalogue()
-        .iter()
-        .map(|m| (m.name, m.role, m.options.to_vec()))
-        .collect();
+    let ours: Vec<_> =
+        registry().iter().map(|m| (m.name, m.role, m.options.iter().map(|o| o.name).collect())).collect();
+    let theirs: Vec<(_, _, Vec<_>)> =
+        catalogue().iter().map(|m| (m.name, m.role, m.options.to_vec())).collect();
     assert_eq!(ours, theirs);
 }
 
@@ -46,12 +35,7 @@ fn outputs_have_the_documented_shapes_also_for_no_samples() {
         ("nin", json!({ "widths": "mnist" }), vec![1, 28, 28], vec![10]),
         ("nin", json!({ "classes": 7 }), vec![3, 32, 32], vec![7]),
         ("small-cnn", json!({ "width": 4 }), vec![1, 8, 8], vec![10]),
-        (
-            "mlp",
-            json!({ "inputs": 12, "dropout": 0.5 }),
-            vec![3, 4],
-            vec![10],
-        ),
+        ("mlp", json!({ "inputs": 12, "dropout": 0.5 }), vec![3, 4], vec![10]),
         ("gan-generator", json!({ "outputs": 16 }), vec![100], vec![16]),
         ("gan-discriminator", json!({ "inputs": 16 }), vec![4, 4], vec![]),
     ];
@@ -67,29 +51,18 @@ fn outputs_have_the_documented_shapes_also_for_no_samples() {
             fwd.samples = (0..rows as u64).collect();
             let x = Tensor::ones([vec![rows], input.clone()].concat(), (Kind::Float, Device::Cpu));
             let y = model.forward(&x, &mut fwd).unwrap();
-            assert_eq!(
-                y.size(),
-                [vec![rows], output.clone()].concat(),
-                "{name} {batch_norm:?}"
-            );
+            assert_eq!(y.size(), [vec![rows], output.clone()].concat(), "{name} {batch_norm:?}");
             crate::shim::backward(&y.sum(None)).unwrap();
             let gradient_is_finite =
                 |v: &crate::vars::Var| v.tensor.grad().isfinite().all().int64_value(&[]) == 1;
-            assert!(
-                replica.parameters().all(|(_, v)| gradient_is_finite(v)),
-                "{name} {batch_norm:?} {rows}"
-            );
+            assert!(replica.parameters().all(|(_, v)| gradient_is_finite(v)), "{name} {batch_norm:?} {rows}");
         }
     }
 }
 
 #[test]
 fn bad_options_are_refused_with_the_nearest_name_or_the_valid_values() {
-    let message = |name, options| {
-        validate(&spec(name, BatchNorm::Sync, options))
-            .unwrap_err()
-            .to_string()
-    };
+    let message = |name, options| validate(&spec(name, BatchNorm::Sync, options)).unwrap_err().to_string();
     assert!(message("nim", json!({})).contains("did you mean `nin`?"));
     assert!(
         message("nin", json!({ "class": 3 })).contains("option `class` is unknown; did you mean `classes`?")

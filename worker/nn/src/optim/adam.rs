@@ -67,9 +67,7 @@ impl Adam {
         let m = of(&mut self.exp_avg, name)?;
         let _ = m.f_lerp_(&g, 1.0 - beta1)?;
         let v = of(&mut self.exp_avg_sq, name)?;
-        let _ = v
-            .f_mul_scalar_(beta2)?
-            .f_add_(&g.f_square()?.f_mul_scalar(1.0 - beta2)?)?;
+        let _ = v.f_mul_scalar_(beta2)?.f_add_(&g.f_square()?.f_mul_scalar(1.0 - beta2)?)?;
 
         let correction2 = (1.0 - beta2.powf(t)).sqrt();
         let denominator = v.f_sqrt()?.f_div_scalar(correction2)?.f_add_scalar(self.eps)?;

@@ -17,11 +17,7 @@ pub fn clip_value(gradients: &mut [NamedGradient], max: f64) -> Result<(), NnErr
 pub fn clip_norm(gradients: &mut [NamedGradient], max: f64) -> Result<f64, NnError> {
     let mut squares = 0.0;
     for (_, gradient) in gradients.iter() {
-        squares += gradient
-            .f_to_kind(Kind::Double)?
-            .f_square()?
-            .f_sum(None)?
-            .f_double_value(&[])?;
+        squares += gradient.f_to_kind(Kind::Double)?.f_square()?.f_sum(None)?.f_double_value(&[])?;
     }
     let norm = squares.sqrt();
     // PyTorch's guard against a division by zero.
@@ -40,10 +36,7 @@ mod tests {
     use tch::Tensor;
 
     fn gradients() -> Vec<NamedGradient> {
-        vec![
-            ("a".into(), Tensor::from_slice(&[3.0, 0.0])),
-            ("b".into(), Tensor::from_slice(&[-4.0])),
-        ]
+        vec![("a".into(), Tensor::from_slice(&[3.0, 0.0])), ("b".into(), Tensor::from_slice(&[-4.0]))]
     }
 
     #[test]
@@ -51,19 +44,13 @@ mod tests {
         let mut g = gradients();
         assert_eq!(clip_norm(&mut g, 1.0).unwrap(), 5.0);
         assert!((clip_norm(&mut g, 10.0).unwrap() - 1.0).abs() < 1e-6);
-        assert!(
-            (g[0].1.double_value(&[0]) - 0.6).abs() < 1e-6,
-            "a small gradient is left alone"
-        );
+        assert!((g[0].1.double_value(&[0]) - 0.6).abs() < 1e-6, "a small gradient is left alone");
     }
 
     #[test]
     fn clip_value_bounds_each_element() {
         let mut g = gradients();
         clip_value(&mut g, 3.5).unwrap();
-        assert_eq!(
-            (g[0].1.double_value(&[0]), g[1].1.double_value(&[0])),
-            (3.0, -3.5)
-        );
+        assert_eq!((g[0].1.double_value(&[0]), g[1].1.double_value(&[0])), (3.0, -3.5));
     }
 }

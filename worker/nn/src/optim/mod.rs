@@ -36,43 +36,19 @@ impl Optimizer {
     /// A fresh optimizer for the parameters of `vars`.
     pub fn new(spec: &OptimizerSpec, vars: &Vars) -> Result<Self, NnError> {
         let (rule, no_decay_norm_bias) = match *spec {
-            OptimizerSpec::Sgd {
-                nesterov,
-                weight_decay,
-                no_decay_norm_bias,
-                ..
-            } => (
-                Rule::Sgd(Sgd::new(nesterov, weight_decay, vars)?),
-                no_decay_norm_bias,
-            ),
-            OptimizerSpec::Adam {
-                beta1,
-                beta2,
-                eps,
-                weight_decay,
-                no_decay_norm_bias,
-                ..
-            } => {
+            OptimizerSpec::Sgd { nesterov, weight_decay, no_decay_norm_bias, .. } => {
+                (Rule::Sgd(Sgd::new(nesterov, weight_decay, vars)?), no_decay_norm_bias)
+            }
+            OptimizerSpec::Adam { beta1, beta2, eps, weight_decay, no_decay_norm_bias, .. } => {
                 let adam = Adam::new([beta1, beta2], eps, weight_decay, false, vars)?;
                 (Rule::Adam(adam), no_decay_norm_bias)
             }
-            OptimizerSpec::Adamw {
-                beta1,
-                beta2,
-                eps,
-                weight_decay,
-                no_decay_norm_bias,
-                ..
-            } => {
+            OptimizerSpec::Adamw { beta1, beta2, eps, weight_decay, no_decay_norm_bias, .. } => {
                 let adam = Adam::new([beta1, beta2], eps, weight_decay, true, vars)?;
                 (Rule::Adam(adam), no_decay_norm_bias)
             }
         };
-        Ok(Self {
-            spec: spec.clone(),
-            no_decay_norm_bias,
-            rule,
-        })
+        Ok(Self { spec: spec.clone(), no_decay_norm_bias, rule })
     }
 
     /// One update of `vars` by `gradients`, at the learning rate `lr` (the schedule's factor included).
@@ -120,9 +96,7 @@ impl Optimizer {
 
 /// A zero tensor for each parameter.
 fn zeros(vars: &Vars) -> Result<BTreeMap<String, Tensor>, NnError> {
-    vars.parameters()
-        .map(|(name, var)| Ok((name.to_owned(), var.tensor.f_zeros_like()?)))
-        .collect()
+    vars.parameters().map(|(name, var)| Ok((name.to_owned(), var.tensor.f_zeros_like()?))).collect()
 }
 
 /// The state of the parameter `name`, or an error that says that it is no parameter.
@@ -138,7 +112,5 @@ fn prefixed<'a>(
     prefix: &'a str,
     state: &'a BTreeMap<String, Tensor>,
 ) -> impl Iterator<Item = (String, Tensor)> + 'a {
-    state
-        .iter()
-        .map(move |(name, tensor)| (format!("{prefix}.{name}"), tensor.shallow_clone()))
+    state.iter().map(move |(name, tensor)| (format!("{prefix}.{name}"), tensor.shallow_clone()))
 }

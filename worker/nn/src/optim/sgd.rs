@@ -16,11 +16,7 @@ pub(super) struct Sgd {
 
 impl Sgd {
     pub(super) fn new(nesterov: bool, weight_decay: f64, vars: &Vars) -> Result<Self, NnError> {
-        Ok(Self {
-            nesterov,
-            weight_decay,
-            momentum_buffers: zeros(vars)?,
-        })
+        Ok(Self { nesterov, weight_decay, momentum_buffers: zeros(vars)? })
     }
 
     /// b ← μ b + (g + λ p), then p ← p − lr · b, or with Nesterov's step p ← p − lr · (g + λ p + μ b).

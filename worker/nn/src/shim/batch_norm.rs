@@ -37,12 +37,8 @@ unsafe extern "C" fn call(
     run_callback(|| {
         // SAFETY: the context is the box of `batch_norm`, shared and `Sync`; the shim owns `count` values there
         // and touches none during the call.
-        let (merge, values) = unsafe {
-            (
-                &*context.cast::<Merge>(),
-                std::slice::from_raw_parts_mut(values, count),
-            )
-        };
+        let (merge, values) =
+            unsafe { (&*context.cast::<Merge>(), std::slice::from_raw_parts_mut(values, count)) };
         merge(backward, values)
     })
 }
@@ -64,22 +60,13 @@ pub(crate) fn batch_norm(
     merge: Merge,
 ) -> Result<Tensor, NnError> {
     let context = Box::into_raw(Box::new(merge)).cast();
-    let callback = MergeCallback {
-        context,
-        call,
-        drop: drop_context,
-        drop_error,
-    };
+    let callback = MergeCallback { context, call, drop: drop_context, drop_error };
     let mut failure = Failure::none();
     // SAFETY: the tensors are live; the shim takes the context and drops it with the graph, or at once if it
     // fails. A result that is not null is a C++ tensor that we own.
     unsafe {
         let (x, gamma, beta) = (x.as_ptr().cast(), gamma.as_ptr().cast(), beta.as_ptr().cast());
         let y = lockstep_batch_norm(x, gamma, beta, eps, relu, callback, &raw mut failure);
-        if y.is_null() {
-            Err(failure.into_error())
-        } else {
-            Ok(Tensor::from_ptr(y.cast()))
-        }
+        if y.is_null() { Err(failure.into_error()) } else { Ok(Tensor::from_ptr(y.cast())) }
     }
 }

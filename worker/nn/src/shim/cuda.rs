@@ -13,9 +13,5 @@ unsafe extern "C" {
 pub fn load_cuda() -> Result<(), NnError> {
     let mut failure = Failure::none();
     // SAFETY: `failure` outlives the call, and opening libtorch_cuda only registers its kernels.
-    if unsafe { lockstep_load_cuda(&raw mut failure) } {
-        Ok(())
-    } else {
-        Err(failure.into_error())
-    }
+    if unsafe { lockstep_load_cuda(&raw mut failure) } { Ok(()) } else { Err(failure.into_error()) }
 }

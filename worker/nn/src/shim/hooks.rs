@@ -25,12 +25,8 @@ unsafe extern "C" fn call(context: *mut c_void, gradient: *mut c_void) -> *mut c
     run_callback(|| {
         // SAFETY: the context is the box of `on_gradient`, and the engine runs one backward pass at a time over
         // a leaf's graph. `gradient` points to a live C++ tensor for the whole call; we take our own reference.
-        let (callback, gradient) = unsafe {
-            (
-                &mut *context.cast::<Callback>(),
-                Tensor::clone_from_ptr(gradient.cast()),
-            )
-        };
+        let (callback, gradient) =
+            unsafe { (&mut *context.cast::<Callback>(), Tensor::clone_from_ptr(gradient.cast())) };
         callback(&gradient)
     })
 }
@@ -69,18 +65,11 @@ pub fn on_gradient(
 ) -> Result<GradientHook, NnError> {
     let callback: Callback = Box::new(callback);
     let context = Box::into_raw(Box::new(callback)).cast();
-    let callback = GradientCallback {
-        context,
-        call,
-        drop: drop_context,
-        drop_error,
-    };
+    let callback = GradientCallback { context, call, drop: drop_context, drop_error };
     let mut failure = Failure::none();
     // SAFETY: `leaf` is a live tensor; the shim takes the context and drops it in every case.
     if unsafe { lockstep_on_gradient(leaf.as_ptr().cast(), callback, &raw mut failure) } {
-        Ok(GradientHook {
-            leaf: leaf.shallow_clone(),
-        })
+        Ok(GradientHook { leaf: leaf.shallow_clone() })
     } else {
         Err(failure.into_error())
     }

@@ -30,10 +30,7 @@ unsafe extern "C" {
 
 impl Failure {
     const fn none() -> Self {
-        Self {
-            message: ptr::null_mut(),
-            callback_error: ptr::null_mut(),
-        }
+        Self { message: ptr::null_mut(), callback_error: ptr::null_mut() }
     }
 
     /// The error that the shim left here.

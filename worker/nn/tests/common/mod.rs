@@ -31,11 +31,7 @@ struct Call {
 
 impl Rendezvous {
     pub fn new(shards: usize) -> Arc<Self> {
-        Arc::new(Self {
-            shards,
-            calls: Mutex::default(),
-            arrived: Condvar::new(),
-        })
+        Arc::new(Self { shards, calls: Mutex::default(), arrived: Condvar::new() })
     }
 
     fn exchange(
@@ -47,20 +43,13 @@ impl Rendezvous {
     ) -> Result<Vec<f64>, NnError> {
         let mut calls = self.calls.lock().unwrap();
         assert!(
-            calls
-                .entry(call)
-                .or_default()
-                .parts
-                .insert(shard, local)
-                .is_none(),
+            calls.entry(call).or_default().parts.insert(shard, local).is_none(),
             "{shard} calls twice: {call:?}"
         );
         self.arrived.notify_all();
         let complete = |calls: &mut HashMap<BnCall, Call>| calls[&call].parts.len() < self.shards;
-        let (mut calls, timeout) = self
-            .arrived
-            .wait_timeout_while(calls, Duration::from_secs(60), complete)
-            .unwrap();
+        let (mut calls, timeout) =
+            self.arrived.wait_timeout_while(calls, Duration::from_secs(60), complete).unwrap();
         assert!(!timeout.timed_out(), "{shard} waits in vain at {call:?}");
         let entry = calls.get_mut(&call).unwrap();
         let mut parts = entry.parts.values();
@@ -112,12 +101,7 @@ struct ShardResult {
 
 pub fn spec(name: &str, batch_norm: BatchNorm, options: serde_json::Value) -> ModelSpec {
     let options = options.as_object().cloned().unwrap();
-    ModelSpec {
-        name: name.to_owned(),
-        batch_norm,
-        optimizer: None,
-        options,
-    }
+    ModelSpec { name: name.to_owned(), batch_norm, optimizer: None, options }
 }
 
 pub fn sgd(lr: f64) -> OptimizerSpec {
@@ -137,13 +121,7 @@ impl Trainer {
         let mut vars = Vars::new("model", 1, kind, tch::Device::Cpu);
         models::build(&spec, &mut vars.root()).unwrap();
         let optimizer = Optimizer::new(&sgd(0.1), &vars).unwrap();
-        Self {
-            spec,
-            vars,
-            optimizer,
-            label_smoothing: 0.0,
-            step: 0,
-        }
+        Self { spec, vars, optimizer, label_smoothing: 0.0, step: 0 }
     }
 
     /// One step over `images` and `labels`, cut into shards of the given sizes.
@@ -157,14 +135,10 @@ impl Trainer {
             let samples = (first..first + size).map(|i| i as u64).collect();
             let fwd = Forward::training(1, self.step, LogicalShard(s as u32), samples, sync.clone());
             let batch = (images.narrow(0, first, size), labels.narrow(0, first, size));
-            let (spec, smoothing, replica) = (
-                self.spec.clone(),
-                self.label_smoothing,
-                self.vars.replica().unwrap(),
-            );
-            threads.push(std::thread::spawn(move || {
-                shard_step(&spec, replica, fwd, batch, smoothing, count)
-            }));
+            let (spec, smoothing, replica) =
+                (self.spec.clone(), self.label_smoothing, self.vars.replica().unwrap());
+            threads
+                .push(std::thread::spawn(move || shard_step(&spec, replica, fwd, batch, smoothing, count)));
             first += size;
         }
         let mut shards: Vec<ShardResult> = threads.into_iter().map(|t| t.join().unwrap()).collect();
@@ -188,15 +162,10 @@ impl Trainer {
             average_records(&mut total.records, &summed).unwrap();
         }
         let gradients: Vec<_> = total.gradients.into_iter().collect();
-        self.optimizer
-            .step(&self.vars, &gradients, 0.1, self.step)
-            .unwrap();
+        self.optimizer.step(&self.vars, &gradients, 0.1, self.step).unwrap();
         apply_running_stats(&self.vars, &total.records, RUNNING_MOMENTUM).unwrap();
         self.step += 1;
-        StepResult {
-            loss: total.loss,
-            gradients,
-        }
+        StepResult { loss: total.loss, gradients }
     }
 }
 
@@ -230,11 +199,7 @@ fn shard_step(
         assert!(!var.tensor.grad().defined(), "`{name}` keeps a gradient");
     }
     let gradients = std::mem::take(&mut *gradients.lock().unwrap());
-    ShardResult {
-        loss: loss.double_value(&[]),
-        gradients,
-        records: fwd.records,
-    }
+    ShardResult { loss: loss.double_value(&[]), gradients, records: fwd.records }
 }
 
 /// The largest difference relative to the largest magnitude of `expected`.

@@ -1,0 +1,339 @@
+//! Scenarios: what happens to a cluster, and the trace that must come of it.
+
+use crate::world::{World, finished, job, stopped};
+use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
+use lockstep_common::wire::{FromWorker, JobState, Outcome, Resumption, StopMode, ToWorker};
+use lockstep_core::{Config, Core, Reception, Restored};
+
+const J1: JobId = JobId(1);
+
+fn lost(culprit: u32) -> Outcome {
+    Outcome::Lost { error: "step 7, phase backward, bucket 2".to_owned(), culprit: Some(Rank(culprit)) }
+}
+
+/// Two workers run job 1 in generation 1.
+fn running() -> World {
+    let mut world = World::new();
+    world.enroll(2);
+    world.connect(1);
+    world.connect(2);
+    world.submit(job(2, 8));
+    world.find(None);
+    assert_eq!(world.state(J1), JobState::Running);
+    world
+}
+
+#[test]
+fn a_job_starts_when_enough_workers_are_idle_and_every_rank_gets_the_same_peers() {
+    let mut world = World::new();
+    world.enroll(3);
+    world.submit(job(2, 8));
+    assert_eq!(world.reason(J1), "needs 2 workers, 0 are free");
+    world.connect(2);
+    assert_eq!(world.reason(J1), "needs 2 workers, 1 is free");
+    world.connect(3);
+    world.find(None);
+    let starts: Vec<_> = world
+        .inbox()
+        .into_iter()
+        .map(|(worker, message)| match message {
+            ToWorker::Start(assignment) => (worker, *assignment),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(starts.iter().map(|(w, a)| (w.0, a.rank.0)).collect::<Vec<_>>(), [(2, 0), (3, 1)]);
+    assert_eq!(starts[0].1.peers, starts[1].1.peers);
+    assert_eq!(starts[0].1.placement.world_size(), 2);
+    assert_eq!(starts[0].1.placement.shards(), 8);
+    assert_eq!(starts[0].1.resume, Resumption::Fresh);
+}
+
+#[test]
+fn a_record_is_durable_before_the_workers_hear_of_it() {
+    let mut world = running();
+    let start = world.trace.iter().position(|line| line.contains("start j1 g1")).unwrap();
+    let persist = world.trace.iter().position(|line| line == "persist j1 running g1").unwrap();
+    assert!(persist < start, "{:#?}", world.trace);
+    world.trace.clear();
+    world.core.pause(J1, world.now_ms).unwrap();
+    world.pump();
+    assert_eq!(world.trace[1], "persist j1 stopping g1", "{:#?}", world.trace);
+}
+
+#[test]
+fn worker_death_reported_by_a_peer_starts_the_next_generation_with_who_is_left() {
+    let mut world = running();
+    world.core.handle_checkpoint_stored(J1, 40);
+    world.cut(2);
+    assert_eq!(world.state(J1), JobState::Running, "a lost connection is not yet a lost worker");
+    world.end(1, J1, 1, lost(1));
+    assert_eq!(
+        world.reason(J1),
+        "needs 2 workers, 1 is free; it was stopped by: rank 0 (w1 on host1): step 7, phase backward, bucket 2"
+    );
+    world.connect(2);
+    world.find(Some(40));
+    assert_eq!(world.generation(J1), Generation(2));
+    let resumes = world.inbox().into_iter().filter_map(|(_, m)| match m {
+        ToWorker::Start(a) => Some(a.resume),
+        _ => None,
+    });
+    assert_eq!(resumes.last(), Some(Resumption::Checkpoint { step: 40 }));
+}
+
+#[test]
+fn a_worker_that_stays_away_is_lost_and_the_others_are_aborted() {
+    let mut world = running();
+    world.cut(2);
+    world.pass(4_900);
+    assert!(world.inbox().iter().all(|(_, m)| !matches!(m, ToWorker::Stop { .. })));
+    world.pass(200);
+    let stop = ToWorker::Stop { job: J1, generation: Generation(1), mode: StopMode::Abort };
+    assert_eq!(world.inbox().last(), Some(&(WorkerId(1), stop)));
+    world.end(1, J1, 1, stopped(3));
+    assert_eq!(world.state(J1), JobState::Queued);
+}
+
+#[test]
+fn a_worker_that_comes_back_with_its_work_is_adopted_undisturbed() {
+    let mut world = running();
+    world.inbox();
+    world.cut(2);
+    world.return_with(2, J1, 1, 1, 17);
+    world.pass(60_000);
+    assert_eq!(world.state(J1), JobState::Running);
+    assert_eq!(world.generation(J1), Generation(1));
+    assert_eq!(world.inbox(), []);
+    assert_eq!(world.core.job(J1).unwrap().step, 17);
+}
+
+#[test]
+fn a_worker_that_comes_back_without_its_work_is_lost_unless_its_report_follows() {
+    let mut world = running();
+    world.cut(1);
+    world.connect(1);
+    world.end(1, J1, 1, finished("a"));
+    world.end(2, J1, 1, finished("a"));
+    assert_eq!(world.state(J1), JobState::Finished);
+
+    let mut world = running();
+    world.cut(1);
+    world.connect(1);
+    world.pass(1_100);
+    world.end(2, J1, 1, stopped(3));
+    assert_eq!(world.generation(J1), Generation(2));
+}
+
+#[test]
+fn a_killed_coordinator_finds_its_job_running_and_does_not_touch_it() {
+    let world = running();
+    let mut world = world.restart();
+    assert_eq!(world.state(J1), JobState::Running);
+    world.return_with(1, J1, 1, 0, 50);
+    world.return_with(2, J1, 1, 1, 50);
+    world.pass(60_000);
+    assert_eq!((world.state(J1), world.generation(J1)), (JobState::Running, Generation(1)));
+    assert_eq!(world.inbox(), []);
+    world.end(1, J1, 1, finished("a"));
+    world.end(2, J1, 1, finished("a"));
+    assert_eq!(world.state(J1), JobState::Finished);
+}
+
+#[test]
+fn after_a_restart_workers_that_stay_away_are_lost_after_the_grace() {
+    let mut world = running().restart();
+    world.return_with(1, J1, 1, 0, 50);
+    world.pass(14_900);
+    assert_eq!(world.inbox(), []);
+    world.pass(200);
+    world.end(1, J1, 1, stopped(50));
+    assert_eq!(world.reason(J1), "needs 2 workers, 1 is free");
+}
+
+#[test]
+fn messages_of_an_old_generation_are_ignored_and_counted() {
+    let mut world = running();
+    world.end(1, J1, 1, lost(1));
+    world.end(2, J1, 1, lost(0));
+    world.find(None);
+    assert_eq!(world.generation(J1), Generation(2));
+    let before = world.core.stale_messages();
+    let old = FromWorker::Ended { job: J1, generation: Generation(1), outcome: finished("x") };
+    assert_eq!(world.core.handle_message(WorkerId(1), old, world.now_ms), Reception::Stale);
+    assert_eq!(world.core.stale_messages(), before + 1);
+    assert_eq!(world.state(J1), JobState::Running);
+    assert!(!world.core.is_current(WorkerId(1), J1, Generation(1)));
+    assert!(world.core.is_current(WorkerId(1), J1, Generation(2)));
+}
+
+#[test]
+fn a_returning_worker_of_an_old_generation_is_told_to_abort() {
+    let mut world = running();
+    world.cut(2);
+    world.end(1, J1, 1, lost(1));
+    world.inbox();
+    world.return_with(2, J1, 1, 1, 9);
+    let stop = ToWorker::Stop { job: J1, generation: Generation(1), mode: StopMode::Abort };
+    assert_eq!(world.inbox(), [(WorkerId(2), stop)]);
+    assert_eq!(world.state(J1), JobState::Queued, "it is not free before it has stopped");
+    world.end(2, J1, 1, stopped(9));
+    world.find(None);
+    assert_eq!(world.state(J1), JobState::Running);
+}
+
+#[test]
+fn a_job_is_finished_when_all_ranks_are_and_their_weights_agree() {
+    let mut world = running();
+    world.end(1, J1, 1, finished("a"));
+    assert_eq!(world.state(J1), JobState::Running);
+    world.end(2, J1, 1, finished("a"));
+    assert_eq!(world.state(J1), JobState::Finished);
+    assert_eq!(world.core.job(J1).unwrap().weights_digest.as_deref(), Some("a"));
+
+    let mut world = running();
+    world.end(1, J1, 1, finished("a"));
+    world.end(2, J1, 1, finished("b"));
+    assert_eq!(world.state(J1), JobState::Failed);
+    assert!(world.reason(J1).starts_with("rank 1 (w2) ended with other weights"), "{}", world.reason(J1));
+}
+
+#[test]
+fn an_error_that_would_come_back_fails_the_job_with_the_first_one() {
+    let mut world = running();
+    world.end(2, J1, 1, Outcome::Failed { error: "loss is NaN at step 3".to_owned() });
+    world.end(1, J1, 1, Outcome::Failed { error: "told to abort".to_owned() });
+    assert_eq!(world.state(J1), JobState::Failed);
+    assert_eq!(world.reason(J1), "rank 1 (w2 on host2): loss is NaN at step 3");
+}
+
+#[test]
+fn generations_that_get_no_further_end_in_failure_and_progress_counts_anew() {
+    let mut world = running();
+    for generation in 1..=4 {
+        world.end(1, J1, generation, lost(1));
+        world.end(2, J1, generation, stopped(0));
+        world.find(None);
+    }
+    world.step(1, J1, 5, 12);
+    for generation in 5..=9 {
+        assert_eq!(world.state(J1), JobState::Running, "generation {generation}");
+        world.end(1, J1, generation, lost(1));
+        world.end(2, J1, generation, stopped(0));
+        world.find(None);
+    }
+    assert_eq!(world.state(J1), JobState::Failed);
+    assert!(world.reason(J1).contains("5 attempts in a row came no further"), "{}", world.reason(J1));
+    assert!(world.reason(J1).contains("bucket 2"));
+}
+
+#[test]
+fn pause_asks_for_a_checkpoint_and_resume_goes_on_from_it() {
+    let mut world = running();
+    world.inbox();
+    world.core.pause(J1, world.now_ms).unwrap();
+    world.pump();
+    let stop = ToWorker::Stop { job: J1, generation: Generation(1), mode: StopMode::Checkpoint };
+    assert_eq!(world.inbox(), [(WorkerId(1), stop.clone()), (WorkerId(2), stop)]);
+    assert_eq!(world.state(J1), JobState::Stopping);
+    world.core.handle_checkpoint_stored(J1, 31);
+    world.end(2, J1, 1, stopped(31));
+    world.end(1, J1, 1, stopped(31));
+    assert_eq!(world.state(J1), JobState::Paused);
+    assert!(world.core.pause(J1, world.now_ms).is_err());
+    world.core.resume(J1).unwrap();
+    world.pump();
+    world.find(Some(31));
+    assert_eq!((world.state(J1), world.core.job(J1).unwrap().step), (JobState::Running, 31));
+}
+
+#[test]
+fn a_job_that_finishes_while_it_is_cancelled_is_finished() {
+    let mut world = running();
+    world.end(1, J1, 1, finished("a"));
+    world.core.cancel(J1, world.now_ms).unwrap();
+    world.pump();
+    world.end(2, J1, 1, stopped(9));
+    assert_eq!(world.state(J1), JobState::Finished);
+}
+
+#[test]
+fn cancel_in_every_state_ends_the_job_and_frees_its_workers() {
+    let mut world = World::new();
+    world.enroll(1);
+    world.submit(job(1, 1));
+    world.core.cancel(J1, world.now_ms).unwrap();
+    assert_eq!(world.state(J1), JobState::Cancelled);
+
+    world.submit(job(1, 1));
+    world.connect(1); // Reserved, not started.
+    world.core.cancel(JobId(2), world.now_ms).unwrap();
+    world.find(None);
+    assert_eq!(world.state(JobId(2)), JobState::Cancelled);
+
+    world.submit(job(1, 1));
+    world.find(None);
+    world.core.cancel(JobId(3), world.now_ms).unwrap();
+    world.pump();
+    world.end(1, JobId(3), 1, stopped(0));
+    assert_eq!(world.state(JobId(3)), JobState::Cancelled);
+    assert!(world.core.cancel(JobId(3), world.now_ms).unwrap_err().to_string().contains("is cancelled"));
+    world.submit(job(1, 1));
+    world.find(None);
+    assert_eq!(world.state(JobId(4)), JobState::Running);
+}
+
+#[test]
+fn a_worker_that_does_not_stop_is_dismissed_and_not_waited_for() {
+    let mut world = running();
+    world.core.cancel(J1, world.now_ms).unwrap();
+    world.pump();
+    world.end(1, J1, 1, stopped(0));
+    world.inbox();
+    world.pass(19_000);
+    assert_eq!(world.state(J1), JobState::Stopping);
+    world.pass(2_000);
+    assert_eq!(world.state(J1), JobState::Cancelled);
+    assert!(matches!(world.inbox()[..], [(WorkerId(2), ToWorker::Dismiss { .. })]));
+}
+
+#[test]
+fn a_leaving_worker_makes_its_job_checkpoint_and_go_on_without_it() {
+    let mut world = World::new();
+    world.enroll(2);
+    world.connect(1);
+    world.connect(2);
+    world.submit(job(1, 8));
+    world.find(None);
+    world.inbox();
+    world.core.handle_message(WorkerId(2), FromWorker::Leaving, world.now_ms);
+    world.pump();
+    assert!(
+        world.inbox().iter().all(|(_, m)| matches!(m, ToWorker::Stop { mode: StopMode::Checkpoint, .. }))
+    );
+    world.end(1, J1, 1, stopped(8));
+    world.end(2, J1, 1, stopped(8));
+    world.find(Some(8));
+    assert_eq!(world.core.job(J1).unwrap().members, [WorkerId(1)]);
+}
+
+#[test]
+fn a_job_that_waits_for_exactly_n_starts_with_n() {
+    let mut world = World::new();
+    world.enroll(3);
+    (1..=2).for_each(|w| world.connect(w));
+    let mut exact = job(1, 8);
+    exact.wait_for = Some(3);
+    world.submit(exact);
+    assert_eq!(world.reason(J1), "needs 3 workers, 2 are free");
+    world.core.set_wait_for(J1, Some(2)).unwrap();
+    world.pump();
+    world.find(None);
+    assert_eq!(world.core.job(J1).unwrap().members.len(), 2);
+}
+
+#[test]
+fn job_numbers_are_never_used_again() {
+    let restored = Restored { last_job: JobId(7), ..Restored::default() };
+    let mut core = Core::new(Config::default(), restored, 0);
+    assert_eq!(core.submit(job(1, 1), 0), JobId(8));
+}

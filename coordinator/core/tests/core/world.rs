@@ -1,0 +1,202 @@
+//! A cluster around the core: a shell that keeps records and delivers messages, with verbs for what goes wrong.
+
+use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
+use lockstep_common::wire::{FromWorker, JobState, Outcome, Register, Running, StepRecord, ToWorker};
+use lockstep_core::{Action, Config, Core, JobRecord, NewJob, Restored, WorkerRecord};
+use std::collections::BTreeMap;
+
+pub(crate) struct World {
+    pub(crate) core: Core,
+    pub(crate) now_ms: u64,
+    /// What the core asked for, in words.
+    pub(crate) trace: Vec<String>,
+    jobs: BTreeMap<JobId, JobRecord>,
+    workers: BTreeMap<WorkerId, WorkerRecord>,
+    sessions: BTreeMap<WorkerId, u64>,
+    last_session: u64,
+    sent: Vec<(WorkerId, ToWorker)>,
+    wanted: Vec<(JobId, Generation)>,
+}
+
+/// A job of 8 logical shards for `min` to `max` workers.
+pub(crate) fn job(min: u32, max: u32) -> NewJob {
+    NewJob {
+        file: "job.toml".to_owned(),
+        toml: String::new(),
+        name: "job".to_owned(),
+        logical_shards: 8,
+        min_workers: min,
+        max_workers: max,
+        keep_checkpoints: 3,
+        datasets: Vec::new(),
+        wait_for: None,
+    }
+}
+
+pub(crate) fn finished(digest: &str) -> Outcome {
+    Outcome::Finished { weights_digest: digest.to_owned(), step: 100, epoch: 1, metrics: BTreeMap::new() }
+}
+
+pub(crate) fn stopped(step: u64) -> Outcome {
+    Outcome::Stopped { step }
+}
+
+/// Cluster
+impl World {
+    pub(crate) fn new() -> Self {
+        Self::with(Core::new(Config::default(), Restored::default(), 0), 0)
+    }
+
+    fn with(core: Core, now_ms: u64) -> Self {
+        Self {
+            core,
+            now_ms,
+            trace: Vec::new(),
+            jobs: BTreeMap::new(),
+            workers: BTreeMap::new(),
+            sessions: BTreeMap::new(),
+            last_session: 0,
+            sent: Vec::new(),
+            wanted: Vec::new(),
+        }
+    }
+
+    /// The coordinator is killed and started again on what it had kept.
+    pub(crate) fn restart(self) -> Self {
+        let restored = Restored {
+            jobs: self.jobs.values().cloned().collect(),
+            workers: self.workers.values().cloned().collect(),
+            last_job: JobId(0),
+        };
+        let mut world = Self::with(Core::new(Config::default(), restored, self.now_ms), self.now_ms);
+        (world.jobs, world.workers, world.last_session) = (self.jobs, self.workers, self.last_session);
+        world.pump();
+        world
+    }
+
+    /// Does what the core asks for.
+    pub(crate) fn pump(&mut self) {
+        while let Some(action) = self.core.poll_action() {
+            let words = match &action {
+                Action::PersistJob(job) => format!("persist {} {} {}", job.id, job.state, job.generation),
+                Action::PersistWorker(worker) => format!("persist {}", worker.id),
+                Action::Send { worker, message: ToWorker::Start(a) } => {
+                    format!("{worker}: start {} {} as {}", a.job, a.generation, a.rank)
+                }
+                Action::Send { worker, message } => format!("{worker}: {message:?}"),
+                Action::FindCheckpoint { job, generation } => format!("find {job} {generation}"),
+                Action::Log { job, line } => format!("log {job} {line}"),
+            };
+            self.trace.push(words);
+            match action {
+                Action::PersistJob(job) => drop(self.jobs.insert(job.id, *job)),
+                Action::PersistWorker(worker) => drop(self.workers.insert(worker.id, worker)),
+                Action::Send { worker, message } if self.sessions.contains_key(&worker) => {
+                    self.sent.push((worker, message));
+                }
+                Action::FindCheckpoint { job, generation } => self.wanted.push((job, generation)),
+                Action::Send { .. } | Action::Log { .. } => {}
+            }
+        }
+    }
+
+    /// What has been delivered to workers since the last look.
+    pub(crate) fn inbox(&mut self) -> Vec<(WorkerId, ToWorker)> {
+        std::mem::take(&mut self.sent)
+    }
+
+    pub(crate) fn enroll(&mut self, count: u64) {
+        for _ in 0..count {
+            self.core.handle_enrolled("host".to_owned(), self.now_ms);
+        }
+        self.pump();
+    }
+
+    pub(crate) fn submit(&mut self, job: NewJob) {
+        self.core.submit(job, self.now_ms);
+        self.pump();
+    }
+
+    /// Answers all searches for checkpoints.
+    pub(crate) fn find(&mut self, step: Option<u64>) {
+        for (job, generation) in std::mem::take(&mut self.wanted) {
+            self.core.handle_checkpoint_found(job, generation, Ok(step));
+        }
+        self.pump();
+    }
+
+    /// The worker opens a session, in the middle of nothing.
+    pub(crate) fn connect(&mut self, worker: u64) {
+        self.register(worker, None);
+    }
+
+    /// The worker opens a session in the middle of a job.
+    pub(crate) fn return_with(&mut self, worker: u64, job: JobId, generation: u64, rank: u32, step: u64) {
+        let running = Running { job, generation: Generation(generation), rank: Rank(rank), step };
+        self.register(worker, Some(running));
+    }
+
+    pub(crate) fn register(&mut self, worker: u64, running: Option<Running>) {
+        let register = Register {
+            host: format!("host{worker}"),
+            device: "cpu".to_owned(),
+            threads: 1,
+            addresses: Vec::new(),
+            metrics: None,
+            running,
+        };
+        self.last_session += 1;
+        self.sessions.insert(WorkerId(worker), self.last_session);
+        self.core.handle_connected(WorkerId(worker), self.last_session, register, self.now_ms).unwrap();
+        self.pump();
+    }
+
+    /// The worker's connection breaks.
+    pub(crate) fn cut(&mut self, worker: u64) {
+        self.sent.retain(|(to, _)| to.0 != worker);
+        if let Some(session) = self.sessions.remove(&WorkerId(worker)) {
+            self.core.handle_disconnected(WorkerId(worker), session, self.now_ms);
+        }
+        self.pump();
+    }
+
+    /// The worker says something.
+    pub(crate) fn say(&mut self, worker: u64, message: FromWorker) {
+        self.core.handle_message(WorkerId(worker), message, self.now_ms);
+        self.pump();
+    }
+
+    /// The worker says how it ended a generation.
+    pub(crate) fn end(&mut self, worker: u64, job: JobId, generation: u64, outcome: Outcome) {
+        self.say(worker, FromWorker::Ended { job, generation: Generation(generation), outcome });
+    }
+
+    /// The worker reports a step.
+    pub(crate) fn step(&mut self, worker: u64, job: JobId, generation: u64, step: u64) {
+        let values = [("loss".to_owned(), 0.5)].into();
+        let record = StepRecord { step, epoch: 1, total_steps: 100, samples: 64, seconds: 0.1, values };
+        self.say(
+            worker,
+            FromWorker::Steps { job, generation: Generation(generation), records: vec![record] },
+        );
+    }
+
+    /// Time passes.
+    pub(crate) fn pass(&mut self, ms: u64) {
+        self.now_ms += ms;
+        self.core.handle_tick(self.now_ms);
+        self.pump();
+    }
+
+    pub(crate) fn state(&self, job: JobId) -> JobState {
+        self.core.job(job).unwrap().state
+    }
+
+    pub(crate) fn reason(&self, job: JobId) -> &str {
+        &self.core.job(job).unwrap().reason
+    }
+
+    pub(crate) fn generation(&self, job: JobId) -> Generation {
+        self.core.job(job).unwrap().generation
+    }
+}
