@@ -1,6 +1,6 @@
 //! Who is there: sessions that open and end, and patience that runs out.
 
-use crate::core::{Action, Core};
+use crate::core::Core;
 use crate::generation::MemberState;
 use crate::jobs::{CommandError, Job, Phase};
 use crate::record::Ending;
@@ -103,7 +103,7 @@ impl Core {
 
     /// Time passes: who has been away or deaf for too long is lost.
     pub fn handle_tick(&mut self, now_ms: u64) {
-        let mut lost = Vec::new();
+        let (mut lost, mut dismissed) = (Vec::new(), Vec::new());
         for (id, job) in &self.jobs {
             let Some(live) = job.live() else { continue };
             let engagement = (*id, live.generation);
@@ -115,13 +115,16 @@ impl Core {
                     }
                     MemberState::Present if deaf => {
                         lost.push((member.worker, engagement, "did not stop", false));
-                        let reason = "it did not stop when told to; start it again".to_owned();
-                        let message = ToWorker::Dismiss { reason };
-                        self.actions.push_back(Action::Send { worker: member.worker, message });
+                        dismissed.push(member.worker);
                     }
                     _ => {}
                 }
             }
+        }
+        for worker in dismissed {
+            let reason = "it did not stop when told to; start it again".to_owned();
+            self.send(worker, ToWorker::Dismiss { reason });
+            self.workers.leaving(worker);
         }
         for (worker, engagement, what, restart) in lost {
             self.handle_member_lost(worker, engagement, what, restart, now_ms);

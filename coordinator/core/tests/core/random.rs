@@ -23,6 +23,7 @@ enum Event {
     Lose(u64),
     Fail(u64),
     Deliver,
+    Obey(u64),
     Find,
     Pass(u64),
     Restart,
@@ -45,6 +46,7 @@ fn event() -> impl Strategy<Value = Event> {
         3 => worker().prop_map(Event::Lose),
         1 => worker().prop_map(Event::Fail),
         8 => Just(Event::Deliver),
+        8 => worker().prop_map(Event::Obey),
         6 => Just(Event::Find),
         3 => (1..30_000u64).prop_map(Event::Pass),
         1 => Just(Event::Restart),
@@ -56,6 +58,7 @@ fn event() -> impl Strategy<Value = Event> {
 struct Process {
     connected: bool,
     running: Option<Running>,
+    told_to_stop: bool,
     outbox: Vec<FromWorker>,
 }
 
@@ -106,6 +109,7 @@ impl Cluster {
             }
             Event::Fail(worker) => self.end(worker, Outcome::Failed { error: "bad".to_owned() }),
             Event::Deliver => self.deliver(),
+            Event::Obey(worker) => self.obey(worker),
             Event::Find => self.world.find(Some(1)),
             Event::Pass(ms) => self.world.pass(ms),
             Event::Restart => {
@@ -154,8 +158,18 @@ impl Cluster {
     }
 
     fn end(&mut self, worker: u64, outcome: Outcome) {
-        let Some(running) = self.process(worker).running.take() else { return };
+        let process = self.process(worker);
+        process.told_to_stop = false;
+        let Some(running) = process.running.take() else { return };
         self.say(worker, FromWorker::Ended { job: running.job, generation: running.generation, outcome });
+    }
+
+    /// The step in progress is over: a worker that was told to stop does.
+    fn obey(&mut self, worker: u64) {
+        let process = self.process(worker);
+        if let Some(running) = process.running.filter(|_| process.told_to_stop) {
+            self.end(worker, stopped(running.step));
+        }
     }
 
     fn deliver(&mut self) {
@@ -184,7 +198,7 @@ impl Cluster {
                         if mode == StopMode::Checkpoint && running.rank.0 == 0 {
                             self.world.core.handle_checkpoint_stored(job, running.step);
                         }
-                        self.end(worker, stopped(running.step));
+                        self.process(worker).told_to_stop = true;
                     }
                 }
                 ToWorker::Dismiss { .. } => {
@@ -226,6 +240,7 @@ impl Cluster {
             self.world.find(Some(1));
             self.deliver();
             for worker in 1..=WORKERS {
+                self.obey(worker);
                 self.end(worker, finished("same"));
             }
             self.world.pass(1_000);

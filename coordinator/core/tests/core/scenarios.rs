@@ -175,6 +175,7 @@ fn a_returning_worker_of_an_old_generation_is_told_to_abort() {
     world.return_with(2, J1, 1, 1, 9);
     let stop = ToWorker::Stop { job: J1, generation: Generation(1), mode: StopMode::Abort };
     assert_eq!(world.inbox(), [(WorkerId(2), stop)]);
+    world.find(None);
     assert_eq!(world.state(J1), JobState::Queued, "it is not free before it has stopped");
     world.end(2, J1, 1, stopped(9));
     world.find(None);
@@ -294,6 +295,13 @@ fn a_worker_that_does_not_stop_is_dismissed_and_not_waited_for() {
     world.pass(2_000);
     assert_eq!(world.state(J1), JobState::Cancelled);
     assert!(matches!(world.inbox()[..], [(WorkerId(2), ToWorker::Dismiss { .. })]));
+    world.submit(job(1, 8));
+    world.find(None);
+    assert_eq!(
+        world.core.job(JobId(2)).unwrap().members,
+        [WorkerId(1)],
+        "a dismissed worker gets nothing more"
+    );
 }
 
 #[test]
