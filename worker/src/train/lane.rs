@@ -9,6 +9,7 @@ use super::rendezvous::{PhaseSync, Rendezvous};
 use crate::tasks::LaneTask;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use lockstep_common::ids::LogicalShard;
+use lockstep_nn::NnError;
 use lockstep_nn::forward::{BatchNormSync, BnRecord, Forward};
 use lockstep_nn::shim::{GradientHook, backward, on_gradient};
 use lockstep_nn::vars::Vars;
@@ -38,13 +39,25 @@ pub(crate) struct PhaseDone {
 
 type Job<T> = Box<dyn FnOnce(&mut LaneState<T>) + Send>;
 
+/// The network that learns in the current phase, and where its gradients go.
+struct Sink<T> {
+    learns: u16,
+    buckets: Arc<GradientBuckets<T>>,
+}
+
+impl<T> Clone for Sink<T> {
+    fn clone(&self) -> Self {
+        Self { learns: self.learns, buckets: self.buckets.clone() }
+    }
+}
+
 /// What lives on the lane's thread.
 struct LaneState<T> {
     shard: LogicalShard,
     slot: usize,
     task: Box<dyn LaneTask>,
     /// Where the hooks deliver; set for the duration of a phase.
-    sink: Arc<Mutex<Option<Arc<GradientBuckets<T>>>>>,
+    sink: Arc<Mutex<Option<Sink<T>>>>,
     rendezvous: Arc<Rendezvous>,
     permits: Arc<Permits>,
     _hooks: Vec<GradientHook>,
@@ -78,14 +91,23 @@ impl<T: Number> Lane<T> {
         rendezvous: Arc<Rendezvous>,
         permits: Arc<Permits>,
     ) -> Result<Self, TrainError> {
-        let sink: Arc<Mutex<Option<Arc<GradientBuckets<T>>>>> = Arc::default();
+        let sink = Arc::new(Mutex::new(None));
         let mut hooks = Vec::new();
-        for vars in replicas {
-            for (index, (_, var)) in vars.parameters().enumerate() {
-                let sink = sink.clone();
+        for (network, vars) in replicas.iter().enumerate() {
+            for (index, (name, var)) in vars.parameters().enumerate() {
+                let (sink, name) = (sink.clone(), name.to_owned());
                 let deliver = move |gradient: &tch::Tensor| {
-                    let buckets = sink.lock().clone();
-                    buckets.map_or(Ok(()), |b| b.deliver(slot, index, gradient))
+                    let sink: Option<Sink<T>> = sink.lock().clone();
+                    match sink {
+                        Some(sink) if usize::from(sink.learns) == network => {
+                            sink.buckets.deliver(slot, index, gradient)
+                        }
+                        _ => Err(NnError::Variable {
+                            name: name.clone(),
+                            problem: "got a gradient in a phase in which its network does not learn"
+                                .to_owned(),
+                        }),
+                    }
                 };
                 hooks.push(on_gradient(&var.tensor, Box::new(deliver))?);
             }
@@ -158,7 +180,7 @@ impl<T> Drop for Lane<T> {
 
 impl<T: Number> LaneState<T> {
     fn run(&mut self, work: PhaseWork<T>) -> Result<PhaseDone, TrainError> {
-        *self.sink.lock() = Some(work.buckets.clone());
+        *self.sink.lock() = Some(Sink { learns: work.plan.learns, buckets: work.buckets.clone() });
         self.permits.acquire();
         let done = self.compute(&work);
         self.permits.release();

@@ -113,8 +113,8 @@ impl Rendezvous {
                 self.changed.wait(&mut state);
             }
             drop(state);
-            self.note_wait(slot, start);
             self.permits.acquire();
+            self.note_wait(slot, start);
             state = self.state.lock();
         }
         if let Some(failure) = &state.failure {

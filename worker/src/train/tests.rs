@@ -79,6 +79,50 @@ fn train<T: Number>(job: &JobSpec, ranks: u32, threads: usize) -> Outcome {
     first
 }
 
+/// A trainer of `plan` and its data, from the first step on.
+struct Bench<T> {
+    trainer: Trainer<T>,
+    loader: Loader,
+    test: Arc<Decoder<T>>,
+    total: u64,
+    per_epoch: u64,
+}
+
+impl<T: Number> Bench<T> {
+    fn new(
+        job: &JobSpec,
+        plan: TaskPlan,
+        group: Group,
+        store: &Store,
+        cache: &Arc<ShardCache>,
+        threads: usize,
+    ) -> Self {
+        let decoder = || {
+            let manifest = store.manifest("tiny/train").unwrap();
+            let statistics = (manifest.mean.clone(), manifest.std.clone());
+            let reader = DatasetReader::new(Arc::new(manifest), cache.clone()).unwrap();
+            let statistics = (statistics.0.as_slice(), statistics.1.as_slice());
+            let augments = job.data.augment.clone();
+            Decoder::<T>::new(reader, job.data.scale, statistics, augments, job.seed, Device::Cpu).unwrap()
+        };
+        let sampler =
+            Sampler::new(job.seed, 70, u64::from(job.global_batch), job.logical_shards, true).unwrap();
+        let timetable = Timetable { sampler: Arc::new(sampler), per_step: plan.minibatches as u64 };
+        let (per_epoch, total) = (timetable.steps_per_epoch(), job.total_steps(timetable.steps_per_epoch()));
+        let shards = group.placement().range(group.rank());
+        let trainer = Trainer::<T>::new(job.clone(), Arc::new(plan), group, Device::Cpu, threads).unwrap();
+        let loader = Loader::start(decoder(), timetable, shards, 0..total).unwrap();
+        Self { trainer, loader, test: Arc::new(decoder()), total, per_epoch }
+    }
+
+    /// One step; its loss.
+    fn step(&mut self) -> f64 {
+        let batches = self.loader.next().unwrap();
+        let done = self.trainer.step(batches, self.total, self.per_epoch, false).unwrap();
+        done.figures.get("loss").copied().unwrap_or(f64::NAN)
+    }
+}
+
 fn run<T: Number>(
     job: &JobSpec,
     group: Group,
@@ -86,29 +130,10 @@ fn run<T: Number>(
     cache: &Arc<ShardCache>,
     threads: usize,
 ) -> Outcome {
-    let decoder = || {
-        let manifest = store.manifest("tiny/train").unwrap();
-        let statistics = (manifest.mean.clone(), manifest.std.clone());
-        let reader = DatasetReader::new(Arc::new(manifest), cache.clone()).unwrap();
-        let statistics = (statistics.0.as_slice(), statistics.1.as_slice());
-        let augments = job.data.augment.clone();
-        Decoder::<T>::new(reader, job.data.scale, statistics, augments, job.seed, Device::Cpu).unwrap()
-    };
-    let plan = Arc::new(TaskPlan::new(job));
-    let sampler = Sampler::new(job.seed, 70, u64::from(job.global_batch), job.logical_shards, true).unwrap();
-    let timetable = Timetable { sampler: Arc::new(sampler), per_step: plan.minibatches as u64 };
-    let total = job.total_steps(timetable.steps_per_epoch());
-    let shards = group.placement().range(group.rank());
-    let mut trainer = Trainer::<T>::new(job.clone(), plan, group, Device::Cpu, threads).unwrap();
-    let loader = Loader::start(decoder(), timetable.clone(), shards, 0..total).unwrap();
-    let mut losses = Vec::new();
-    for _ in 0..total {
-        let batches = loader.next().unwrap();
-        let done = trainer.step(batches, total, timetable.steps_per_epoch(), false).unwrap();
-        losses.push(done.figures["loss"]);
-    }
-    let evaluation = evaluate(&trainer, &Arc::new(decoder())).unwrap();
-    Outcome { digest: trainer.compare_replicas().unwrap(), losses, evaluation }
+    let mut bench = Bench::<T>::new(job, TaskPlan::new(job), group, store, cache, threads);
+    let losses = (0..bench.total).map(|_| bench.step()).collect();
+    let evaluation = evaluate(&bench.trainer, &bench.test).unwrap();
+    Outcome { digest: bench.trainer.compare_replicas().unwrap(), losses, evaluation }
 }
 
 fn classifier(batch_norm: &str) -> String {
@@ -160,4 +185,34 @@ fn batch_norm_modes_and_seeds_end_with_different_weights() {
     reseeded.seed += 1;
     assert_ne!(digest(&sync), digest(&local));
     assert_ne!(digest(&sync), digest(&reseeded));
+}
+
+/// Which tensors of generator and discriminator change in a step that has only the phases that learn `network`.
+fn changed_by(network: u16) -> Vec<String> {
+    let folder = tempfile::tempdir().unwrap();
+    write_idx(folder.path());
+    let store = Store::open(&folder.path().join("store")).unwrap();
+    store.import_idx("tiny", folder.path(), |_| {}).unwrap();
+    let cache = ShardCache::new(&folder.path().join("cache"), 1 << 30).unwrap();
+    let cache = Arc::new(cache.with_local([store.shards_dir().to_owned()]));
+    let job = job(GAN, "");
+    let mut plan = TaskPlan::new(&job);
+    plan.phases.retain(|p| p.learns == network);
+    assert!(!plan.phases.is_empty());
+    let group = Group::solo(Placement::even(4, 1), job.reduction).unwrap();
+    let mut bench = Bench::<f64>::new(&job, plan, group, &store, &cache, 2);
+    let before = bench.trainer.replica.weights().unwrap();
+    bench.step();
+    let after = bench.trainer.replica.weights().unwrap();
+    before.keys().filter(|name| before[*name] != after[*name]).cloned().collect()
+}
+
+#[test]
+fn each_gan_phase_changes_its_own_network_only() {
+    let (generator, discriminator) = (changed_by(0), changed_by(1));
+    assert!(!generator.is_empty() && generator.iter().all(|n| n.starts_with("generator.")), "{generator:?}");
+    assert!(
+        !discriminator.is_empty() && discriminator.iter().all(|n| n.starts_with("discriminator.")),
+        "{discriminator:?}"
+    );
 }
