@@ -37,7 +37,7 @@ pub fn explain(error: &ConnectionError) -> String {
             format!("the peer closed the connection: {}", String::from_utf8_lossy(&close.reason))
         }
         ConnectionError::LocallyClosed => "the connection was closed on this side".to_owned(),
-        _ if text.contains("another cluster") => {
+        _ if text.contains("OtherCluster") => {
             "the coordinator belongs to another cluster than the token; use a token made by this coordinator"
                 .to_owned()
         }

@@ -23,7 +23,7 @@ pub(super) async fn serve(dir: DataDir, args: &ServeArgs) -> Result<()> {
     let address = advertised(service.address());
     say(format_args!("coordinator on {}, metrics on http://{}/metrics", service.address(), service.http()));
     if first_start {
-        let token = new_token(&service.shared, TokenPurpose::Worker, TOKEN_TTL_S, TOKEN_USES);
+        let token = new_token(&service.shared, TokenPurpose::Worker, TOKEN_TTL_S, TOKEN_USES).await;
         let token = token.map_err(|refusal| anyhow::anyhow!(refusal.message))?;
         say(format_args!(
             "\nOn each worker's host (the token is good for an hour and {TOKEN_USES} workers):"

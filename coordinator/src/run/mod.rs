@@ -16,6 +16,7 @@ use progress::Progress;
 use serde::Serialize;
 use spawn::{Fleet, Incident, Recipe};
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -44,29 +45,9 @@ pub(crate) async fn run(dir: DataDir, args: RunArgs) -> Result<ExitCode> {
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let service = Service::start(Options { dir: dir.clone(), listen, http: args.http, scope }).await?;
     let mut progress = Progress::new(args.json, spec.epochs, spec.global_batch);
-    let prepared = prepare(&service, &path, toml, workers, &progress).await;
-    let outcome = match prepared {
-        Err(e) => Err(e),
-        Ok(job) => {
-            let threads = args.threads.unwrap_or_else(|| cores().div_euclid(workers).max(1));
-            let token = new_token(&service.shared, TokenPurpose::Worker, TOKEN_TTL_S, 4 * workers)
-                .map_err(refused)?;
-            let recipe =
-                Recipe { program, coordinator: service.address(), token, datasets: dir.datasets(), threads };
-            let places = (1..=workers).map(|n| (dir.worker(n), dir.job(job).worker_log(n))).collect();
-            match Fleet::start(recipe, places) {
-                Err(e) => Err(e),
-                Ok(mut fleet) => {
-                    let shared = &service.shared;
-                    let watch = Watch { shared, job, min_workers: spec.workers.min };
-                    let outcome = watch.follow(&mut fleet, &mut progress, &mut signals).await;
-                    progress.finish();
-                    fleet.dismiss().await;
-                    outcome
-                }
-            }
-        }
-    };
+    let plan = Plan { path: &path, toml, spec: &spec, workers, threads: args.threads, program };
+    let outcome = train(&service, plan, &mut progress, &mut signals).await;
+    progress.finish();
     service.stop().await;
     let (job, stopped) = outcome?;
     if !args.json {
@@ -85,6 +66,42 @@ pub(crate) async fn run(dir: DataDir, args: RunArgs) -> Result<ExitCode> {
             Ok(ExitCode::FAILURE)
         }
     }
+}
+
+/// What is to be run.
+struct Plan<'a> {
+    path: &'a str,
+    toml: String,
+    spec: &'a JobSpec,
+    workers: u32,
+    threads: Option<u32>,
+    program: PathBuf,
+}
+
+/// Runs the job on workers of its own; says also whether it was stopped by a signal.
+async fn train(
+    service: &Service,
+    plan: Plan<'_>,
+    progress: &mut Progress,
+    signals: &mut Signals,
+) -> Result<(JobSummary, bool)> {
+    let Plan { path, toml, spec, workers, threads, program } = plan;
+    let shared = &service.shared;
+    let job = prepare(service, path, toml, workers, progress).await?;
+    let token = new_token(shared, TokenPurpose::Worker, TOKEN_TTL_S, 4 * workers).await.map_err(refused)?;
+    let recipe = Recipe {
+        program,
+        coordinator: service.address(),
+        token,
+        datasets: shared.dir.datasets(),
+        threads: threads.unwrap_or_else(|| (cores() / workers).max(1)),
+    };
+    let places = (1..=workers).map(|n| (shared.dir.worker(n), shared.dir.job(job).worker_log(n))).collect();
+    let mut fleet = Fleet::start(recipe, places)?;
+    let watch = Watch { shared, job, min_workers: spec.workers.min };
+    let outcome = watch.follow(&mut fleet, progress, signals).await;
+    fleet.dismiss().await;
+    outcome
 }
 
 /// The object on standard output at the end.

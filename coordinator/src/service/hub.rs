@@ -43,7 +43,7 @@ type Task = Box<dyn FnOnce(&mut Hub) + Send>;
 /// What the hub needs from the start.
 pub(crate) struct Parts {
     pub(crate) core: Core,
-    pub(crate) store: Arc<Store>,
+    pub(crate) store: Store,
     pub(crate) dir: DataDir,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) readiness: Readiness,
@@ -59,7 +59,7 @@ struct Session {
 pub(crate) struct Hub {
     pub(crate) core: Core,
     dir: DataDir,
-    store: Arc<Store>,
+    pub(crate) store: Store,
     metrics: Arc<Metrics>,
     readiness: Readiness,
     clock: Clock,

@@ -101,11 +101,9 @@ pub enum Scope {
 pub(crate) struct Shared {
     pub(crate) dir: DataDir,
     pub(crate) hub: HubHandle,
-    pub(crate) store: Arc<Store>,
     pub(crate) authority: Authority,
     pub(crate) datasets: dataset::Store,
     pub(crate) metrics: Arc<Metrics>,
-    pub(crate) clock: Clock,
 }
 
 impl Shared {
@@ -135,12 +133,12 @@ impl Service {
     /// Starts a coordinator in the current tokio runtime.
     pub async fn start(options: Options) -> Result<Self, StartError> {
         let dir = options.dir;
-        let store = Arc::new(Store::open(&dir.store()).map_err(|e| match e {
+        let store = Store::open(&dir.store()).map_err(|e| match e {
             StoreError::InUse(_) => {
                 StartError::InUse { dir: dir.root().to_owned(), pid: dir.endpoint().and_then(|e| e.pid) }
             }
             other => StartError::Store(other),
-        })?);
+        })?;
         let authority = Authority::open(&dir.ca())?;
         let identity = own_identity(&authority, &dir)?;
         let datasets = dataset::Store::open(&dir.datasets())?;
@@ -159,14 +157,14 @@ impl Service {
         let address = endpoint.local_addr().map_err(StartError::System)?;
         let parts = Parts {
             core,
-            store: store.clone(),
+            store,
             dir: dir.clone(),
             metrics: metrics.clone(),
             readiness: readiness.clone(),
             clock,
         };
         let (hub, thread) = hub::start(parts).map_err(StartError::System)?;
-        let shared = Arc::new(Shared { dir, hub, store, authority, datasets, metrics, clock });
+        let shared = Arc::new(Shared { dir, hub, authority, datasets, metrics });
         let started = http::serve(options.http, shared.clone(), registry, readiness).await;
         let service = |http| Self {
             shared: shared.clone(),

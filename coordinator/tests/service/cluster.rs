@@ -1,0 +1,305 @@
+//! A coordinator on a temporary data directory, and peers that talk to it.
+
+use lockstep_common::checkpoint::{
+    CheckpointFiles, CheckpointInfo, CheckpointStore, CheckpointWriter, MANIFEST_FILE, OPTIMIZER_FILE,
+    WEIGHTS_FILE, encode_tensors,
+};
+use lockstep_common::dataset;
+use lockstep_common::ids::{Generation, JobId, WorkerId};
+use lockstep_common::net::{
+    Exchange, Identity, NetError, Role, SigningRequest, bind, client_config, connect, enrolment_config,
+};
+use lockstep_common::token::Token;
+use lockstep_common::wire::{
+    Assignment, CheckpointHead, FileHead, FromWorker, JobSummary, Register, Request, Response, Running,
+    ToWorker, TokenPurpose, read_frame, write_frame,
+};
+use lockstep_coordinator::client::Client;
+use lockstep_coordinator::data_dir::DataDir;
+use lockstep_coordinator::service::{Options, Scope, Service};
+use quinn::{Connection, Endpoint};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+pub(crate) const JOB: &str = r#"
+name = "tiny"
+task = "classify"
+seed = 1
+steps = 4
+global_batch = 8
+logical_shards = 4
+
+[model]
+name = "nin"
+classes = 10
+
+[data]
+train = "tiny/train"
+
+[optimizer]
+name = "sgd"
+lr = 0.1
+"#;
+
+/// Nothing that these tests wait for takes this long.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+pub(crate) struct Cluster {
+    pub(crate) folder: TempDir,
+    pub(crate) dir: DataDir,
+    pub(crate) service: Service,
+}
+
+pub(crate) fn loopback() -> SocketAddr {
+    ([127, 0, 0, 1], 0).into()
+}
+
+pub(crate) fn options(dir: &DataDir) -> Options {
+    Options { dir: dir.clone(), listen: loopback(), http: loopback(), scope: Scope::All }
+}
+
+impl Cluster {
+    /// A coordinator with the dataset `tiny/train` in its store.
+    pub(crate) async fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = DataDir::open(&folder.path().join("data")).unwrap();
+        import_tiny(&dir, folder.path());
+        let service = Service::start(options(&dir)).await.unwrap();
+        Self { folder, dir, service }
+    }
+
+    /// The coordinator ends, and another one starts on the same data directory.
+    pub(crate) async fn restart(self) -> Self {
+        self.service.stop().await;
+        let service = Service::start(options(&self.dir)).await.unwrap();
+        Self { service, ..self }
+    }
+
+    pub(crate) async fn operator(&self) -> Client {
+        Client::connect(&self.dir).await.unwrap()
+    }
+
+    pub(crate) async fn ask(&self, request: &Request) -> Response {
+        self.operator().await.ask(request).await.unwrap()
+    }
+
+    pub(crate) async fn token(&self, purpose: TokenPurpose, uses: u32) -> Token {
+        match self.ask(&Request::NewToken { purpose, ttl_s: 60, uses }).await {
+            Response::Token { token } => token.parse().unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub(crate) async fn submit(&self, toml: &str) -> JobId {
+        match self.ask(&Request::Submit { file: "tiny.toml".to_owned(), toml: toml.to_owned() }).await {
+            Response::Submitted { job } => job,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub(crate) async fn status(&self, job: JobId) -> JobSummary {
+        match self.ask(&Request::Status { job }).await {
+            Response::Jobs(mut jobs) => jobs.pop().unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Waits until the job is as wanted.
+    pub(crate) async fn wait(&self, job: JobId, wanted: impl Fn(&JobSummary) -> bool) -> JobSummary {
+        let operator = self.operator().await;
+        let look = async {
+            loop {
+                match operator.ask(&Request::Status { job }).await.unwrap() {
+                    Response::Jobs(mut jobs) if wanted(&jobs[0]) => return jobs.remove(0),
+                    _ => {}
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, look).await.expect("the job should have come to this")
+    }
+
+    /// Enrols with `token` and returns the identity and the worker's number.
+    pub(crate) async fn enroll(&self, token: &Token) -> Result<(Identity, Option<WorkerId>), NetError> {
+        let (_endpoint, connection) = self.connect_without_certificate(token.ca).await?;
+        let key = SigningRequest::new().unwrap();
+        let csr = key.der().to_vec();
+        let request =
+            Request::Enroll { token: token.id_hex(), secret: token.secret, csr, host: "host".to_owned() };
+        match Exchange::ask(&connection, &request).await? {
+            Response::Enrolled { certificate, worker } => {
+                let authority = std::fs::read_to_string(self.dir.ca().join("ca.pem")).unwrap();
+                let ca = der(&authority);
+                Ok((key.complete(certificate, ca), worker))
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub(crate) async fn connect_without_certificate(
+        &self,
+        ca: [u8; 32],
+    ) -> Result<(Endpoint, Connection), NetError> {
+        let endpoint = bind(loopback(), None).unwrap();
+        let name = Role::Coordinator.server_name();
+        let config = enrolment_config(ca).unwrap();
+        let connection = connect(&endpoint, &config, &[self.service.address()], &name).await?;
+        Ok((endpoint, connection))
+    }
+
+    pub(crate) async fn connect(&self, identity: &Identity) -> Result<(Endpoint, Connection), NetError> {
+        let endpoint = bind(loopback(), None).unwrap();
+        let name = Role::Coordinator.server_name();
+        let config = client_config(identity).unwrap();
+        let connection = connect(&endpoint, &config, &[self.service.address()], &name).await?;
+        Ok((endpoint, connection))
+    }
+
+    /// A new worker with an open session.
+    pub(crate) async fn worker(&self) -> Worker {
+        let token = self.token(TokenPurpose::Worker, 1).await;
+        let (identity, id) = self.enroll(&token).await.unwrap();
+        self.session(identity, id.unwrap(), None).await.unwrap()
+    }
+
+    pub(crate) async fn session(
+        &self,
+        identity: Identity,
+        id: WorkerId,
+        running: Option<Running>,
+    ) -> Result<Worker, NetError> {
+        let (endpoint, connection) = self.connect(&identity).await?;
+        let register = Register {
+            host: "host".to_owned(),
+            device: "cpu".to_owned(),
+            threads: 1,
+            addresses: vec![loopback()],
+            metrics: None,
+            running,
+        };
+        let mut exchange = Exchange::open(&connection, &Request::Session(register)).await?;
+        assert_eq!(exchange.answer().await?, Response::Welcome);
+        Ok(Worker { id, identity, connection, exchange, _endpoint: endpoint })
+    }
+
+    pub(crate) async fn http(&self, path: &str) -> String {
+        let mut stream = tokio::net::TcpStream::connect(self.service.http()).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.unwrap();
+        text
+    }
+
+    /// Waits until the metrics have this line.
+    pub(crate) async fn wait_for_metric(&self, line: &str) {
+        let look = async { while !self.http("/metrics").await.lines().any(|l| l == line) {} };
+        if tokio::time::timeout(PATIENCE, look).await.is_err() {
+            panic!("no `{line}` in\n{}", self.http("/metrics").await);
+        }
+    }
+}
+
+/// A worker that speaks the wire and computes nothing.
+pub(crate) struct Worker {
+    pub(crate) id: WorkerId,
+    pub(crate) identity: Identity,
+    pub(crate) connection: Connection,
+    exchange: Exchange,
+    _endpoint: Endpoint,
+}
+
+impl Worker {
+    pub(crate) async fn order(&mut self) -> ToWorker {
+        let order = read_frame(&mut self.exchange.recv);
+        tokio::time::timeout(PATIENCE, order).await.expect("an order should have come").unwrap()
+    }
+
+    pub(crate) async fn start(&mut self) -> Assignment {
+        match self.order().await {
+            ToWorker::Start(assignment) => *assignment,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub(crate) async fn say(&mut self, message: &FromWorker) {
+        write_frame(&mut self.exchange.send, message).await.unwrap();
+    }
+
+    pub(crate) async fn ask(&self, request: &Request) -> Result<Response, NetError> {
+        Exchange::ask(&self.connection, request).await
+    }
+
+    /// Asks for files and receives them.
+    pub(crate) async fn fetch(&self, request: &Request) -> Result<Vec<(String, Vec<u8>)>, NetError> {
+        let mut exchange = Exchange::open(&self.connection, request).await?;
+        let Response::Files(heads) = exchange.answer().await? else { panic!("no files") };
+        let mut files = Vec::new();
+        for head in heads {
+            let mut bytes = vec![0; head.bytes as usize];
+            exchange.recv.read_exact(&mut bytes).await.unwrap();
+            files.push((head.name, bytes));
+        }
+        Ok(files)
+    }
+
+    /// Sends a checkpoint.
+    pub(crate) async fn put(
+        &self,
+        job: JobId,
+        generation: Generation,
+        step: u64,
+        files: &[(String, Vec<u8>)],
+    ) -> Result<Response, NetError> {
+        let heads =
+            files.iter().map(|(name, b)| FileHead { name: name.clone(), bytes: b.len() as u64 }).collect();
+        let head = CheckpointHead { job, generation, step, files: heads };
+        let mut exchange = Exchange::open(&self.connection, &Request::PutCheckpoint(head)).await?;
+        for (_, bytes) in files {
+            // A refusal may come before the last byte is sent.
+            if exchange.send.write_all(bytes).await.is_err() {
+                break;
+            }
+        }
+        let _ = exchange.send.finish();
+        exchange.answer().await
+    }
+}
+
+/// The files of a checkpoint as a worker sends them.
+pub(crate) fn checkpoint(job: JobId, step: u64) -> Vec<(String, Vec<u8>)> {
+    let folder = tempfile::tempdir().unwrap();
+    let store = CheckpointStore::open(folder.path()).unwrap();
+    let info = CheckpointInfo { job_id: job, step, ..CheckpointInfo::default() };
+    let mut writer = CheckpointWriter::new(&store, info).unwrap();
+    writer.add(WEIGHTS_FILE, &encode_tensors([]).unwrap()).unwrap();
+    writer.add(OPTIMIZER_FILE, &encode_tensors([]).unwrap()).unwrap();
+    writer.finish().unwrap();
+    let CheckpointFiles { mut files, .. } = store.load(step).unwrap();
+    files.push((MANIFEST_FILE.to_owned(), std::fs::read(store.step_dir(step).join(MANIFEST_FILE)).unwrap()));
+    files
+}
+
+/// 20 images of 2 × 2 pixels.
+fn import_tiny(dir: &DataDir, folder: &Path) {
+    let source = folder.join("source");
+    std::fs::create_dir(&source).unwrap();
+    let header = |kind: u8, sizes: &[u32]| {
+        let sizes = sizes.iter().flat_map(|s| s.to_be_bytes());
+        [0, 0, 8, kind].into_iter().chain(sizes).collect::<Vec<u8>>()
+    };
+    let images = [header(3, &[20, 2, 2]), (0..80).collect()].concat();
+    let labels = [header(1, &[20]), (0..20).map(|i| i % 10).collect()].concat();
+    std::fs::write(source.join("train-images-idx3-ubyte"), images).unwrap();
+    std::fs::write(source.join("train-labels-idx1-ubyte"), labels).unwrap();
+    dataset::Store::open(&dir.datasets()).unwrap().import_idx("tiny", &source, |_| {}).unwrap();
+}
+
+/// The DER bytes of a PEM certificate.
+fn der(pem: &str) -> Vec<u8> {
+    use rustls_pki_types::CertificateDer;
+    use rustls_pki_types::pem::PemObject;
+    CertificateDer::from_pem_slice(pem.as_bytes()).unwrap().to_vec()
+}

@@ -1,0 +1,229 @@
+//! A job's life, seen from workers and operators.
+
+use crate::cluster::{Cluster, JOB, checkpoint};
+use lockstep_common::checkpoint::{MANIFEST_FILE, OPTIMIZER_FILE, WEIGHTS_FILE};
+use lockstep_common::ids::{Generation, JobId, Rank};
+use lockstep_common::net::{Exchange, NetError};
+use lockstep_common::wire::{
+    FileHead, FrameError, FromWorker, JobState, LogLine, Outcome, Request, Response, Resumption, StepRecord,
+    StopMode, ToWorker,
+};
+use std::collections::BTreeMap;
+
+fn steps(job: JobId, generation: Generation, range: std::ops::RangeInclusive<u64>) -> FromWorker {
+    let record = |step| {
+        let values = [("loss".to_owned(), 1.0 / step as f64)].into();
+        StepRecord { step, epoch: 1, total_steps: 4, samples: 8, seconds: 0.1, values }
+    };
+    FromWorker::Steps { job, generation, records: range.map(record).collect() }
+}
+
+fn finished(job: JobId, generation: Generation) -> FromWorker {
+    let metrics = [("test_top1".to_owned(), 0.9)].into();
+    let outcome = Outcome::Finished { weights_digest: "abc".to_owned(), step: 4, epoch: 1, metrics };
+    FromWorker::Ended { job, generation, outcome }
+}
+
+#[tokio::test]
+async fn two_workers_drive_a_job_to_its_end() {
+    let cluster = Cluster::start().await;
+    let job = cluster.submit(&(JOB.to_owned() + "[workers]\nmin = 2\n")).await;
+    assert_eq!(cluster.status(job).await.reason, "needs 2 workers, 0 are free");
+    let (mut a, mut b) = (cluster.worker().await, cluster.worker().await);
+    let (first, second) = (a.start().await, b.start().await);
+    assert_eq!((first.rank, second.rank), (Rank(0), Rank(1)));
+    assert_eq!(first.peers, second.peers);
+    assert_eq!(first.datasets[0].name, "tiny/train");
+    assert_eq!(first.toml, JOB.to_owned() + "[workers]\nmin = 2\n");
+
+    let generation = first.generation;
+    a.say(&steps(job, generation, 1..=4)).await;
+    let values = [("test_top1".to_owned(), 0.9)].into();
+    a.say(&FromWorker::Metrics { job, generation, step: 4, epoch: 1, values }).await;
+    a.say(&FromWorker::Log { job, generation, line: "hello".to_owned() }).await;
+    assert_eq!(a.put(job, generation, 4, &checkpoint(job, 4)).await.unwrap(), Response::Done);
+    a.say(&finished(job, generation)).await;
+    b.say(&finished(job, generation)).await;
+    let status = cluster.wait(job, |j| j.state.is_final()).await;
+    assert_eq!(status.state, JobState::Finished, "{}", status.reason);
+    assert_eq!(status.weights_digest.as_deref(), Some("abc"));
+    assert_eq!((status.step, status.total_steps, status.metrics["test_top1"]), (4, 4, 0.9));
+    let folder = status.checkpoint.unwrap();
+    for file in [MANIFEST_FILE, WEIGHTS_FILE, OPTIMIZER_FILE] {
+        assert!(std::path::Path::new(&folder).join(file).is_file(), "{file}");
+    }
+
+    let metrics = std::fs::read_to_string(cluster.dir.job(job).metrics()).unwrap();
+    let lines: Vec<serde_json::Value> = metrics.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(lines.len(), 5);
+    assert_eq!(
+        (&lines[1]["step"], &lines[1]["generation"], &lines[1]["loss"]),
+        (&2.into(), &1.into(), &0.5.into())
+    );
+    assert_eq!(lines[4]["test_top1"], 0.9);
+    let log = std::fs::read_to_string(cluster.dir.job(job).log()).unwrap();
+    assert!(log.contains(": hello\n") && log.contains("g1 starts from the initial weights"), "{log}");
+    for line in [
+        "lockstep_steps_total{job=\"j1\"} 4",
+        "lockstep_samples_total{job=\"j1\"} 32",
+        "lockstep_loss{job=\"j1\"} 0.25",
+        "lockstep_generation{job=\"j1\"} 1",
+        "lockstep_jobs{state=\"finished\"} 1",
+        "lockstep_workers{state=\"idle\"} 2",
+        "lockstep_checkpoint_seconds_count 1",
+    ] {
+        cluster.wait_for_metric(line).await;
+    }
+    assert!(cluster.http("/api/jobs").await.contains("\"weights_digest\":\"abc\""));
+    assert!(cluster.http("/readyz").await.starts_with("HTTP/1.1 200"));
+}
+
+#[tokio::test]
+async fn the_next_generation_resumes_from_the_newest_good_checkpoint() {
+    let cluster = Cluster::start().await;
+    let job = cluster.submit(JOB).await;
+    let mut worker = cluster.worker().await;
+    let generation = worker.start().await.generation;
+    for step in [1, 2] {
+        worker.put(job, generation, step, &checkpoint(job, step)).await.unwrap();
+    }
+    let newest = cluster.dir.job(job).checkpoints().join("step-000000000002").join(WEIGHTS_FILE);
+    let mut bytes = std::fs::read(&newest).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&newest, bytes).unwrap();
+
+    let outcome = Outcome::Lost { error: "step 3: peer gone".to_owned(), culprit: None };
+    worker.say(&FromWorker::Ended { job, generation, outcome }).await;
+    let again = worker.start().await;
+    assert_eq!(again.generation, Generation(generation.0 + 1));
+    assert_eq!(again.resume, Resumption::Checkpoint { step: 1 });
+    let log = std::fs::read_to_string(cluster.dir.job(job).log()).unwrap();
+    assert!(log.contains("warning: checkpoint of step 2 refused") && log.contains(WEIGHTS_FILE), "{log}");
+
+    let get = |generation, step| Request::GetCheckpoint { job, generation, step };
+    let files = worker.fetch(&get(again.generation, 1)).await.unwrap();
+    let names: Vec<_> = files.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, [WEIGHTS_FILE, OPTIMIZER_FILE, MANIFEST_FILE]);
+    let error = worker.fetch(&get(again.generation, 2)).await.unwrap_err().to_string();
+    assert!(error.contains(WEIGHTS_FILE), "{error}");
+    assert!(worker.fetch(&get(generation, 1)).await.unwrap_err().to_string().contains("no part in g1"));
+}
+
+#[tokio::test]
+async fn a_checkpoint_of_an_old_generation_or_with_other_bytes_is_refused() {
+    let cluster = Cluster::start().await;
+    let job = cluster.submit(JOB).await;
+    let mut worker = cluster.worker().await;
+    let generation = worker.start().await.generation;
+    let error = worker.put(job, Generation(9), 1, &checkpoint(job, 1)).await.unwrap_err().to_string();
+    assert!(error.contains("no part in g9 of j1"), "{error}");
+
+    let mut flipped = checkpoint(job, 1);
+    *flipped[0].1.last_mut().unwrap() ^= 1;
+    let error = worker.put(job, generation, 1, &flipped).await.unwrap_err().to_string();
+    assert!(error.contains(WEIGHTS_FILE), "{error}");
+    let mut truncated = checkpoint(job, 1);
+    truncated[1].1.pop();
+    assert!(
+        worker.put(job, generation, 1, &truncated).await.unwrap_err().to_string().contains(OPTIMIZER_FILE)
+    );
+    assert!(
+        worker.put(job, generation, 2, &checkpoint(job, 1)).await.is_err(),
+        "the manifest is of another step"
+    );
+    let others = checkpoint(JobId(2), 1);
+    assert!(worker.put(job, generation, 1, &others).await.is_err(), "the manifest is of another job");
+    assert_eq!(cluster.dir.job(job).checkpoint_store().unwrap().list().unwrap(), []);
+    assert_eq!(cluster.status(job).await.state, JobState::Running, "the job goes on");
+}
+
+#[tokio::test]
+async fn pause_cancel_and_logs_follow_a_job_to_its_end() {
+    let cluster = Cluster::start().await;
+    let job = cluster.submit(JOB).await;
+    let mut worker = cluster.worker().await;
+    let generation = worker.start().await.generation;
+    cluster.ask(&Request::Pause { job }).await;
+    assert_eq!(worker.order().await, ToWorker::Stop { job, generation, mode: StopMode::Checkpoint });
+    worker.put(job, generation, 2, &checkpoint(job, 2)).await.unwrap();
+    worker.say(&FromWorker::Ended { job, generation, outcome: Outcome::Stopped { step: 2 } }).await;
+    cluster.wait(job, |j| j.state == JobState::Paused).await;
+
+    let operator = cluster.operator().await;
+    let mut followed = operator.open(&Request::Logs { job, follow: true, from: 1 }).await.unwrap();
+    let first = followed.answer().await.unwrap();
+    assert!(matches!(&first, Response::Lines(lines) if lines[0].number == 1), "{first:?}");
+    cluster.ask(&Request::Resume { job }).await;
+    assert_eq!(worker.start().await.resume, Resumption::Checkpoint { step: 2 });
+    cluster.ask(&Request::Cancel { job }).await;
+    let generation = Generation(2);
+    assert_eq!(worker.order().await, ToWorker::Stop { job, generation, mode: StopMode::Abort });
+    worker.say(&FromWorker::Ended { job, generation, outcome: Outcome::Stopped { step: 2 } }).await;
+    let mut last: Option<LogLine> = None;
+    loop {
+        match followed.next_answer().await {
+            Ok(Response::Lines(lines)) => last = lines.last().cloned(),
+            Err(NetError::Frame(FrameError::Closed)) => break,
+            other => panic!("{other:?}"),
+        }
+    }
+    let last = last.unwrap().text;
+    assert!(last.contains("g2 is over: cancelled"), "{last}");
+}
+
+#[tokio::test]
+async fn artifacts_land_in_their_folder_and_nowhere_else() {
+    let cluster = Cluster::start().await;
+    let job = cluster.submit(JOB).await;
+    let mut worker = cluster.worker().await;
+    let generation = worker.start().await.generation;
+    for (name, good) in [("grid-1.png", true), ("../escaped.png", false)] {
+        let file = FileHead { name: name.to_owned(), bytes: 3 };
+        let request = Request::PutArtifact { job, generation, file };
+        let mut exchange = Exchange::open(&worker.connection, &request).await.unwrap();
+        let _ = exchange.send.write_all(b"png").await;
+        assert_eq!(exchange.answer().await.is_ok(), good, "{name}");
+    }
+    let folder = cluster.dir.job(job).artifacts();
+    assert_eq!(std::fs::read(folder.join("grid-1.png")).unwrap(), b"png");
+    assert!(!cluster.dir.job(job).root().join("escaped.png").exists());
+}
+
+#[tokio::test]
+async fn a_bad_job_file_is_refused_with_file_line_and_nearest_name() {
+    let cluster = Cluster::start().await;
+    let operator = cluster.operator().await;
+    let line_of = |toml: &str, what: &str| toml.lines().position(|l| l.contains(what)).unwrap() + 1;
+    for (good, bad, part) in [
+        ("tiny/train", "tiny/trian", "unknown dataset `tiny/trian`; did you mean `tiny/train`?"),
+        ("steps = 4", "stesp = 4", "unknown field `stesp`, expected"),
+    ] {
+        let toml = JOB.replace(good, bad);
+        let line = line_of(&toml, bad);
+        let error =
+            operator.ask(&Request::Submit { file: "/x/tiny.toml".to_owned(), toml }).await.unwrap_err();
+        let error = error.to_string();
+        assert!(error.starts_with(&format!("tiny.toml:{line}: ")), "{error}");
+        assert!(error.contains(part), "{error}");
+    }
+    assert!(matches!(cluster.ask(&Request::Jobs).await, Response::Jobs(jobs) if jobs.is_empty()));
+    let error = operator.ask(&Request::Status { job: JobId(9) }).await.unwrap_err().to_string();
+    assert_eq!(error, "there is no job j9; `coordinator jobs` lists them");
+    // A mistake is not an intrusion.
+    assert!(!cluster.http("/metrics").await.contains("lockstep_refused_connections_total"));
+}
+
+#[tokio::test]
+async fn old_reports_are_ignored_and_counted() {
+    let cluster = Cluster::start().await;
+    let job = cluster.submit(JOB).await;
+    let mut worker = cluster.worker().await;
+    let generation = worker.start().await.generation;
+    let outcome = Outcome::Lost { error: "x".to_owned(), culprit: None };
+    worker.say(&FromWorker::Ended { job, generation, outcome }).await;
+    worker.start().await;
+    worker.say(&steps(job, generation, 1..=3)).await;
+    cluster.wait_for_metric("lockstep_stale_messages_total 1").await;
+    assert_eq!(cluster.status(job).await.step, 0);
+    assert_eq!(cluster.status(job).await.metrics, BTreeMap::new());
+}
