@@ -18,7 +18,7 @@ use crate::train::trainer::Trainer;
 use crate::train::{Number, picture};
 use lockstep_collectives::{CollectiveError, Group};
 use lockstep_common::checkpoint::CheckpointInfo;
-use lockstep_common::dataset::ShardCache;
+use lockstep_common::dataset::{DatasetReader, ShardCache};
 use lockstep_common::ids::{Generation, JobId, Rank};
 use lockstep_common::job::{JobSpec, Precision, Task};
 use lockstep_common::sampler::Sampler;
@@ -189,6 +189,22 @@ fn run_typed<T: Number>(
     outcome
 }
 
+/// A label beyond the network's last logit would only fail deep inside libtorch.
+fn check_classes(job: &JobSpec, train: &DatasetReader) -> Result<(), TrainError> {
+    /// What every classifier has where a job file names no other number.
+    const DEFAULT_CLASSES: u64 = 10;
+    let Some(model) = &job.model else { return Ok(()) };
+    let classes = model.options.get("classes").and_then(serde_json::Value::as_u64).unwrap_or(DEFAULT_CLASSES);
+    let needed = u64::from(train.manifest().classes);
+    if needed > classes {
+        return Err(TrainError::Fatal(format!(
+            "dataset `{}` has {needed} classes and the model {classes}; set `classes = {needed}` in `[model]`",
+            train.manifest().name
+        )));
+    }
+    Ok(())
+}
+
 /// Everything that a running generation needs on this worker.
 struct Session<'a, T> {
     environment: &'a Environment,
@@ -233,6 +249,7 @@ impl<'a, T: Number> Session<'a, T> {
             Some(name) => Some(Arc::new(decoder(open(name)?, Vec::new())?)),
             None => None,
         };
+        check_classes(&job, &train)?;
         let sampler =
             Sampler::new(job.seed, train.len(), u64::from(job.global_batch), job.logical_shards, true);
         let plan = Arc::new(TaskPlan::new(&job));
@@ -284,7 +301,6 @@ impl<'a, T: Number> Session<'a, T> {
     fn train(&mut self) -> Result<Outcome, TrainError> {
         let per_epoch = self.timetable.steps_per_epoch();
         let (mut images, mut seconds) = (0u64, 0f64);
-        let mut stored = self.trainer.replica.step;
         while self.trainer.replica.step < self.total_steps {
             let start = Instant::now();
             let mut data = 0.0;
@@ -311,15 +327,15 @@ impl<'a, T: Number> Session<'a, T> {
             let due = every > 0 && step.is_multiple_of(every);
             if last || done.stop || due {
                 self.store(step)?;
-                stored = step;
             }
             if done.stop && !last {
-                self.settle(stored)?;
+                self.settle()?;
+                self.leave();
                 return Ok(Outcome::Stopped { step });
             }
         }
         let step = self.trainer.replica.step;
-        self.settle(stored)?;
+        self.settle()?;
         let weights_digest = self.trainer.compare_replicas()?;
         if seconds > 0.0 {
             self.metrics.insert("images_per_second".to_owned(), images as f64 / seconds);
@@ -373,14 +389,14 @@ impl<'a, T: Number> Session<'a, T> {
             metrics: self.metrics.clone(),
             created_unix_s: now.as_secs(),
         };
-        if let Err(error) = self.checkpoints.begin(&self.trainer.replica, &self.trainer.plan, info) {
+        if let Err(error) = self.checkpoints.finish() {
             self.reporter.log(format!("a checkpoint could not be stored, training goes on: {error}"));
         }
-        Ok(())
+        self.checkpoints.begin(&self.trainer.replica, &self.trainer.plan, info)
     }
 
-    /// Waits for the checkpoint of `stored`, reports what is left to report.
-    fn settle(&mut self, _stored: u64) -> Result<(), TrainError> {
+    /// Waits for the last checkpoint, reports what is left to report.
+    fn settle(&mut self) -> Result<(), TrainError> {
         self.reporter.flush();
         self.checkpoints.finish()
     }

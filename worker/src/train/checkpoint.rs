@@ -37,14 +37,13 @@ impl Checkpointer {
         Self { control, job, generation, observe, writing: None }
     }
 
-    /// Copies the replica's state and begins to store it; the previous checkpoint is waited for first.
+    /// Copies the replica's state and begins to store it. [`Self::finish`] the previous one first.
     pub(crate) fn begin(
         &mut self,
         replica: &Replica,
         plan: &TaskPlan,
         info: CheckpointInfo,
     ) -> Result<(), TrainError> {
-        self.finish()?;
         let start = Instant::now();
         let (weights, optimizer) = (replica.weights()?, replica.optimizer_state(plan)?);
         let (control, job, generation, observe) =
