@@ -195,9 +195,10 @@ pub fn report(ended: &Ended) -> Report {
     serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"))
 }
 
-/// Changes the last byte of a file.
-pub fn flip_last_byte(path: &Path) {
+/// Changes one bit in the middle of a file.
+pub fn flip_byte(path: &Path) {
     let mut bytes = fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    *bytes.last_mut().expect("the file is not empty") ^= 0x10;
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x10;
     fs::write(path, bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
 }
