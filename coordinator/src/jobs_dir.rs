@@ -4,7 +4,7 @@ use lockstep_common::checkpoint::{CheckpointError, CheckpointStore};
 use lockstep_common::durable::{self, FileError};
 use lockstep_common::ids::Generation;
 use lockstep_common::wire::{LogLine, StepRecord};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
@@ -103,6 +103,20 @@ impl JobDir {
             values: &r.values,
         });
         append(&self.metrics(), &json_lines(lines))
+    }
+
+    /// The generation and step of the last line about a step in `metrics.jsonl`, if it can be read.
+    pub(crate) fn last_noted_step(&self) -> Option<(Generation, u64)> {
+        #[derive(Deserialize)]
+        struct Noted {
+            generation: Generation,
+            step: u64,
+            #[serde(rename = "seconds")]
+            _seconds: f64,
+        }
+        let file = File::open(self.metrics()).ok()?;
+        let noted = |line: std::io::Result<String>| serde_json::from_str::<Noted>(&line.ok()?).ok();
+        BufReader::new(file).lines().filter_map(noted).last().map(|n| (n.generation, n.step))
     }
 
     /// Adds figures that belong to a step, such as those of an evaluation, to `metrics.jsonl`.

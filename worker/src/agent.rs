@@ -158,6 +158,7 @@ impl Agent {
                     }
                     (away, ever_welcome) = (false, true);
                     self.readiness.set(true);
+                    self.feed.restart();
                     let _ = self.feed.connection.send(Some(connection.clone()));
                     let end = self.converse(exchange, &mut departure).await;
                     self.readiness.set(false);
@@ -276,6 +277,7 @@ impl Agent {
                 event = next_event(departure, self.leaving.is_some(), self.current.as_ref()) => self.handle(event),
                 message = inbox.recv() => match message {
                     Some(Ok(ToWorker::Dismiss { reason })) => break Ok(Some(reason)),
+                    Some(Ok(ToWorker::Heard { reports })) => self.feed.heard(reports),
                     Some(Ok(message)) => self.obey(message),
                     Some(Err(error)) => break Err(error),
                     None => break Err(FrameError::Closed),
@@ -304,7 +306,7 @@ impl Agent {
                 Some(session) if session.is(job, generation) => session.stop(mode),
                 _ => tracing::debug!("told to stop {job} {generation}, which does not run here"),
             },
-            ToWorker::Dismiss { .. } => {}
+            ToWorker::Heard { .. } | ToWorker::Dismiss { .. } => {}
         }
     }
 }

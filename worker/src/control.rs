@@ -1,7 +1,8 @@
 //! The worker's line to its coordinator, as the training threads see it.
 //!
 //! Reports go into an outbox that outlives the connection, because a running job goes on while the coordinator
-//! is away. Requests block the calling thread until there is a connection and an answer.
+//! is away. They stay there until the coordinator says that it has taken care of them: what was written to a
+//! connection whose other end had died is sent again over the next one. Requests block the calling thread until there is a connection and an answer.
 
 use lockstep_common::ids::{Generation, JobId};
 use lockstep_common::net::{Exchange, NetError};
@@ -29,8 +30,16 @@ pub(crate) struct Control {
 
 #[derive(Default)]
 struct Outbox {
-    queue: Mutex<VecDeque<FromWorker>>,
+    queue: Mutex<Queue>,
     added: Notify,
+}
+
+#[derive(Default)]
+struct Queue {
+    /// Reports that the coordinator has not been heard to have, the oldest first.
+    reports: VecDeque<FromWorker>,
+    /// How many of them have been sent in this session.
+    sent: usize,
 }
 
 /// The agent's end: what it publishes and what it sends.
@@ -49,12 +58,16 @@ pub(crate) fn channel(runtime: Handle) -> (Control, ControlFeed) {
 }
 
 impl ControlFeed {
-    /// The oldest report that is not sent yet. It stays in the outbox until [`Self::sent`].
+    /// The oldest report that is not sent yet; it counts as such until [`Self::sent`].
     pub(crate) async fn next(&self) -> FromWorker {
         loop {
             let added = self.outbox.added.notified();
-            if let Some(report) = self.outbox.queue.lock().front() {
-                return report.clone();
+            let next = {
+                let queue = self.outbox.queue.lock();
+                queue.reports.get(queue.sent).cloned()
+            };
+            if let Some(report) = next {
+                return report;
             }
             added.await;
         }
@@ -62,12 +75,25 @@ impl ControlFeed {
 
     /// The report that [`Self::next`] returned has been sent.
     pub(crate) fn sent(&self) {
-        self.outbox.queue.lock().pop_front();
+        self.outbox.queue.lock().sent += 1;
     }
 
-    /// Whether everything has been sent.
+    /// The coordinator has taken care of the `reports` oldest of those sent.
+    pub(crate) fn heard(&self, reports: u64) {
+        let mut queue = self.outbox.queue.lock();
+        let heard = queue.sent.min(usize::try_from(reports).unwrap_or(usize::MAX));
+        queue.reports.drain(..heard);
+        queue.sent -= heard;
+    }
+
+    /// A new session begins: what was not heard in the old one is sent again.
+    pub(crate) fn restart(&self) {
+        self.outbox.queue.lock().sent = 0;
+    }
+
+    /// Whether the coordinator has taken care of everything.
     pub(crate) fn is_drained(&self) -> bool {
-        self.outbox.queue.lock().is_empty()
+        self.outbox.queue.lock().reports.is_empty()
     }
 }
 
@@ -75,10 +101,11 @@ impl Control {
     /// Reports to the coordinator, now or once it is back.
     pub(crate) fn tell(&self, report: FromWorker) {
         let mut queue = self.outbox.queue.lock();
-        if queue.len() >= OUTBOX_REPORTS {
-            queue.pop_front();
+        if queue.reports.len() >= OUTBOX_REPORTS {
+            queue.reports.pop_front();
+            queue.sent = queue.sent.saturating_sub(1);
         }
-        queue.push_back(report);
+        queue.reports.push_back(report);
         drop(queue);
         self.outbox.added.notify_one();
     }

@@ -234,6 +234,12 @@ pub enum ToWorker {
         /// How.
         mode: StopMode,
     },
+    /// So many more of this session's reports, in their order, have been taken care of. A worker sends again in its
+    /// next session what has not been heard in this one.
+    Heard {
+        /// How many.
+        reports: u64,
+    },
     /// Leave for good; the coordinator will not have this worker back.
     Dismiss {
         /// One line for people.

@@ -6,9 +6,10 @@
 use crate::data_dir::DataDir;
 use crate::metrics::Metrics;
 use crate::store::{Store, StoreError};
+use lockstep_common::durable::FileError;
 use lockstep_common::http::Readiness;
 use lockstep_common::ids::{Generation, JobId, WorkerId};
-use lockstep_common::wire::{FromWorker, Refusal, Register, ToWorker};
+use lockstep_common::wire::{FromWorker, Refusal, Register, StepRecord, ToWorker};
 use lockstep_core::{Action, CommandError, Core, Reception};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -65,6 +66,8 @@ pub(crate) struct Hub {
     clock: Clock,
     sessions: HashMap<WorkerId, Session>,
     last_session: u64,
+    /// The generation and step of the last line about a step in each job's `metrics.jsonl`.
+    noted_steps: HashMap<JobId, (Generation, u64)>,
     /// An action that could not be carried out yet.
     blocked: Option<Action>,
     handle: HubHandle,
@@ -93,6 +96,7 @@ pub(crate) fn start(parts: Parts) -> std::io::Result<(HubHandle, JoinHandle<()>)
         clock: parts.clock,
         sessions: HashMap::new(),
         last_session: 0,
+        noted_steps: HashMap::new(),
         blocked: None,
         handle: handle.clone(),
         changes,
@@ -253,6 +257,25 @@ impl Hub {
         self.core.handle_disconnected(worker, number, self.now_ms());
     }
 
+    /// Notes committed steps, without those that were told before: a worker repeats what it was not heard to say.
+    fn note_steps(
+        &mut self,
+        job: JobId,
+        generation: Generation,
+        records: &[StepRecord],
+    ) -> Result<(), FileError> {
+        let folder = self.dir.job(job);
+        let noted =
+            self.noted_steps.entry(job).or_insert_with(|| folder.last_noted_step().unwrap_or_default());
+        let known = if noted.0 == generation { noted.1 } else { 0 };
+        let new = &records[records.partition_point(|record| record.step <= known)..];
+        if let Some(last) = new.last() {
+            *noted = (generation, last.step);
+        }
+        self.metrics.stepped(job, new);
+        folder.append_steps(generation, new)
+    }
+
     /// A worker has said something.
     pub(crate) fn hear(&mut self, worker: WorkerId, message: FromWorker) {
         let now_ms = self.now_ms();
@@ -260,10 +283,7 @@ impl Hub {
             return;
         }
         let written = match &message {
-            FromWorker::Steps { job, generation, records } => {
-                self.metrics.stepped(*job, records);
-                self.dir.job(*job).append_steps(*generation, records)
-            }
+            FromWorker::Steps { job, generation, records } => self.note_steps(*job, *generation, records),
             FromWorker::Metrics { job, generation, step, epoch, values } => {
                 self.dir.job(*job).append_values(*generation, *step, *epoch, values)
             }

@@ -3,8 +3,9 @@
 use super::refuse;
 use super::requests::{Call, Stop};
 use lockstep_common::ids::WorkerId;
-use lockstep_common::wire::{FromWorker, Register, Response, read_frame, write_frame};
+use lockstep_common::wire::{FromWorker, Register, Response, ToWorker, read_frame, write_frame};
 use quinn::Connection;
+use tokio::sync::mpsc;
 
 /// More addresses than a host has.
 const MAX_ADDRESSES: usize = 64;
@@ -26,18 +27,25 @@ pub(super) async fn run(
     let result = async {
         call.answer(&Response::Welcome).await?;
         let send = &mut call.send;
+        let (heard, mut acknowledgements) = mpsc::unbounded_channel();
         let orders_out = async {
-            while let Some(order) = orders.recv().await {
+            loop {
+                let order = tokio::select! {
+                    order = orders.recv() => order,
+                    Some(reports) = acknowledgements.recv() => Some(ToWorker::Heard { reports }),
+                };
+                // Without one, a newer session of this worker has taken over.
+                let Some(order) = order else { return Ok::<_, Stop>(()) };
                 write_frame(send, &order).await?;
             }
-            // A newer session of this worker has taken over.
-            Ok::<_, Stop>(())
         };
         let recv = &mut call.recv;
         let reports_in = async {
             loop {
                 let report: FromWorker = read_frame(recv).await?;
                 hub.call(move |hub| hub.hear(worker, report)).await?;
+                // The receiver lives as long as this loop.
+                let _ = heard.send(1);
             }
         };
         tokio::select! {

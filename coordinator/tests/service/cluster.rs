@@ -212,9 +212,17 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
+    /// The next order; acknowledgements of reports are none.
     pub(crate) async fn order(&mut self) -> ToWorker {
-        let order = read_frame(&mut self.exchange.recv);
-        tokio::time::timeout(PATIENCE, order).await.expect("an order should have come").unwrap()
+        let next = async {
+            loop {
+                match read_frame(&mut self.exchange.recv).await.unwrap() {
+                    ToWorker::Heard { .. } => {}
+                    order => return order,
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, next).await.expect("an order should have come")
     }
 
     pub(crate) async fn start(&mut self) -> Assignment {
