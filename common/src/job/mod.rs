@@ -9,7 +9,7 @@ mod optimizer;
 mod validate;
 
 pub use error::JobError;
-pub use models::{ModelEntry, ModelRole, catalogue};
+pub use models::{ModelEntry, ModelOption, ModelRole, OptionKind, catalogue};
 pub use optimizer::{OptimizerSpec, ScheduleSpec};
 
 use serde::{Deserialize, Serialize};

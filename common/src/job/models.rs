@@ -2,6 +2,8 @@
 //!
 //! `worker/nn` builds them, and a test there holds its registry against this list.
 
+use serde_json::Value;
+
 /// What a network is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ModelRole {
@@ -21,25 +23,77 @@ pub struct ModelEntry {
     /// What it is for.
     pub role: ModelRole,
     /// The keys that it takes besides `name`, `batch_norm` and `optimizer`.
-    pub options: &'static [&'static str],
+    pub options: &'static [ModelOption],
+}
+
+/// A key of an architecture's section in a job file.
+#[derive(Clone, Copy, Debug)]
+pub struct ModelOption {
+    /// The key.
+    pub name: &'static str,
+    /// What it takes.
+    pub kind: OptionKind,
+}
+
+/// What an option takes.
+#[derive(Clone, Copy, Debug)]
+pub enum OptionKind {
+    /// A whole number from 1 to a million.
+    Count,
+    /// A probability to drop, in [0, 1).
+    DropRate,
+    /// True or false.
+    Switch,
+    /// One of these names.
+    Choice(&'static [&'static str]),
+}
+
+impl OptionKind {
+    /// What is wrong with `value`, as the end of a sentence; `None` if it fits.
+    pub(super) fn problem(self, value: &Value) -> Option<String> {
+        let (fits, problem) = match self {
+            Self::Count => (
+                value.as_i64().is_some_and(|n| (1..=1_000_000).contains(&n)),
+                "it must be a whole number from 1 to 1000000".to_owned(),
+            ),
+            Self::DropRate => (
+                value.as_f64().is_some_and(|p| (0.0..1.0).contains(&p)),
+                "it must be a number from 0 to below 1".to_owned(),
+            ),
+            Self::Switch => (value.is_boolean(), "it must be `true` or `false`".to_owned()),
+            Self::Choice(names) => {
+                let quoted: Vec<_> = names.iter().map(|name| format!("`{name}`")).collect();
+                let fits = value.as_str().is_some_and(|name| names.contains(&name));
+                (fits, format!("it must be {}", quoted.join(" or ")))
+            }
+        };
+        (!fits).then_some(problem)
+    }
 }
 
 /// Every architecture.
 pub fn catalogue() -> &'static [ModelEntry] {
     use ModelRole::{Classifier, Discriminator, Generator};
+    const fn count(name: &'static str) -> ModelOption {
+        ModelOption { name, kind: OptionKind::Count }
+    }
+    const DROPOUT: ModelOption = ModelOption { name: "dropout", kind: OptionKind::DropRate };
+    const NIN: &[ModelOption] = &[
+        ModelOption { name: "widths", kind: OptionKind::Choice(&["cifar", "mnist"]) },
+        count("classes"),
+        count("in_channels"),
+        ModelOption { name: "final_relu", kind: OptionKind::Switch },
+        DROPOUT,
+    ];
+    const SMALL_CNN: &[ModelOption] = &[count("classes"), count("in_channels"), count("width")];
+    const MLP: &[ModelOption] = &[count("classes"), count("inputs"), count("hidden"), DROPOUT];
+    const GENERATOR: &[ModelOption] = &[count("latent"), count("hidden"), count("outputs")];
+    const DISCRIMINATOR: &[ModelOption] = &[count("inputs"), count("hidden"), count("pieces"), DROPOUT];
     &[
-        ModelEntry {
-            name: "nin",
-            role: Classifier,
-            options: &["widths", "classes", "in_channels", "final_relu", "dropout"],
-        },
-        ModelEntry { name: "small-cnn", role: Classifier, options: &["classes", "in_channels", "width"] },
-        ModelEntry { name: "mlp", role: Classifier, options: &["classes", "inputs", "hidden", "dropout"] },
-        ModelEntry { name: "gan-generator", role: Generator, options: &["latent", "hidden", "outputs"] },
-        ModelEntry {
-            name: "gan-discriminator",
-            role: Discriminator,
-            options: &["inputs", "hidden", "pieces", "dropout"],
-        },
+        ModelEntry { name: "nin", role: Classifier, options: NIN },
+        ModelEntry { name: "small-cnn", role: Classifier, options: SMALL_CNN },
+        ModelEntry { name: "mlp", role: Classifier, options: MLP },
+        ModelEntry { name: "gan-generator", role: Generator, options: GENERATOR },
+        ModelEntry { name: "gan-discriminator", role: Discriminator, options: DISCRIMINATOR },
     ]
 }

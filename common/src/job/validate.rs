@@ -133,11 +133,16 @@ fn check_model(section: &str, model: &ModelSpec, role: ModelRole) -> Result<(), 
         let names: Vec<_> = fitting().map(|n| format!("`{n}`")).collect();
         format!("model `{}` does not fit `[{section}]`; {} would", model.name, names.join(" or "))
     })?;
-    for key in model.options.keys() {
-        require(entry.options.contains(&key.as_str()), &[section, key], || {
-            let known = entry.options.iter().copied().chain(["batch_norm", "optimizer"]);
-            format!("unknown option `{key}` of model `{}`{}", model.name, did_you_mean(key, known))
-        })?;
+    for (key, value) in &model.options {
+        let Some(option) = entry.options.iter().find(|option| option.name == key) else {
+            let known = entry.options.iter().map(|option| option.name).chain(["batch_norm", "optimizer"]);
+            let what =
+                format!("unknown option `{key}` of model `{}`{}", model.name, did_you_mean(key, known));
+            return Err(Fault::at(&[section, key], what));
+        };
+        if let Some(problem) = option.kind.problem(value) {
+            return Err(Fault::at(&[section, key], format!("`{key}` is {value}; {problem}")));
+        }
     }
     match &model.optimizer {
         Some(own) => check_optimizer(own, &[section, "optimizer"]),

@@ -25,7 +25,7 @@ fn the_registry_is_the_catalogue_that_job_files_are_checked_against() {
     let ours: Vec<_> =
         registry().iter().map(|m| (m.name, m.role, m.options.iter().map(|o| o.name).collect())).collect();
     let theirs: Vec<(_, _, Vec<_>)> =
-        catalogue().iter().map(|m| (m.name, m.role, m.options.to_vec())).collect();
+        catalogue().iter().map(|m| (m.name, m.role, m.options.iter().map(|o| o.name).collect())).collect();
     assert_eq!(ours, theirs);
 }
 
