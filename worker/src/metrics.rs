@@ -130,10 +130,10 @@ impl Metrics {
         self.0.stale_frames.inc_by(now.stale_frames.saturating_sub(before.stale_frames));
     }
 
-    /// What the shard cache has seen in total.
+    /// What the shard cache has seen since the last call.
     pub(crate) fn shards(&self, hash_failures: u64, fetches: u64) {
-        self.0.shard_hash_failures.inc_by(hash_failures.saturating_sub(self.0.shard_hash_failures.get()));
-        self.0.shard_fetches.inc_by(fetches.saturating_sub(self.0.shard_fetches.get()));
+        self.0.shard_hash_failures.inc_by(hash_failures);
+        self.0.shard_fetches.inc_by(fetches);
     }
 
     /// A checkpoint is durable.

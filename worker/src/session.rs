@@ -180,6 +180,7 @@ fn run_typed<T: Number>(
     }
     let mut session = Session::<T>::prepare(environment, assignment, job, shared.clone(), group)?;
     let outcome = session.train();
+    session.count_shards();
     if let Err(error) = &outcome {
         session.trainer.abort(match error {
             TrainError::Collective(cause) => cause.clone(),
@@ -216,6 +217,8 @@ struct Session<'a, T> {
     loader: Loader,
     test: Option<Arc<Decoder<T>>>,
     cache: Arc<ShardCache>,
+    /// The cache's hash failures and fetches that are in the metrics.
+    counted: (u64, u64),
     checkpoints: Checkpointer,
     reporter: Reporter,
     metrics: BTreeMap<String, f64>,
@@ -288,10 +291,18 @@ impl<'a, T: Number> Session<'a, T> {
             loader,
             test,
             cache,
+            counted: (0, 0),
             checkpoints,
             reporter,
             metrics,
         })
+    }
+
+    /// Brings the metrics up to date with the cache, which lives as long as this session.
+    fn count_shards(&mut self) {
+        let now = (self.cache.hash_failures(), self.cache.fetches());
+        self.environment.metrics.shards(now.0 - self.counted.0, now.1 - self.counted.1);
+        self.counted = now;
     }
 
     fn is_first(&self) -> bool {
@@ -316,7 +327,7 @@ impl<'a, T: Number> Session<'a, T> {
             (images, seconds) = (images + samples, seconds + wall);
             self.environment.metrics.step(&done.figures, samples, &done.times, wall);
             self.environment.metrics.collectives(&before, &self.trainer.group.stats());
-            self.environment.metrics.shards(self.cache.hash_failures(), self.cache.fetches());
+            self.count_shards();
             self.reporter.step(step, epoch, samples, wall, done.figures);
 
             let last = step == self.total_steps;
@@ -389,6 +400,8 @@ impl<'a, T: Number> Session<'a, T> {
             metrics: self.metrics.clone(),
             created_unix_s: now.as_secs(),
         };
+        // First the steps: whoever resumes from the checkpoint does not do them again.
+        self.reporter.flush();
         if let Err(error) = self.checkpoints.finish() {
             self.reporter.log(format!("a checkpoint could not be stored, training goes on: {error}"));
         }
