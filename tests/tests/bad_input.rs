@@ -42,7 +42,7 @@ fn mistakes_in_a_job_file_name_file_line_and_nearest_name() {
         ("momentum = 0.9", "momentun = 0.9", &["`momentun`", "`momentum`"][..]),
         ("seed = 7", "sed = 7", &["`sed`", "`seed`"]),
         ("width = 4", "widht = 4", &["`widht`", "`width`"]),
-        ("width = 4", "width = \"wide\"", &["width"]),
+        ("width = 4", "width = \"wide\"", &["`width` is \"wide\"", "whole number"]),
         ("steps = 20", "steps = \"many\"", &["invalid type"]),
         ("steps = 20", "steps = -1", &["-1"]),
         ("steps = 20", "steps = 0", &["`steps` is 0", "at least 1"]),
@@ -233,7 +233,7 @@ fn a_data_directory_that_cannot_be_written_is_named() {
 }
 
 #[test]
-fn a_full_disk_is_said_and_training_goes_on_once_there_is_room() {
+fn a_full_disk_fails_the_job_with_one_line() {
     if !is_root() {
         println!("skipped: mounting a small tmpfs needs root");
         return;

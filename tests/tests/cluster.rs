@@ -7,7 +7,7 @@ use lockstep_tests::process::Process;
 use std::fs;
 
 fn undisturbed(job: &Job) -> String {
-    Place::new().run(job, 1).digest()
+    Place::new().run(Job { min_workers: 1, ..job.clone() }, 1).digest()
 }
 
 /// A job that is still running while a test does something to it.
