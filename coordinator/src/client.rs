@@ -95,7 +95,8 @@ pub async fn login(dir: &DataDir, coordinator: &str, token: &Token, host: String
     }
     let ca = authority_of(&connection, token).ok_or(NetError::UnexpectedAnswer)?;
     key.complete(certificate, ca).save(&dir.ca(), "operator")?;
-    dir.publish(&Endpoint { coordinator: coordinator.to_owned(), http: None, pid: None })?;
+    let (here, elsewhere) = (coordinator.to_owned(), coordinator.to_owned());
+    dir.publish(&Endpoint { coordinator: here, advertised: elsewhere, http: None, pid: None })?;
     Ok(())
 }
 

@@ -25,8 +25,10 @@ pub struct DataDir {
 /// How the running coordinator of a data directory is reached.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
-    /// `HOST:PORT` of its QUIC endpoint.
+    /// `HOST:PORT` of its QUIC endpoint, from this host.
     pub coordinator: String,
+    /// The same for other hosts, as far as this one can tell.
+    pub advertised: String,
     /// Its HTTP server, if it is on this host.
     pub http: Option<SocketAddr>,
     /// Its process, if it is on this host.

@@ -5,9 +5,7 @@ use crate::data_dir::DataDir;
 use crate::output::{hint, note, say};
 use crate::service::{Options, Scope, Service, new_token};
 use anyhow::{Context, Result};
-use lockstep_common::net::local_addresses;
 use lockstep_common::wire::TokenPurpose;
-use std::net::SocketAddr;
 use tokio::signal::unix::{SignalKind, signal};
 
 const TOKEN_TTL_S: u64 = 3600;
@@ -20,7 +18,7 @@ pub(super) async fn serve(dir: DataDir, args: &ServeArgs) -> Result<()> {
     let root = dir.root().display().to_string();
     let service =
         Service::start(Options { dir, listen: args.listen, http: args.http, scope: Scope::All }).await?;
-    let address = advertised(service.address());
+    let address = service.advertised();
     say(format_args!("coordinator on {}, metrics on http://{}/metrics", service.address(), service.http()));
     if first_start {
         let token = new_token(&service.shared, TokenPurpose::Worker, TOKEN_TTL_S, TOKEN_USES).await;
@@ -41,16 +39,4 @@ pub(super) async fn serve(dir: DataDir, args: &ServeArgs) -> Result<()> {
     note("stopping; running jobs go on without a coordinator until the next one");
     service.stop().await;
     Ok(())
-}
-
-/// The address to tell others: the bound one, or that of the interface with the default route.
-pub(super) fn advertised(bound: SocketAddr) -> SocketAddr {
-    /// A documentation address (RFC 5737): nothing is sent there, it only asks the routing table.
-    const ELSEWHERE: SocketAddr =
-        SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1)), 9);
-    if !bound.ip().is_unspecified() {
-        return bound;
-    }
-    let loopback = SocketAddr::new(std::net::Ipv4Addr::LOCALHOST.into(), bound.port());
-    local_addresses(ELSEWHERE, bound.port()).first().copied().unwrap_or(loopback)
 }

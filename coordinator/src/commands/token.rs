@@ -1,14 +1,12 @@
 //! `coordinator token` and `coordinator login`.
 
-use super::serve::advertised;
 use crate::cli::TokenCommand;
 use crate::client::{Client, login as client_login};
 use crate::data_dir::DataDir;
 use crate::output::{hint, say};
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use lockstep_common::token::Token;
 use lockstep_common::wire::{Request, Response, TokenPurpose};
-use std::net::{Ipv4Addr, SocketAddr};
 
 pub(super) async fn run(dir: &DataDir, command: &TokenCommand) -> Result<()> {
     let TokenCommand::New { ttl, uses, operator } = command;
@@ -19,7 +17,7 @@ pub(super) async fn run(dir: &DataDir, command: &TokenCommand) -> Result<()> {
         bail!("the coordinator gave no token")
     };
     say(&token);
-    let address = address_for_others(dir).unwrap_or_else(|| "HOST:7777".to_owned());
+    let address = dir.endpoint().map_or_else(|| "HOST:7777".to_owned(), |e| e.advertised);
     match purpose {
         TokenPurpose::Worker => hint(format_args!("worker join --coordinator {address} --token {token}")),
         TokenPurpose::Operator => {
@@ -40,15 +38,4 @@ pub(super) async fn login(dir: &DataDir, coordinator: &str, token: &str) -> Resu
 fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     name.trim().to_owned()
-}
-
-/// The coordinator's address as other hosts may reach it: a loopback address stands for all of this host's.
-fn address_for_others(dir: &DataDir) -> Option<String> {
-    let coordinator = dir.endpoint().context("no endpoint").ok()?.coordinator;
-    match coordinator.parse::<SocketAddr>() {
-        Ok(address) if address.ip().is_loopback() => {
-            Some(advertised(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port())).to_string())
-        }
-        _ => Some(coordinator),
-    }
 }

@@ -25,7 +25,9 @@ use lockstep_common::dataset::{self, DatasetError};
 use lockstep_common::durable::FileError;
 use lockstep_common::http::{HttpError, Readiness, process_registry};
 use lockstep_common::ids::JobId;
-use lockstep_common::net::{Authority, Identity, NetError, Role, bind, explain, server_config};
+use lockstep_common::net::{
+    Authority, Identity, NetError, Role, bind, explain, local_addresses, server_config,
+};
 use lockstep_common::wire::{JobState, Refusal};
 use lockstep_core::{Config, Core, Ending, JobRecord, Restored};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -183,6 +185,7 @@ impl Service {
         };
         let own = Endpoint {
             coordinator: reachable(address).to_string(),
+            advertised: advertised(address).to_string(),
             http: Some(service.http),
             pid: Some(std::process::id()),
         };
@@ -194,6 +197,11 @@ impl Service {
     /// Where its QUIC endpoint is bound.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where other hosts reach its QUIC endpoint, as far as this one can tell.
+    pub fn advertised(&self) -> SocketAddr {
+        advertised(self.address)
     }
 
     /// Where its HTTP server is bound.
@@ -261,6 +269,17 @@ fn reachable(bound: SocketAddr) -> SocketAddr {
         ip => ip,
     };
     SocketAddr::new(ip, bound.port())
+}
+
+/// The address under which others may reach this host: the bound one, or that of the interface with the default route.
+fn advertised(bound: SocketAddr) -> SocketAddr {
+    /// A documentation address (RFC 5737): nothing is sent there, it only asks the routing table.
+    const ELSEWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), 9);
+    if !bound.ip().is_unspecified() {
+        return bound;
+    }
+    let loopback = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), bound.port());
+    local_addresses(ELSEWHERE, bound.port()).first().copied().unwrap_or(loopback)
 }
 
 async fn accept(endpoint: quinn::Endpoint, shared: Arc<Shared>) {

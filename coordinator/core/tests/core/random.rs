@@ -201,6 +201,7 @@ impl Cluster {
                         self.process(worker).told_to_stop = true;
                     }
                 }
+                ToWorker::Heard { .. } => panic!("acknowledging reports is the shell's business"),
                 ToWorker::Dismiss { .. } => {
                     self.cut(worker);
                     *self.process(worker) = Process::default();

@@ -74,11 +74,11 @@ fn worker_death_reported_by_a_peer_starts_the_next_generation_with_who_is_left()
     world.connect(2);
     world.find(Some(40));
     assert_eq!(world.generation(J1), Generation(2));
-    let resumes = world.inbox().into_iter().filter_map(|(_, m)| match m {
+    let mut resumes = world.inbox().into_iter().filter_map(|(_, m)| match m {
         ToWorker::Start(a) => Some(a.resume),
         _ => None,
     });
-    assert_eq!(resumes.last(), Some(Resumption::Checkpoint { step: 40 }));
+    assert_eq!(resumes.next_back(), Some(Resumption::Checkpoint { step: 40 }));
 }
 
 #[test]
