@@ -132,7 +132,9 @@ impl Agent {
         };
         let result = agent.serve(&home).await;
         agent.endpoint.close(0u32.into(), b"leaving");
-        let _ = tokio::time::timeout(Duration::from_secs(1), agent.endpoint.wait_idle()).await;
+        if !agent.orphaned {
+            let _ = tokio::time::timeout(Duration::from_secs(1), agent.endpoint.wait_idle()).await;
+        }
         result
     }
 
@@ -268,6 +270,9 @@ impl Agent {
             }
         });
         let end = loop {
+            if self.orphaned {
+                break Ok(None);
+            }
             if self.has_left() {
                 let _ = send.finish();
                 let _ = tokio::time::timeout(FAREWELL, send.stopped()).await;

@@ -211,6 +211,17 @@ enum End {
     NobodyListens,
 }
 
+impl End {
+    /// Whether the peer had sent all it had to send on this lane.
+    fn is_orderly(&self) -> bool {
+        match self {
+            Self::Finished => true,
+            Self::Lost(quinn::ConnectionError::ApplicationClosed(frame)) => frame.error_code == close::LEFT,
+            _ => false,
+        }
+    }
+}
+
 impl Inbox {
     async fn run(self, mut stream: quinn::RecvStream, ended: Arc<AtomicU32>) {
         let end = loop {
@@ -222,12 +233,13 @@ impl Inbox {
             return;
         };
         match end {
-            End::Finished if ended.fetch_add(1, Relaxed) == 1 => engine.handle_left(self.from),
+            // The other lane may still hold frames that have arrived and are not read yet.
+            end if end.is_orderly() && ended.fetch_add(1, Relaxed) == 0 => {}
+            end if end.is_orderly() => engine.handle_left(self.from),
             End::Finished | End::NobodyListens => {}
             End::Malformed(detail) => engine.handle_malformed(self.from, detail),
             End::Lost(quinn::ConnectionError::LocallyClosed) => {}
             End::Lost(quinn::ConnectionError::ApplicationClosed(frame)) => match frame.error_code {
-                close::LEFT => engine.handle_left(self.from),
                 close::ABORTED => engine.handle_farewell(self.from, Farewell::decode(&frame.reason)),
                 _ => engine.handle_lost(self.from, "its worker dropped the connection".to_owned()),
             },
