@@ -36,6 +36,7 @@ test: libtorch nextest ## Run every test, from nothing
 	@started=$$SECONDS
 	FASHION_MNIST=$$(deploy/setup/fashion-mnist.sh)
 	export FASHION_MNIST
+	deploy/setup/promtool.sh
 	# The tests in tests/ drive these programs.
 	cargo build --release --locked --bins
 	PATH="$$PATH:$${LOCKSTEP_DEPS:-$$PWD/.deps}/tools/bin" cargo nextest run --release --locked --workspace

@@ -46,6 +46,14 @@ fn another_seed_gives_other_weights() {
 }
 
 #[test]
+fn the_fast_reduction_depends_on_the_workers_so_these_tests_can_tell() {
+    let job = Job { steps: 5, ..Job::default() }.to_string();
+    let fast = job.replace("precision =", "reduction = \"fast\"\nprecision =");
+    let digests = [1, 2].map(|workers| Place::new().run(&fast, workers).digest());
+    assert_ne!(digests[0], digests[1]);
+}
+
+#[test]
 fn batch_norm_per_shard_gives_the_same_bits_on_1_2_3_and_4_workers() {
     let job = Job { batch_norm: "local", ..Job::default() };
     same_on(&[1, 2, 3, 4], Place::new, &job.to_string());
