@@ -15,7 +15,7 @@ pub(crate) struct Cli {
 #[derive(Subcommand)]
 pub(crate) enum Command {
     /// Join a cluster and work until told to leave.
-    Join(JoinArgs),
+    Join(Box<JoinArgs>),
     /// List the architectures: name, parameters, input, reference.
     Models {
         /// Print JSON for scripts.

@@ -21,7 +21,7 @@ fn main() -> ExitCode {
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
     let result = match cli::Cli::parse().command {
-        cli::Command::Join(args) => agent::join(args),
+        cli::Command::Join(args) => agent::join(*args),
         cli::Command::Models { json } => models::list(json),
     };
     match result {
