@@ -49,7 +49,8 @@ fn another_seed_gives_other_weights() {
 fn the_fast_reduction_depends_on_the_workers_so_these_tests_can_tell() {
     let job = Job { steps: 5, ..Job::default() }.to_string();
     let fast = job.replace("precision =", "reduction = \"fast\"\nprecision =");
-    let digests = [1, 2].map(|workers| Place::new().run(&fast, workers).digest());
+    // Not 2: two equal halves of the shards are whole subtrees, which both reductions add alike.
+    let digests = [1, 3].map(|workers| Place::new().run(&fast, workers).digest());
     assert_ne!(digests[0], digests[1]);
 }
 
@@ -100,18 +101,23 @@ fn every_test_sample_is_counted_once_whatever_the_workers() {
 
 #[test]
 fn network_in_network_on_the_real_fashion_mnist_gives_the_same_bits_on_1_and_2_workers() {
-    let demo = include_str!("../../jobs/fashion-nin.toml");
-    let job = demo
-        .replace("epochs = 2", "steps = 6")
-        .replace("global_batch = 128", "global_batch = 32")
-        .replace("test = \"fashion-mnist/test\"", "")
-        .replace("warmup_steps = 50", "warmup_steps = 2");
+    // The demo's settings, whatever they are, at a length that a test can wait for.
+    let mut job = include_str!("../../jobs/fashion-nin.toml").to_owned();
+    for (key, line) in [
+        ("epochs", "steps = 6"),
+        ("global_batch", "global_batch = 32"),
+        ("test", ""),
+        ("warmup_steps", "warmup_steps = 2"),
+    ] {
+        let is_key = |l: &&str| l.strip_prefix(key).is_some_and(|rest| rest.trim_start().starts_with('='));
+        let old = job.lines().find(is_key).unwrap_or_else(|| panic!("the demo has no `{key}` any more"));
+        job = job.replacen(&old.to_owned(), line, 1);
+    }
     let place = || {
         let place = Place::empty();
         place.add_dataset("fashion-mnist", &fashion_mnist());
         place
     };
     let losses = losses_of(&same_on(&[1, 2], place, &job));
-    assert_eq!(losses.len(), 6, "the settings were replaced");
     assert!(losses.iter().all(|loss| loss.is_finite()), "{losses:?}");
 }
