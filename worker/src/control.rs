@@ -110,6 +110,11 @@ impl Control {
         self.outbox.added.notify_one();
     }
 
+    /// Whether the coordinator is there, as far as this worker knows.
+    pub(crate) fn is_connected(&self) -> bool {
+        self.connection.borrow().is_some()
+    }
+
     async fn connected(&self) -> Result<Connection, NetError> {
         let mut watch = self.connection.clone();
         let connection = watch.wait_for(Option::is_some).await.ok().and_then(|c| c.clone());

@@ -336,8 +336,9 @@ impl<'a, T: Number> Session<'a, T> {
             }
             let every = self.trainer.job.checkpoint.every_steps;
             let due = every > 0 && step.is_multiple_of(every);
-            if last || done.stop || due {
-                self.store(step)?;
+            let needed = last || done.stop;
+            if needed || due {
+                self.store(step, needed)?;
             }
             if done.stop && !last {
                 self.settle()?;
@@ -376,7 +377,8 @@ impl<'a, T: Number> Session<'a, T> {
         Ok(())
     }
 
-    fn store(&mut self, step: u64) -> Result<(), TrainError> {
+    /// Begins a checkpoint. One that is not `needed` is left out while the coordinator is away.
+    fn store(&mut self, step: u64, needed: bool) -> Result<(), TrainError> {
         if !self.is_first() {
             return Ok(());
         }
@@ -402,8 +404,17 @@ impl<'a, T: Number> Session<'a, T> {
         };
         // First the steps: whoever resumes from the checkpoint does not do them again.
         self.reporter.flush();
-        if let Err(error) = self.checkpoints.finish() {
-            self.reporter.log(format!("a checkpoint could not be stored, training goes on: {error}"));
+        let ready =
+            if needed { self.checkpoints.finish().map(|()| true) } else { self.checkpoints.make_way() };
+        match ready {
+            Ok(true) => {}
+            Ok(false) => {
+                self.reporter.log(format!("no checkpoint at step {step}: the coordinator is away"));
+                return Ok(());
+            }
+            Err(error) => {
+                self.reporter.log(format!("a checkpoint could not be stored, training goes on: {error}"));
+            }
         }
         self.checkpoints.begin(&self.trainer.replica, &self.trainer.plan, info)
     }

@@ -14,7 +14,7 @@ use lockstep_nn::bytes::RawTensor;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tch::Tensor;
 
 /// Writes one checkpoint at a time in the background.
@@ -65,6 +65,20 @@ impl Checkpointer {
         let thread = std::thread::Builder::new().name("checkpoint".to_owned()).spawn(write);
         self.writing = Some(thread.map_err(|e| TrainError::Fatal(format!("cannot start a thread: {e}")))?);
         Ok(())
+    }
+
+    /// Waits for the checkpoint in progress, if any, for as long as the coordinator is there; whether it has ended.
+    /// Training must not stand still because nobody takes its checkpoints.
+    pub(crate) fn make_way(&mut self) -> Result<bool, TrainError> {
+        /// Far below a step, far above the cost of a look.
+        const LOOK: Duration = Duration::from_millis(2);
+        while self.writing.as_ref().is_some_and(|w| !w.is_finished()) {
+            if !self.control.is_connected() {
+                return Ok(false);
+            }
+            std::thread::sleep(LOOK);
+        }
+        self.finish().map(|()| true)
     }
 
     /// Waits until the last checkpoint is durable.
