@@ -2,6 +2,7 @@
 
 use crate::cli::{DeviceArg, JoinArgs};
 use crate::control::{self, ControlFeed};
+use crate::data::source;
 use crate::identity::{self, Home};
 use crate::mesh::Mesh;
 use crate::metrics::Metrics;
@@ -12,7 +13,7 @@ use lockstep_common::net::{
     Exchange, Identity, NetError, Role, bind, client_config, connect, local_addresses, resolve, server_config,
 };
 use lockstep_common::wire::{
-    FrameError, FromWorker, Register, Request, Response, StopMode, ToWorker, read_frame, write_frame,
+    FrameError, FromWorker, Outcome, Register, Request, Response, StopMode, ToWorker, read_frame, write_frame,
 };
 use quinn::{Connection, Endpoint};
 use std::net::SocketAddr;
@@ -24,6 +25,9 @@ use tokio::sync::mpsc;
 
 /// Pauses between attempts to reach a coordinator that is away.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(500);
+
+/// How long a leaving worker waits for a coordinator that is away to take its checkpoint.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long a leaving worker tries to hand in its last reports.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -101,14 +105,13 @@ impl Agent {
         let threads = args
             .threads
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get() as u32));
+        let shards = source::cache(home.path(), args.cache_bytes, &args.datasets, control.clone())?;
         let environment = Environment {
             control,
             metrics,
             mesh: Mesh::listen(endpoint.clone(), client_config(&identity)?),
             runtime,
-            home: home.path().to_owned(),
-            datasets: args.datasets.clone(),
-            cache_bytes: args.cache_bytes,
+            shards,
             device: args.device,
             threads: threads.max(1) as usize,
         };
@@ -170,7 +173,7 @@ impl Agent {
                         bail!("dismissed by the coordinator: {reason}");
                     }
                 }
-                Some(Err(NetError::Refused(message))) => {
+                Some(Err(NetError::Refused { reason, message })) if reason == "unknown_worker" => {
                     identity::forget(home);
                     bail!("{message}");
                 }
@@ -178,6 +181,10 @@ impl Agent {
                 Some(Err(error)) => tracing::debug!("{error}"),
             }
             if self.has_left() {
+                return Ok(());
+            }
+            if self.leaving.is_some_and(|since| since.elapsed() > PATIENCE) {
+                tracing::warn!("the coordinator is away: left without a checkpoint of the last steps");
                 return Ok(());
             }
             if !away && self.leaving.is_none() {
@@ -201,9 +208,10 @@ impl Agent {
                 match departure {
                     Departure::Signal(name) => {
                         tracing::info!("{name}: leaving after the step in progress");
-                        match &self.current {
-                            Some(session) => session.stop(StopMode::Checkpoint),
-                            None => self.environment.control.tell(FromWorker::Leaving),
+                        // At once, so that nothing new is assigned here and nobody takes the end for a failure.
+                        self.environment.control.tell(FromWorker::Leaving);
+                        if let Some(session) = &self.current {
+                            session.stop(StopMode::Checkpoint);
                         }
                     }
                     Departure::ParentGone => {
@@ -217,7 +225,6 @@ impl Agent {
             Event::SessionEnded => {
                 self.current = None;
                 self.leaving = Some(Instant::now());
-                self.environment.control.tell(FromWorker::Leaving);
             }
         }
     }
@@ -302,10 +309,17 @@ impl Agent {
     fn obey(&mut self, message: ToWorker) {
         match message {
             ToWorker::Start(assignment) => {
-                if let Some(previous) = self.current.take() {
+                if self.leaving.is_some() {
+                    let (job, generation) = (assignment.job, assignment.generation);
+                    let outcome = Outcome::Stopped { step: 0 };
+                    self.environment.control.tell(FromWorker::Ended { job, generation, outcome });
+                    return;
+                }
+                let previous = self.current.take();
+                if let Some(previous) = &previous {
                     previous.abort("a newer generation has begun");
                 }
-                self.current = Some(session::start(self.environment.clone(), *assignment));
+                self.current = Some(session::start(self.environment.clone(), *assignment, previous));
             }
             ToWorker::Stop { job, generation, mode } => match &self.current {
                 Some(session) if session.is(job, generation) => session.stop(mode),

@@ -118,7 +118,7 @@ impl Control {
     async fn connected(&self) -> Result<Connection, NetError> {
         let mut watch = self.connection.clone();
         let connection = watch.wait_for(Option::is_some).await.ok().and_then(|c| c.clone());
-        connection.ok_or_else(|| NetError::Refused("this worker is leaving".to_owned()))
+        connection.ok_or_else(|| leaving())
     }
 
     /// Runs `exchange` against the coordinator, again on a new connection each time the old one breaks.
@@ -138,7 +138,7 @@ impl Control {
                         let old = connection.stable_id();
                         let changed =
                             watch.wait_for(|c| c.as_ref().is_none_or(|c| c.stable_id() != old)).await;
-                        changed.map_err(|_| NetError::Refused("this worker is leaving".to_owned()))?;
+                        changed.map_err(|_| leaving())?;
                     }
                     result => return result,
                 }
@@ -203,6 +203,10 @@ impl Control {
     }
 }
 
+fn leaving() -> NetError {
+    NetError::Refused { reason: "leaving".to_owned(), message: "this worker is leaving".to_owned() }
+}
+
 async fn fetch(connection: Connection, request: Request) -> Result<Vec<(String, Vec<u8>)>, NetError> {
     let mut exchange = Exchange::open(&connection, &request).await?;
     let _ = exchange.send.finish();
@@ -210,7 +214,7 @@ async fn fetch(connection: Connection, request: Request) -> Result<Vec<(String, 
     let mut files = Vec::with_capacity(heads.len());
     for head in heads {
         if head.bytes > MAX_FILE_BYTES {
-            return Err(NetError::Refused(format!("`{}` is announced with {} bytes", head.name, head.bytes)));
+            return Err(NetError::UnexpectedAnswer);
         }
         let mut bytes = Vec::new();
         let mut part = tokio::io::AsyncReadExt::take(&mut exchange.recv, head.bytes);
@@ -245,7 +249,7 @@ async fn store(
     match exchange.answer().await {
         Ok(Response::Done) => Ok(()),
         Ok(_) => Err(NetError::UnexpectedAnswer),
-        Err(refused @ NetError::Refused(_)) => Err(refused),
+        Err(refused @ NetError::Refused { .. }) => Err(refused),
         Err(other) => match sent {
             Ok(()) => Err(other),
             Err(e) => Err(lockstep_common::wire::FrameError::Io(e.into()).into()),

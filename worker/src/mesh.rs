@@ -1,13 +1,17 @@
 //! Connections between workers: accepting them, and forming a generation's group.
 
-use lockstep_collectives::quic::{Lobby, MeshConfig, Peer, transport_config};
+use lockstep_collectives::quic::{Lobby, MeshConfig, Peer, transport_config, verify_by_certificate};
 use lockstep_collectives::{CollectiveError, Group};
 use lockstep_common::job::JobSpec;
-use lockstep_common::net::{Role, explain, peer_role};
+use lockstep_common::net::{Role, explain};
 use lockstep_common::wire::Assignment;
-use quinn::{ClientConfig, Connection, Endpoint};
+use quinn::{ClientConfig, Endpoint};
 use std::sync::Arc;
 use std::time::Duration;
+
+/// How long other ranks may prepare (fetch a checkpoint and their first samples) before they connect. A rank that
+/// dies meanwhile is noticed by the coordinator, which then ends the wait.
+const PREPARATION: Duration = Duration::from_secs(900);
 
 #[derive(Clone)]
 pub(crate) struct Mesh {
@@ -70,11 +74,12 @@ impl Mesh {
             placement,
             reduction: job.reduction,
             timeout: Duration::from_secs_f64(job.collective.timeout_s),
+            connect_timeout: PREPARATION,
             incoming,
-            verify_peer: Arc::new(|connection: &Connection, worker| {
-                peer_role(connection) == Some(Role::Worker(worker))
-            }),
+            verify_peer: verify_by_certificate(),
         };
-        Group::connect(config).await
+        let group = Group::connect(config).await;
+        self.lobby.forget(assignment.job);
+        group
     }
 }

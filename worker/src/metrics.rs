@@ -130,10 +130,13 @@ impl Metrics {
         self.0.stale_frames.inc_by(now.stale_frames.saturating_sub(before.stale_frames));
     }
 
-    /// What the shard cache has seen since the last call.
+    /// What the shard cache has seen since this worker started.
     pub(crate) fn shards(&self, hash_failures: u64, fetches: u64) {
-        self.0.shard_hash_failures.inc_by(hash_failures);
-        self.0.shard_fetches.inc_by(fetches);
+        for (counter, total) in
+            [(&self.0.shard_hash_failures, hash_failures), (&self.0.shard_fetches, fetches)]
+        {
+            counter.inc_by(total.saturating_sub(counter.get()));
+        }
     }
 
     /// A checkpoint is durable.

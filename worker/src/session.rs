@@ -14,6 +14,7 @@ use crate::train::clock::timed;
 use crate::train::device::device;
 use crate::train::error::TrainError;
 use crate::train::evaluate::evaluate;
+use crate::train::replica::Replica;
 use crate::train::trainer::Trainer;
 use crate::train::{Number, picture};
 use lockstep_collectives::{CollectiveError, Group};
@@ -25,12 +26,12 @@ use lockstep_common::sampler::Sampler;
 use lockstep_common::wire::{Assignment, FromWorker, Outcome, Resumption, Running, StopMode};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::runtime::Handle;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 /// How long a finished rank waits for what it has sent to arrive.
 const CLOSE: Duration = Duration::from_secs(5);
@@ -42,9 +43,7 @@ pub(crate) struct Environment {
     pub(crate) metrics: Metrics,
     pub(crate) mesh: Mesh,
     pub(crate) runtime: Handle,
-    pub(crate) home: PathBuf,
-    pub(crate) datasets: Vec<PathBuf>,
-    pub(crate) cache_bytes: u64,
+    pub(crate) shards: Arc<ShardCache>,
     pub(crate) device: DeviceArg,
     pub(crate) threads: usize,
 }
@@ -53,6 +52,8 @@ pub(crate) struct Environment {
 struct Shared {
     stop: AtomicBool,
     aborted: AtomicBool,
+    /// Wakes a session that is still connecting when it is told to leave at once.
+    abort: Notify,
     step: AtomicU64,
     /// The group to wake when the session is told to leave at once.
     group: Mutex<Option<Group>>,
@@ -94,6 +95,7 @@ impl SessionHandle {
     /// Leaves at once.
     pub(crate) fn abort(&self, reason: &str) {
         self.shared.aborted.store(true, Ordering::Relaxed);
+        self.shared.abort.notify_one();
         if let Some(group) = &*self.shared.group.lock() {
             group.abort(CollectiveError::Aborted(reason.to_owned()));
         }
@@ -106,11 +108,16 @@ impl SessionHandle {
     }
 }
 
-/// Starts the session for `assignment`.
-pub(crate) fn start(environment: Environment, assignment: Assignment) -> SessionHandle {
+/// Starts the session for `assignment`, once the `previous` one, which must have been aborted, has ended.
+pub(crate) fn start(
+    environment: Environment,
+    assignment: Assignment,
+    previous: Option<SessionHandle>,
+) -> SessionHandle {
     let shared = Arc::new(Shared {
         stop: AtomicBool::new(false),
         aborted: AtomicBool::new(false),
+        abort: Notify::new(),
         step: AtomicU64::new(0),
         group: Mutex::new(None),
     });
@@ -120,6 +127,10 @@ pub(crate) fn start(environment: Environment, assignment: Assignment) -> Session
     let control = environment.control.clone();
     let metrics = environment.metrics.clone();
     let work = move || {
+        if let Some(previous) = previous {
+            // Two sessions at a time would need twice the memory.
+            environment.runtime.block_on(previous.ended());
+        }
         metrics.membership(generation.0, assignment.peers.len() as u32);
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             run(&environment, &assignment, &shared)
@@ -127,7 +138,10 @@ pub(crate) fn start(environment: Environment, assignment: Assignment) -> Session
         let step = shared.step.load(Ordering::Relaxed);
         let outcome = match result {
             Ok(Ok(outcome)) => outcome,
-            Ok(Err(_)) if shared.aborted.load(Ordering::Relaxed) => TrainError::Aborted.outcome(step),
+            // Only what the abort itself brought about; an error that came first is the one to tell.
+            Ok(Err(TrainError::Collective(_))) if shared.aborted.load(Ordering::Relaxed) => {
+                TrainError::Aborted.outcome(step)
+            }
             Ok(Err(error)) => error.outcome(step),
             Err(_) => Outcome::Failed {
                 error: "internal error: the training thread panicked; see the worker's log".to_owned(),
@@ -173,21 +187,31 @@ fn run_typed<T: Number>(
     job: JobSpec,
     shared: &Arc<Shared>,
 ) -> Result<Outcome, TrainError> {
-    let group = environment.runtime.block_on(environment.mesh.group(assignment, &job))?;
+    // All that may take long comes before the ranks connect: from then on they wait for each other.
+    let prepared = Prepared::<T>::new(environment, assignment, &job, shared)?;
+    let group = environment.runtime.block_on(async {
+        tokio::select! {
+            group = environment.mesh.group(assignment, &job) => group.map_err(TrainError::from),
+            () = shared.abort.notified() => Err(TrainError::Aborted),
+        }
+    })?;
     *shared.group.lock() = Some(group.clone());
     if shared.aborted.load(Ordering::Relaxed) {
         return Err(TrainError::Aborted);
     }
-    let mut session = Session::<T>::prepare(environment, assignment, job, shared.clone(), group)?;
-    let outcome = session.train();
-    session.count_shards();
-    if let Err(error) = &outcome {
-        session.trainer.abort(match error {
+    let result = Session::begin(environment, assignment, job, shared.clone(), group.clone(), prepared)
+        .and_then(|mut session| {
+            let outcome = session.train();
+            session.count_shards();
+            outcome
+        });
+    if let Err(error) = &result {
+        group.abort(match error {
             TrainError::Collective(cause) => cause.clone(),
             other => CollectiveError::Aborted(other.to_string()),
         });
     }
-    outcome
+    result
 }
 
 /// A label beyond the network's last logit would only fail deep inside libtorch.
@@ -216,33 +240,36 @@ struct Session<'a, T> {
     total_steps: u64,
     loader: Loader,
     test: Option<Arc<Decoder<T>>>,
-    cache: Arc<ShardCache>,
-    /// The cache's hash failures and fetches that are in the metrics.
-    counted: (u64, u64),
     checkpoints: Checkpointer,
+    /// Pictures on their way to the coordinator.
+    pictures: Vec<JoinHandle<()>>,
     reporter: Reporter,
     metrics: BTreeMap<String, f64>,
 }
 
-impl<'a, T: Number> Session<'a, T> {
-    fn prepare(
-        environment: &'a Environment,
-        assignment: &'a Assignment,
-        job: JobSpec,
-        shared: Arc<Shared>,
-        group: Group,
+/// What a rank has ready before it connects to the others.
+struct Prepared<T> {
+    plan: Arc<TaskPlan>,
+    replica: Replica,
+    timetable: Timetable,
+    total_steps: u64,
+    loader: Loader,
+    test: Option<Arc<Decoder<T>>>,
+    metrics: BTreeMap<String, f64>,
+}
+
+impl<T: Number> Prepared<T> {
+    /// Opens the data, restores the checkpoint, loads the first samples.
+    fn new(
+        environment: &Environment,
+        assignment: &Assignment,
+        job: &JobSpec,
+        shared: &Shared,
     ) -> Result<Self, TrainError> {
-        let fatal = |e: &dyn std::fmt::Display| TrainError::Fatal(e.to_string());
-        let control = &environment.control;
-        let device = device(environment.device);
-        let cache = source::cache(
-            &environment.home,
-            environment.cache_bytes,
-            &environment.datasets,
-            control.clone(),
-        )?;
-        let open = |name: &str| source::open(name, &assignment.datasets, &cache, control);
+        let (control, device) = (&environment.control, device(environment.device));
+        let open = |name: &str| source::open(name, &assignment.datasets, &environment.shards, control);
         let train = open(&job.data.train)?;
+        check_classes(job, &train)?;
         let statistics = (train.manifest().mean.clone(), train.manifest().std.clone());
         let decoder = |reader, augments| {
             let statistics = (statistics.0.as_slice(), statistics.1.as_slice());
@@ -252,27 +279,42 @@ impl<'a, T: Number> Session<'a, T> {
             Some(name) => Some(Arc::new(decoder(open(name)?, Vec::new())?)),
             None => None,
         };
-        check_classes(&job, &train)?;
+        let plan = Arc::new(TaskPlan::new(job));
         let sampler =
             Sampler::new(job.seed, train.len(), u64::from(job.global_batch), job.logical_shards, true);
-        let plan = Arc::new(TaskPlan::new(&job));
         let timetable = Timetable {
-            sampler: Arc::new(sampler.map_err(|e| fatal(&e))?),
+            sampler: Arc::new(sampler.map_err(|e| TrainError::Fatal(e.to_string()))?),
             per_step: plan.minibatches as u64,
         };
         let total_steps = job.total_steps(timetable.steps_per_epoch());
-        let train = decoder(train, job.data.augment.clone())?;
 
-        let shards = group.placement().range(group.rank());
-        let mut trainer = Trainer::<T>::new(job, plan.clone(), group, device, environment.threads)?;
+        let mut replica = Replica::new(&plan, T::KIND, device)?;
         let mut metrics = BTreeMap::new();
         if let Resumption::Checkpoint { step } = assignment.resume {
             let (job, generation) = (assignment.job, assignment.generation);
-            let manifest = checkpoint::restore(control, job, generation, step, &plan, &mut trainer.replica)?;
+            let manifest = checkpoint::restore(control, job, generation, step, &plan, &mut replica)?;
             metrics = manifest.info.metrics;
         }
-        let loader = Loader::start(train, timetable.clone(), shards, trainer.replica.step..total_steps)?;
-        shared.step.store(trainer.replica.step, Ordering::Relaxed);
+        shared.step.store(replica.step, Ordering::Relaxed);
+        let train = decoder(train, job.data.augment.clone())?;
+        let shards = assignment.placement.range(assignment.rank);
+        let loader = Loader::start(train, timetable.clone(), shards, replica.step..total_steps)?;
+        loader.warm_up(&shared.aborted)?;
+        Ok(Self { plan, replica, timetable, total_steps, loader, test, metrics })
+    }
+}
+
+impl<'a, T: Number> Session<'a, T> {
+    fn begin(
+        environment: &'a Environment,
+        assignment: &'a Assignment,
+        job: JobSpec,
+        shared: Arc<Shared>,
+        group: Group,
+        prepared: Prepared<T>,
+    ) -> Result<Self, TrainError> {
+        let Prepared { plan, replica, timetable, total_steps, loader, test, metrics } = prepared;
+        let control = &environment.control;
         let observed = environment.metrics.clone();
         let checkpoints = Checkpointer::new(
             control.clone(),
@@ -280,29 +322,26 @@ impl<'a, T: Number> Session<'a, T> {
             assignment.generation,
             Arc::new(move |seconds| observed.checkpoint(seconds)),
         );
-        let reporter = Reporter::new(control.clone(), assignment, total_steps);
         Ok(Self {
             environment,
             assignment,
             shared,
-            trainer,
+            trainer: Trainer::<T>::new(job, plan, group, replica, environment.threads)?,
             timetable,
             total_steps,
             loader,
             test,
-            cache,
-            counted: (0, 0),
             checkpoints,
-            reporter,
+            pictures: Vec::new(),
+            reporter: Reporter::new(control.clone(), assignment, total_steps),
             metrics,
         })
     }
 
-    /// Brings the metrics up to date with the cache, which lives as long as this session.
-    fn count_shards(&mut self) {
-        let now = (self.cache.hash_failures(), self.cache.fetches());
-        self.environment.metrics.shards(now.0 - self.counted.0, now.1 - self.counted.1);
-        self.counted = now;
+    /// Brings the metrics up to date with the cache.
+    fn count_shards(&self) {
+        let cache = &self.environment.shards;
+        self.environment.metrics.shards(cache.hash_failures(), cache.fetches());
     }
 
     fn is_first(&self) -> bool {
@@ -312,10 +351,11 @@ impl<'a, T: Number> Session<'a, T> {
     fn train(&mut self) -> Result<Outcome, TrainError> {
         let per_epoch = self.timetable.steps_per_epoch();
         let (mut images, mut seconds) = (0u64, 0f64);
+        let mut digest = None;
         while self.trainer.replica.step < self.total_steps {
             let start = Instant::now();
             let mut data = 0.0;
-            let batches = timed(&mut data, || self.loader.next())?;
+            let batches = timed(&mut data, || self.loader.next(&self.shared.aborted))?;
             let (samples, epoch) = (batches.samples, batches.epoch + 1);
             let before = self.trainer.group.stats();
             let ask_stop = self.shared.stop.load(Ordering::Relaxed);
@@ -331,24 +371,32 @@ impl<'a, T: Number> Session<'a, T> {
             self.reporter.step(step, epoch, samples, wall, done.figures);
 
             let last = step == self.total_steps;
-            if last || step.is_multiple_of(per_epoch) {
-                self.end_of_epoch(step, epoch)?;
-            }
+            let epoch_ends = last || step.is_multiple_of(per_epoch);
             let every = self.trainer.job.checkpoint.every_steps;
             let due = every > 0 && step.is_multiple_of(every);
             let needed = last || done.stop;
+            if epoch_ends {
+                self.end_of_epoch(step, epoch)?;
+            }
+            if epoch_ends || needed || due {
+                // Before a checkpoint hands the state on, and before rank 0 turns to the coordinator while the
+                // others wait.
+                digest = Some(self.trainer.compare_replicas()?);
+            }
             if needed || due {
                 self.store(step, needed)?;
             }
             if done.stop && !last {
-                self.settle()?;
+                if let Err(error) = self.settle() {
+                    self.reporter.log(format!("stopped without a checkpoint of step {step}: {error}"));
+                }
                 self.leave();
                 return Ok(Outcome::Stopped { step });
             }
         }
         let step = self.trainer.replica.step;
+        let weights_digest = digest.map_or_else(|| self.trainer.compare_replicas(), Ok)?;
         self.settle()?;
-        let weights_digest = self.trainer.compare_replicas()?;
         if seconds > 0.0 {
             self.metrics.insert("images_per_second".to_owned(), images as f64 / seconds);
         }
@@ -357,7 +405,7 @@ impl<'a, T: Number> Session<'a, T> {
         Ok(Outcome::Finished { weights_digest, step, epoch, metrics: self.metrics.clone() })
     }
 
-    /// Evaluates, compares the replicas and leaves a picture where the task has one.
+    /// Evaluates, and leaves a picture where the task has one.
     fn end_of_epoch(&mut self, step: u64, epoch: u64) -> Result<(), TrainError> {
         if let Some(test) = &self.test
             && !self.trainer.plan.evaluation.is_empty()
@@ -366,18 +414,35 @@ impl<'a, T: Number> Session<'a, T> {
             self.reporter.metrics(step, epoch, figures.clone());
             self.metrics.extend(figures);
         }
-        if self.is_first() && self.trainer.job.task == Task::Gan {
-            let name = format!("samples-epoch-{epoch:04}.png");
-            if let Some(png) = picture::png(&self.trainer)? {
-                let (job, generation) = (self.assignment.job, self.assignment.generation);
-                self.environment.control.store_artifact(job, generation, &name, png)?;
-                self.reporter.log(format!("epoch {epoch}: sample grid in {name}"));
-            }
+        if self.is_first()
+            && self.trainer.job.task == Task::Gan
+            && let Some(png) = picture::png(&self.trainer)?
+        {
+            self.send_picture(epoch, png)?;
         }
         Ok(())
     }
 
-    /// Begins a checkpoint. One that is not `needed` is left out while the coordinator is away.
+    /// Sends a picture in the background: training waits for no picture, and fails for none.
+    fn send_picture(&mut self, epoch: u64, png: Vec<u8>) -> Result<(), TrainError> {
+        let (job, generation) = (self.assignment.job, self.assignment.generation);
+        let control = self.environment.control.clone();
+        let send = move || {
+            let name = format!("samples-epoch-{epoch:04}.png");
+            let line = match control.store_artifact(job, generation, &name, png) {
+                Ok(()) => format!("epoch {epoch}: sample grid in {name}"),
+                Err(error) => format!("epoch {epoch}: the sample grid could not be stored: {error}"),
+            };
+            control.tell(FromWorker::Log { job, generation, line });
+        };
+        let thread = std::thread::Builder::new().name("picture".to_owned()).spawn(send);
+        let thread = thread.map_err(|e| TrainError::Fatal(format!("cannot start a thread: {e}")))?;
+        self.pictures.retain(|p| !p.is_finished());
+        self.pictures.push(thread);
+        Ok(())
+    }
+
+    /// Begins a checkpoint. One that is not `needed` is left out while the one before is on its way.
     fn store(&mut self, step: u64, needed: bool) -> Result<(), TrainError> {
         if !self.is_first() {
             return Ok(());
@@ -385,6 +450,7 @@ impl<'a, T: Number> Session<'a, T> {
         let job = &self.trainer.job;
         let (epoch, step_in_epoch) = self.timetable.position(step);
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let names = self.trainer.plan.networks.iter().map(|n| n.name.to_owned());
         let info = CheckpointInfo {
             job_id: self.assignment.job,
             job_name: job.name.clone(),
@@ -397,7 +463,7 @@ impl<'a, T: Number> Session<'a, T> {
             step,
             epoch,
             step_in_epoch,
-            phase_updates: BTreeMap::new(),
+            phase_updates: names.zip(self.trainer.replica.updates().iter().copied()).collect(),
             generation: self.assignment.generation,
             metrics: self.metrics.clone(),
             created_unix_s: now.as_secs(),
@@ -409,7 +475,8 @@ impl<'a, T: Number> Session<'a, T> {
         match ready {
             Ok(true) => {}
             Ok(false) => {
-                self.reporter.log(format!("no checkpoint at step {step}: the coordinator is away"));
+                self.reporter
+                    .log(format!("no checkpoint at step {step}: the one before is still on its way"));
                 return Ok(());
             }
             Err(error) => {
@@ -422,6 +489,10 @@ impl<'a, T: Number> Session<'a, T> {
     /// Waits for the last checkpoint, reports what is left to report.
     fn settle(&mut self) -> Result<(), TrainError> {
         self.reporter.flush();
+        for picture in self.pictures.drain(..) {
+            // Its own thread has reported what went wrong, but for a panic, which concerns no step.
+            let _ = picture.join();
+        }
         self.checkpoints.finish()
     }
 

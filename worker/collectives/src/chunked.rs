@@ -152,16 +152,17 @@ impl<T: Element> Chunked<T> {
         let mut result = engine.pool().take(range.len() * size_of::<T>());
         self.combine(&nodes, &range, result.elements_mut());
         drop(nodes);
-        let output = {
-            let mut state = self.state.lock();
-            state.output[range.clone()].copy_from_slice(result.elements());
-            state.own_left -= 1;
-            state.take_output()
-        };
+        self.state.lock().output[range.clone()].copy_from_slice(result.elements());
         let result = result.freeze();
         for to in engine.others() {
             engine.send(to, Lane::Bulk, self.part(Stage::Result, &range), vec![result.clone()]);
         }
+        // Counted only now: whoever sees the result may leave, and what is not queued by then is never sent.
+        let output = {
+            let mut state = self.state.lock();
+            state.own_left -= 1;
+            state.take_output()
+        };
         Ok(self.publish(output))
     }
 

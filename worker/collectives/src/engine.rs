@@ -273,13 +273,15 @@ impl Engine {
             }
             early
         };
-        self.advance(tag, collective.launch(self));
         if !early.is_empty() {
             self.early_space.notify_waiters();
         }
+        // Before this rank's own part goes out: a peer that has it may be done and leave, and must by then not be
+        // missed here for what it has already sent.
         for (header, payload) in early {
             self.advance(tag, collective.handle_frame(self, &header, payload));
         }
+        self.advance(tag, collective.launch(self));
         let gone = {
             let state = self.state.lock();
             let mut gone = (0..self.world).map(Rank).filter(|r| state.peers[r.index()].left);

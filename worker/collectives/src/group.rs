@@ -86,8 +86,13 @@ impl Group {
         timeout: Duration,
         transport: Option<Box<dyn Transport>>,
     ) -> Self {
-        let plan = Arc::new(crate::tree::Plan::new(&placement, rank, reduction));
         let engine = Engine::new(rank, placement.world_size(), generation, timeout, transport);
+        Self::over(engine, placement, reduction)
+    }
+
+    /// The group that `engine` serves.
+    pub(crate) fn over(engine: Arc<Engine>, placement: Placement, reduction: Reduction) -> Self {
+        let plan = Arc::new(crate::tree::Plan::new(&placement, engine.rank(), reduction));
         Self { engine, shape: Arc::new(Shape { placement, plan }) }
     }
 

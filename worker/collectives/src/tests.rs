@@ -1,11 +1,15 @@
 //! Faults at the engine's own door: what a transport may bring that no honest rank sends.
 
 use crate::buffer::Pool;
+use crate::engine::Engine;
 use crate::frame::{Header, Stage};
+use crate::transport::{Farewell, Frame, Lane, Transport};
 use crate::{CollectiveError, Group, Pending, ReduceOp, Tag, TagKind};
+use crossbeam_channel::Receiver;
 use lockstep_common::ids::{Generation, Rank};
 use lockstep_common::job::Reduction;
 use lockstep_common::placement::Placement;
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -55,6 +59,35 @@ fn an_honest_frame_completes_before_and_after_the_start() {
         }
         assert_eq!(*pending.wait().unwrap(), [1.0, 2.0]);
     }
+}
+
+/// A peer that has sent its part already: it is done, and leaves, as soon as it gets ours.
+struct LeavesOnceServed(Arc<OnceLock<Weak<Engine>>>);
+
+impl Transport for LeavesOnceServed {
+    fn send(&self, to: Rank, _: Lane, _: Frame) {
+        if let Some(engine) = self.0.get().and_then(Weak::upgrade) {
+            engine.handle_left(to);
+        }
+    }
+
+    fn abort(&self, _: &Farewell) {}
+
+    fn leave(&self) -> Receiver<()> {
+        crossbeam_channel::never()
+    }
+}
+
+#[test]
+fn a_peer_may_leave_as_soon_as_it_has_our_part() {
+    let handle = Arc::new(OnceLock::new());
+    let engine =
+        Engine::new(Rank(0), 2, Generation(0), TIMEOUT, Some(Box::new(LeavesOnceServed(handle.clone()))));
+    handle.set(Arc::downgrade(&engine)).unwrap();
+    let placement = Placement::even(2, 2);
+    let group = Group::over(engine, placement, Reduction::Exact);
+    deliver(&group, honest());
+    assert_eq!(*start(&group).wait().unwrap(), [1.0, 2.0]);
 }
 
 #[test]

@@ -4,14 +4,19 @@ use super::batch::Decoder;
 use crate::train::Number;
 use crate::train::error::TrainError;
 use crate::train::phase::ShardBatch;
-use crossbeam_channel::{Receiver, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Select, bounded};
 use lockstep_common::ids::LogicalShard;
 use lockstep_common::sampler::Sampler;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// Steps that are ready before they are needed.
 const AHEAD: usize = 3;
+
+/// How often a wait for data looks whether it is still wanted.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// What a worker's shards see in one step.
 pub(crate) struct StepBatches {
@@ -71,11 +76,33 @@ impl Loader {
         Ok(Self { steps: receiver })
     }
 
+    /// Waits until the first step's batches are ready, or there are none to come.
+    pub(crate) fn warm_up(&self, aborted: &AtomicBool) -> Result<(), TrainError> {
+        let mut ready = Select::new();
+        ready.recv(&self.steps);
+        while ready.ready_timeout(LOOK).is_err() {
+            if aborted.load(Ordering::Relaxed) {
+                return Err(TrainError::Aborted);
+            }
+        }
+        Ok(())
+    }
+
     /// The next step's batches.
-    pub(crate) fn next(&self) -> Result<StepBatches, TrainError> {
-        self.steps.recv().unwrap_or_else(|_| {
-            Err(TrainError::Fatal("the loader ended early; see the worker's log".to_owned()))
-        })
+    pub(crate) fn next(&self, aborted: &AtomicBool) -> Result<StepBatches, TrainError> {
+        loop {
+            match self.steps.recv_timeout(LOOK) {
+                Ok(batches) => return batches,
+                Err(RecvTimeoutError::Timeout) if aborted.load(Ordering::Relaxed) => {
+                    return Err(TrainError::Aborted);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    let what = "the loader ended early; see the worker's log";
+                    return Err(TrainError::Fatal(what.to_owned()));
+                }
+            }
+        }
     }
 }
 

@@ -67,13 +67,15 @@ impl Checkpointer {
         Ok(())
     }
 
-    /// Waits for the checkpoint in progress, if any, for as long as the coordinator is there; whether it has ended.
-    /// Training must not stand still because nobody takes its checkpoints.
+    /// Waits a moment for the checkpoint in progress, if there is one; whether it has ended. The other ranks wait
+    /// meanwhile, so training must not stand still because nobody takes a checkpoint, or takes it slowly.
     pub(crate) fn make_way(&mut self) -> Result<bool, TrainError> {
-        /// Far below a step, far above the cost of a look.
+        /// Far below the time-out of a collective.
+        const MOMENT: Duration = Duration::from_millis(300);
         const LOOK: Duration = Duration::from_millis(2);
+        let start = Instant::now();
         while self.writing.as_ref().is_some_and(|w| !w.is_finished()) {
-            if !self.control.is_connected() {
+            if !self.control.is_connected() || start.elapsed() > MOMENT {
                 return Ok(false);
             }
             std::thread::sleep(LOOK);

@@ -55,6 +55,10 @@ impl TrainError {
                 let culprit: Option<Rank> = error.culprit();
                 Outcome::Lost { error: error.to_string(), culprit }
             }
+            // A refusal is the coordinator's last word; anything else is the connection's fault.
+            Self::Coordinator(error) if !matches!(error, NetError::Refused { .. }) => {
+                Outcome::Lost { error: error.to_string(), culprit: None }
+            }
             other => Outcome::Failed { error: other.to_string() },
         }
     }

@@ -8,12 +8,14 @@ use super::phase::{PhasePlan, ShardBatch};
 use super::rendezvous::{PhaseSync, Rendezvous};
 use crate::tasks::LaneTask;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use lockstep_collectives::CollectiveError;
 use lockstep_common::ids::LogicalShard;
 use lockstep_nn::NnError;
 use lockstep_nn::forward::{BatchNormSync, BnRecord, Forward};
 use lockstep_nn::shim::{GradientHook, backward, on_gradient};
 use lockstep_nn::vars::Vars;
 use parking_lot::Mutex;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -135,7 +137,17 @@ impl<T: Number> Lane<T> {
         if let Some(jobs) = &self.jobs {
             // A lane that is gone drops the sender, which `Owed::wait` reports.
             let _ = jobs.send(Box::new(move |state| {
-                let _ = answer.send(job(state));
+                let result = catch_unwind(AssertUnwindSafe(|| job(state))).unwrap_or_else(|payload| {
+                    let text = payload.downcast_ref::<String>().map(String::as_str);
+                    let text =
+                        text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("no message");
+                    Err(TrainError::Fatal(format!("internal error: a training thread panicked: {text}")))
+                });
+                if let Err(error) = &result {
+                    // The other lanes may be waiting for this one.
+                    state.rendezvous.fail(CollectiveError::Aborted(error.to_string()));
+                }
+                let _ = answer.send(result);
             }));
         }
         Owed(owed)
@@ -146,10 +158,6 @@ impl<T: Number> Lane<T> {
         self.submit(move |state| {
             let done = state.run(work);
             *state.sink.lock() = None;
-            if let Err(error) = &done {
-                // The other lanes may be waiting for this one.
-                state.rendezvous.fail(lockstep_collectives::CollectiveError::Aborted(error.to_string()));
-            }
             done
         })
     }
@@ -160,10 +168,8 @@ impl<T: Number> Lane<T> {
         work: impl FnOnce(&mut dyn LaneTask) -> Result<R, TrainError> + Send + 'static,
     ) -> Owed<R> {
         self.submit(move |state| {
-            state.permits.acquire();
-            let result = tch::no_grad(|| work(state.task.as_mut()));
-            state.permits.release();
-            result
+            let permits = state.permits.clone();
+            permits.with(|| tch::no_grad(|| work(state.task.as_mut())))
         })
     }
 }
@@ -181,10 +187,8 @@ impl<T> Drop for Lane<T> {
 impl<T: Number> LaneState<T> {
     fn run(&mut self, work: PhaseWork<T>) -> Result<PhaseDone, TrainError> {
         *self.sink.lock() = Some(Sink { learns: work.plan.learns, buckets: work.buckets.clone() });
-        self.permits.acquire();
-        let done = self.compute(&work);
-        self.permits.release();
-        done
+        let permits = self.permits.clone();
+        permits.with(|| self.compute(&work))
     }
 
     fn compute(&mut self, work: &PhaseWork<T>) -> Result<PhaseDone, TrainError> {

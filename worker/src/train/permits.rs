@@ -15,6 +15,19 @@ impl Permits {
         Self { free: Mutex::new(threads), returned: Condvar::new() }
     }
 
+    /// Runs `work` with a permit, which is given back also when it panics.
+    pub(crate) fn with<T>(&self, work: impl FnOnce() -> T) -> T {
+        struct Held<'a>(&'a Permits);
+        impl Drop for Held<'_> {
+            fn drop(&mut self) {
+                self.0.release();
+            }
+        }
+        self.acquire();
+        let _held = Held(self);
+        work()
+    }
+
     /// Waits for a permit.
     pub(crate) fn acquire(&self) {
         let mut free = self.free.lock();

@@ -41,6 +41,16 @@ impl Replica {
         })
     }
 
+    /// Where the weights are.
+    pub(crate) fn device(&self) -> tch::Device {
+        self.vars.first().map_or(tch::Device::Cpu, Vars::device)
+    }
+
+    /// Updates done so far, by network.
+    pub(crate) fn updates(&self) -> &[u64] {
+        &self.updates
+    }
+
     /// One update of `network`: clips, then lets the optimizer act.
     pub(crate) fn update(
         &mut self,

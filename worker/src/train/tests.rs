@@ -2,6 +2,7 @@
 
 use super::Number;
 use super::evaluate::evaluate;
+use super::replica::Replica;
 use super::trainer::Trainer;
 use crate::data::batch::Decoder;
 use crate::data::loader::{Loader, Timetable};
@@ -15,6 +16,7 @@ use lockstep_common::sampler::Sampler;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 use tch::Device;
 
@@ -110,14 +112,15 @@ impl<T: Number> Bench<T> {
         let timetable = Timetable { sampler: Arc::new(sampler), per_step: plan.minibatches as u64 };
         let (per_epoch, total) = (timetable.steps_per_epoch(), job.total_steps(timetable.steps_per_epoch()));
         let shards = group.placement().range(group.rank());
-        let trainer = Trainer::<T>::new(job.clone(), Arc::new(plan), group, Device::Cpu, threads).unwrap();
+        let replica = Replica::new(&plan, T::KIND, Device::Cpu).unwrap();
+        let trainer = Trainer::<T>::new(job.clone(), Arc::new(plan), group, replica, threads).unwrap();
         let loader = Loader::start(decoder(), timetable, shards, 0..total).unwrap();
         Self { trainer, loader, test: Arc::new(decoder()), total, per_epoch }
     }
 
     /// One step; its loss.
     fn step(&mut self) -> f64 {
-        let batches = self.loader.next().unwrap();
+        let batches = self.loader.next(&AtomicBool::new(false)).unwrap();
         let done = self.trainer.step(batches, self.total, self.per_epoch, false).unwrap();
         done.figures.get("loss").copied().unwrap_or(f64::NAN)
     }

@@ -26,7 +26,6 @@ pub(crate) struct Trainer<T> {
     pub(crate) group: Group,
     pub(crate) replica: Replica,
     lanes: Vec<Lane<T>>,
-    rendezvous: Arc<Rendezvous>,
     /// By network.
     buckets: Vec<Arc<BucketPlan>>,
     /// Whether the order of a network's buckets has been learnt.
@@ -51,10 +50,10 @@ impl<T: Number> Trainer<T> {
         job: JobSpec,
         plan: Arc<TaskPlan>,
         group: Group,
-        device: Device,
+        replica: Replica,
         threads: usize,
     ) -> Result<Self, TrainError> {
-        let replica = Replica::new(&plan, T::KIND, device)?;
+        let device = replica.device();
         let owned = group.placement().range(group.rank());
         let modes: Vec<_> = plan.networks.iter().map(|n| n.model.batch_norm).collect();
         if device != Device::Cpu && owned.len() > 1 && modes.contains(&BatchNorm::Sync) {
@@ -87,7 +86,6 @@ impl<T: Number> Trainer<T> {
             group,
             replica,
             lanes,
-            rendezvous,
             modes,
             device,
             threads,
@@ -276,12 +274,6 @@ impl<T: Number> Trainer<T> {
             }
         }
         Ok(digest)
-    }
-
-    /// Ends what the lanes may be waiting for.
-    pub(crate) fn abort(&self, cause: CollectiveError) {
-        self.rendezvous.fail(cause.clone());
-        self.group.abort(cause);
     }
 }
 

@@ -40,6 +40,9 @@ const RETRY: Duration = Duration::from_millis(50);
 /// How long one address may take: several round trips of any link a group can live on.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// The head start of each address over the next one, as long as a round trip around the world.
+const STAGGER: Duration = Duration::from_millis(250);
+
 /// Says whether a connection's certificate is that of the worker it should be.
 pub type VerifyPeer = Arc<dyn Fn(&quinn::Connection, WorkerId) -> bool + Send + Sync>;
 
@@ -79,8 +82,10 @@ pub struct MeshConfig {
     pub placement: Placement,
     /// The order of addition.
     pub reduction: Reduction,
-    /// How long to wait for a silent peer, when connecting and in every collective.
+    /// How long to wait for a silent peer in every collective.
     pub timeout: Duration,
+    /// How long the peers may take to come: each prepares before it connects.
+    pub connect_timeout: Duration,
     /// The connections from lower ranks, from [`Lobby::expect`].
     pub incoming: UnboundedReceiver<Accepted>,
     /// The check of a peer's certificate, done on both sides: [`verify_by_certificate`].
@@ -121,7 +126,7 @@ pub fn transport_config() -> quinn::TransportConfig {
 /// Connects to all peers and opens the lanes.
 pub(crate) async fn establish(config: MeshConfig) -> Result<(QuicTransport, Inboxes), CollectiveError> {
     check(&config)?;
-    let deadline = Instant::now() + config.timeout;
+    let deadline = Instant::now() + config.connect_timeout;
     let me = Hello { job: config.job, generation: config.generation, rank: config.rank };
     let (lower, higher): (Vec<_>, Vec<_>) = config.peers.into_iter().partition(|p| p.rank < config.rank);
     let mut tasks = JoinSet::new();
@@ -173,32 +178,53 @@ async fn dial(
     deadline: Instant,
 ) -> Result<quinn::Connection, CollectiveError> {
     let failed = |detail: String| CollectiveError::Connect { rank: peer.rank, detail };
-    let mut last = "it has no address".to_owned();
+    let mut last = "time ran out".to_owned();
     let mut pause = RETRY;
     while Instant::now() < deadline {
-        for &address in &peer.addresses {
-            let connection = match dial_address(&endpoint, &tls, address, &peer.server_name).await {
-                Ok(connection) => connection,
-                Err(reason) => {
-                    last = format!("{address}: {reason}");
-                    continue;
+        match dial_any(&endpoint, &tls, &peer).await {
+            Err(reason) => last = reason,
+            Ok((address, connection)) => {
+                if !verify(&connection, peer.worker) {
+                    connection.close(close::REFUSED, b"not the expected worker");
+                    return Err(failed(format!("{address} is not {}, by its certificate", peer.worker)));
                 }
-            };
-            if !verify(&connection, peer.worker) {
-                connection.close(close::REFUSED, b"not the expected worker");
-                return Err(failed(format!("{address} is not {}, by its certificate", peer.worker)));
-            }
-            match timeout_at(deadline, hello::introduce(&connection, me, peer.rank)).await {
-                Ok(Ok(())) => return Ok(connection),
-                Ok(Err(HelloError::Lost(reason))) => last = format!("{address}: {reason}"),
-                Ok(Err(error)) => return Err(failed(format!("{address}: {error}"))),
-                Err(_) => last = format!("{address}: connected, but it has not formed this group"),
+                match timeout_at(deadline, hello::introduce(&connection, me, peer.rank)).await {
+                    Ok(Ok(())) => return Ok(connection),
+                    Ok(Err(HelloError::Lost(reason))) => last = format!("{address}: {reason}"),
+                    Ok(Err(error)) => return Err(failed(format!("{address}: {error}"))),
+                    Err(_) => last = format!("{address}: connected, but it has not formed this group"),
+                }
             }
         }
         sleep(pause).await;
         pause = (pause * 2).min(RETRY * 10);
     }
     Err(failed(last))
+}
+
+/// Dials all of the peer's addresses, each a little after the one before, and takes the first that answers.
+async fn dial_any(
+    endpoint: &quinn::Endpoint,
+    tls: &quinn::ClientConfig,
+    peer: &Peer,
+) -> Result<(SocketAddr, quinn::Connection), String> {
+    let mut attempts = JoinSet::new();
+    for (place, &address) in peer.addresses.iter().enumerate() {
+        let (endpoint, tls, name) = (endpoint.clone(), tls.clone(), peer.server_name.clone());
+        attempts.spawn(async move {
+            sleep(STAGGER * place as u32).await;
+            (address, dial_address(&endpoint, &tls, address, &name).await)
+        });
+    }
+    let mut reasons = Vec::new();
+    while let Some(attempt) = attempts.join_next().await {
+        match attempt {
+            Ok((address, Ok(connection))) => return Ok((address, connection)),
+            Ok((address, Err(reason))) => reasons.push(format!("{address}: {reason}")),
+            Err(error) => reasons.push(error.to_string()),
+        }
+    }
+    Err(if reasons.is_empty() { "it has no address".to_owned() } else { reasons.join("; ") })
 }
 
 async fn dial_address(

@@ -86,6 +86,7 @@ impl Worker {
             placement: placement.clone(),
             reduction: Reduction::Exact,
             timeout,
+            connect_timeout: timeout,
             incoming: self.lobby.expect(JOB, GENERATION),
             verify_peer: verify_by_certificate(),
         }
