@@ -7,7 +7,7 @@ use lockstep_common::net::{
     resolve,
 };
 use lockstep_common::token::Token;
-use lockstep_common::wire::{Request, Response};
+use lockstep_common::wire::{FrameError, JobSummary, Request, Response, WorkerSummary};
 use quinn::Connection;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
@@ -67,6 +67,43 @@ impl Client {
     /// Asks for one answer.
     pub async fn ask(&self, request: &Request) -> Result<Response, ClientError> {
         Ok(Exchange::ask(&self.connection, request).await?)
+    }
+
+    /// Asks for a list, which comes in one or more answers; `part` takes its items out of each.
+    async fn list<T>(
+        &self,
+        request: &Request,
+        part: impl Fn(Response) -> Option<Vec<T>>,
+    ) -> Result<Vec<T>, ClientError> {
+        let mut exchange = self.open(request).await?;
+        let mut items = Vec::new();
+        let mut answer = exchange.answer().await;
+        loop {
+            match answer {
+                Ok(response) => items.extend(part(response).ok_or(NetError::UnexpectedAnswer)?),
+                Err(NetError::Frame(FrameError::Closed)) => return Ok(items),
+                Err(e) => return Err(e.into()),
+            }
+            answer = exchange.next_answer().await;
+        }
+    }
+
+    /// All jobs.
+    pub async fn jobs(&self) -> Result<Vec<JobSummary>, ClientError> {
+        let part = |response| match response {
+            Response::Jobs(jobs) => Some(jobs),
+            _ => None,
+        };
+        self.list(&Request::Jobs, part).await
+    }
+
+    /// All workers.
+    pub async fn workers(&self) -> Result<Vec<WorkerSummary>, ClientError> {
+        let part = |response| match response {
+            Response::Workers(workers) => Some(workers),
+            _ => None,
+        };
+        self.list(&Request::Workers, part).await
     }
 
     /// Asks for a stream of answers.

@@ -5,11 +5,21 @@ use lockstep_common::durable::{self, FileError};
 use lockstep_common::ids::Generation;
 use lockstep_common::wire::{LogLine, StepRecord};
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
+
+/// The longest line of a log; the rest of it is cut off.
+const MAX_LINE_BYTES: usize = 4 << 10;
+
+/// The longest line that is sent: one of the log with its time, or whatever else somebody has put there.
+const MAX_SENT_LINE_BYTES: usize = MAX_LINE_BYTES + 100;
+
+/// How much of `metrics.jsonl` is read at first to find its last step.
+const TAIL_BYTES: u64 = 64 << 10;
 
 /// A job's folder.
 #[derive(Clone, Debug)]
@@ -84,7 +94,7 @@ impl JobDir {
     /// Adds a line to the log, with the time before it.
     pub(crate) fn append_log(&self, text: &str) -> Result<(), FileError> {
         let time = humantime::format_rfc3339_seconds(SystemTime::now());
-        let line = text.replace(['\n', '\r'], " ");
+        let line = cut(text, MAX_LINE_BYTES).replace(['\n', '\r'], " ");
         append(&self.log(), format!("{time} {line}\n").as_bytes())
     }
 
@@ -111,12 +121,24 @@ impl JobDir {
         struct Noted {
             generation: Generation,
             step: u64,
-            #[serde(rename = "seconds")]
-            _seconds: f64,
+            #[serde(rename = "samples")]
+            _samples: u64,
         }
-        let file = File::open(self.metrics()).ok()?;
-        let noted = |line: std::io::Result<String>| serde_json::from_str::<Noted>(&line.ok()?).ok();
-        BufReader::new(file).lines().filter_map(noted).last().map(|n| (n.generation, n.step))
+        let mut file = File::open(self.metrics()).ok()?;
+        let length = file.metadata().ok()?.len();
+        let mut wanted = TAIL_BYTES;
+        loop {
+            let start = length.saturating_sub(wanted);
+            file.seek(SeekFrom::Start(start)).ok()?;
+            let mut tail = Vec::new();
+            (&mut file).take(length - start).read_to_end(&mut tail).ok()?;
+            let noted = |line: &[u8]| serde_json::from_slice::<Noted>(line).ok();
+            match tail.rsplit(|&b| b == b'\n').find_map(noted) {
+                Some(noted) => return Some((noted.generation, noted.step)),
+                None if start == 0 => return None,
+                None => wanted *= 2,
+            }
+        }
     }
 
     /// Adds figures that belong to a step, such as those of an evaluation, to `metrics.jsonl`.
@@ -151,9 +173,27 @@ fn json_lines<'a>(lines: impl Iterator<Item = MetricsLine<'a>>) -> Vec<u8> {
     bytes
 }
 
+/// Adds all of `bytes` or nothing: half a line would spoil the next one too.
 fn append(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
-    let file = OpenOptions::new().create(true).append(true).open(path);
-    file.and_then(|mut f| f.write_all(bytes)).map_err(FileError::on("append to", path))
+    let append = || {
+        let mut file = OpenOptions::new().create(true).append(true).open(path)?;
+        let length = file.metadata()?.len();
+        file.write_all(bytes).inspect_err(|_| {
+            // If this fails too, the reader meets a broken line, which it must expect after a power cut anyway.
+            let _ = file.set_len(length);
+        })
+    };
+    append().map_err(FileError::on("append to", path))
+}
+
+/// At most `max_bytes` of `text`, which ends in `…` if something is missing.
+pub(crate) fn cut(text: &str, max_bytes: usize) -> Cow<'_, str> {
+    const MARK: &str = "…";
+    if text.len() <= max_bytes {
+        return Cow::Borrowed(text);
+    }
+    let end = text.floor_char_boundary(max_bytes.saturating_sub(MARK.len()));
+    Cow::Owned(format!("{}{MARK}", &text[..end]))
 }
 
 /// Reads a log from its beginning, line by line, as it grows.
@@ -168,8 +208,8 @@ impl LogReader {
         Self { path: dir.log(), offset: 0, number: 0 }
     }
 
-    /// Up to `limit` whole lines that have not been read yet.
-    pub(crate) fn read(&mut self, limit: usize) -> Result<Vec<LogLine>, FileError> {
+    /// Whole lines that have not been read yet, until they have `limit_bytes` or there are no more.
+    pub(crate) fn read(&mut self, limit_bytes: usize) -> Result<Vec<LogLine>, FileError> {
         let mut file = match File::open(&self.path) {
             Ok(file) => file,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -177,21 +217,95 @@ impl LogReader {
         };
         let failed = FileError::on("read", &self.path);
         let mut lines = Vec::new();
+        let mut bytes_read = 0;
         let result = file.seek(SeekFrom::Start(self.offset)).and_then(|_| {
             let mut reader = BufReader::new(file);
-            while lines.len() < limit {
+            while bytes_read < limit_bytes {
                 let mut bytes = Vec::new();
                 let read = reader.read_until(b'\n', &mut bytes)?;
                 if bytes.pop() != Some(b'\n') {
                     break;
                 }
                 self.offset += read as u64;
-                let text = String::from_utf8_lossy(&bytes).into_owned();
+                bytes_read += read;
+                let text = cut(&String::from_utf8_lossy(&bytes), MAX_SENT_LINE_BYTES).into_owned();
                 lines.push(LogLine { number: self.number, text });
                 self.number += 1;
             }
             Ok(())
         });
         result.map_err(failed).map(|()| lines)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder() -> (tempfile::TempDir, JobDir) {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = JobDir::new(folder.path().to_owned());
+        (folder, dir)
+    }
+
+    fn step(step: u64, loss: f64) -> StepRecord {
+        let values = [("loss".to_owned(), loss)].into();
+        StepRecord { step, epoch: 1, total_steps: 9, samples: 8, seconds: f64::INFINITY, values }
+    }
+
+    #[test]
+    fn long_lines_are_cut_between_characters() {
+        assert_eq!(cut("äöü", 6), "äöü");
+        assert_eq!(cut("äöüß", 7), "äö…");
+        assert_eq!(cut("abcdefgh", 7), "abcd…");
+        let (_folder, dir) = folder();
+        dir.append_log(&"ä".repeat(5000)).unwrap();
+        dir.append_log("short").unwrap();
+        let lines = LogReader::new(&dir).read(1 << 20).unwrap();
+        assert!(lines[0].text.ends_with("ä…") && lines[0].text.len() < 4200, "{}", lines[0].text.len());
+        assert!(lines[1].text.ends_with(" short"));
+    }
+
+    #[test]
+    fn a_log_is_read_in_parts_of_bounded_size() {
+        let (_folder, dir) = folder();
+        (0..100).for_each(|_| dir.append_log(&"x".repeat(9000)).unwrap());
+        let mut reader = LogReader::new(&dir);
+        let (mut next, mut parts) = (0, 0);
+        loop {
+            let lines = reader.read(64 << 10).unwrap();
+            if lines.is_empty() {
+                break;
+            }
+            assert!(lines.iter().map(|l| l.text.len()).sum::<usize>() < 80 << 10);
+            for line in lines {
+                assert_eq!(line.number, next);
+                next += 1;
+            }
+            parts += 1;
+        }
+        assert!(next == 100 && parts > 5, "{next} lines in {parts} parts");
+    }
+
+    #[test]
+    fn the_last_noted_step_is_found_behind_any_number_of_other_figures() {
+        let (_folder, dir) = folder();
+        assert_eq!(dir.last_noted_step(), None);
+        dir.append_steps(Generation(2), &[step(6, 0.5), step(7, f64::NAN)]).unwrap();
+        assert_eq!(dir.last_noted_step(), Some((Generation(2), 7)));
+        let values = [("test_top1".to_owned(), 0.5)].into();
+        (0..3000).for_each(|_| dir.append_values(Generation(2), 7, 1, &values).unwrap());
+        assert!(std::fs::metadata(dir.metrics()).unwrap().len() > 2 * TAIL_BYTES);
+        assert_eq!(dir.last_noted_step(), Some((Generation(2), 7)));
+    }
+
+    #[test]
+    fn figures_that_are_no_numbers_leave_the_lines_valid_json() {
+        let (_folder, dir) = folder();
+        dir.append_steps(Generation(1), &[step(1, f64::NAN), step(2, f64::NEG_INFINITY)]).unwrap();
+        let text = std::fs::read_to_string(dir.metrics()).unwrap();
+        let lines: Vec<serde_json::Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        assert_eq!(lines.len(), 2);
+        assert!(lines.iter().all(|l| l["loss"].is_null() && l["step"].is_u64()), "{text}");
     }
 }

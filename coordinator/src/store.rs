@@ -6,7 +6,9 @@
 
 use lockstep_common::wire::TokenPurpose;
 use lockstep_core::{JobRecord, WorkerRecord};
-use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{
+    AccessGuard, Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, TableDefinition,
+};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
@@ -52,67 +54,71 @@ pub struct TokenRecord {
     pub uses_left: u32,
 }
 
+/// The records of one kind.
+#[derive(Debug)]
+pub struct Kept<T> {
+    /// Those that can be read, in the order of their numbers.
+    pub records: Vec<T>,
+    /// The highest number of all, unreadable ones included; 0 if there are none. A new record must not take their place.
+    pub last: u64,
+}
+
 /// The store.
 pub struct Store {
-    database: Database,
+    /// `None` after a failure: redb refuses all further work after an I/O error, so the next operation opens it anew.
+    database: Option<Database>,
     path: PathBuf,
 }
 
 impl Store {
     /// Opens or creates the store at `path`.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let database = Database::create(path).map_err(|e| match e {
-            DatabaseError::DatabaseAlreadyOpen => StoreError::InUse(path.to_owned()),
-            other => StoreError::Failed { path: path.to_owned(), cause: other.to_string() },
+        let mut store = Self { database: None, path: path.to_owned() };
+        store.attempt(|database| {
+            let transaction = database.begin_write()?;
+            transaction.open_table(JOBS)?;
+            transaction.open_table(WORKERS)?;
+            transaction.open_table(TOKENS)?;
+            Ok(transaction.commit()?)
         })?;
-        let store = Self { database, path: path.to_owned() };
-        store.create_tables().map_err(|e| store.failed(e))?;
         Ok(store)
     }
 
-    fn create_tables(&self) -> Result<(), redb::Error> {
-        let transaction = self.database.begin_write()?;
-        transaction.open_table(JOBS)?;
-        transaction.open_table(WORKERS)?;
-        transaction.open_table(TOKENS)?;
-        Ok(transaction.commit()?)
+    /// The jobs, in order of submission. Those that this release cannot read stay in the store and are left out.
+    pub fn jobs(&mut self) -> Result<Kept<JobRecord>, StoreError> {
+        self.all(JOBS, "job j")
     }
 
-    /// All jobs, in order of submission.
-    pub fn jobs(&self) -> Result<Vec<JobRecord>, StoreError> {
-        self.all(JOBS)
-    }
-
-    /// All workers, in order of enrolment.
-    pub fn workers(&self) -> Result<Vec<WorkerRecord>, StoreError> {
-        self.all(WORKERS)
+    /// The workers, in order of enrolment. Those that this release cannot read stay in the store and are left out.
+    pub fn workers(&mut self) -> Result<Kept<WorkerRecord>, StoreError> {
+        self.all(WORKERS, "worker w")
     }
 
     /// Makes a job's record durable.
-    pub fn put_job(&self, record: &JobRecord) -> Result<(), StoreError> {
+    pub fn put_job(&mut self, record: &JobRecord) -> Result<(), StoreError> {
         self.put(JOBS, record.id.0, record)
     }
 
     /// Makes a worker's record durable.
-    pub fn put_worker(&self, record: &WorkerRecord) -> Result<(), StoreError> {
+    pub fn put_worker(&mut self, record: &WorkerRecord) -> Result<(), StoreError> {
         self.put(WORKERS, record.id.0, record)
     }
 
     /// The token called `id`.
-    pub fn token(&self, id: &str) -> Result<Option<TokenRecord>, StoreError> {
-        let read = || -> Result<Option<Vec<u8>>, redb::Error> {
-            let table = self.database.begin_read()?.open_table(TOKENS)?;
+    pub fn token(&mut self, id: &str) -> Result<Option<TokenRecord>, StoreError> {
+        let value = self.attempt(|database| {
+            let table = database.begin_read()?.open_table(TOKENS)?;
             Ok(table.get(id)?.map(|v| v.value().to_vec()))
-        };
-        read().map_err(|e| self.failed(e))?.map(|bytes| self.decode(&bytes)).transpose()
+        })?;
+        value.map(|bytes| serde_json::from_slice(&bytes).map_err(|e| self.entry(e))).transpose()
     }
 
     /// Makes a token durable; those that have expired for a day are forgotten.
-    pub fn put_token(&self, id: &str, record: &TokenRecord, now_ms: u64) -> Result<(), StoreError> {
+    pub fn put_token(&mut self, id: &str, record: &TokenRecord, now_ms: u64) -> Result<(), StoreError> {
         const DAY_MS: u64 = 86_400_000;
         let value = self.encode(record)?;
-        let write = || -> Result<(), redb::Error> {
-            let transaction = self.database.begin_write()?;
+        self.attempt(|database| {
+            let transaction = database.begin_write()?;
             {
                 let mut table = transaction.open_table(TOKENS)?;
                 table.insert(id, value.as_slice())?;
@@ -121,40 +127,70 @@ impl Store {
                 })?;
             }
             Ok(transaction.commit()?)
-        };
-        write().map_err(|e| self.failed(e))
+        })
     }
 
     fn put(
-        &self,
+        &mut self,
         table: TableDefinition<'_, u64, &[u8]>,
         key: u64,
         record: &impl Serialize,
     ) -> Result<(), StoreError> {
         let value = self.encode(record)?;
-        let write = || -> Result<(), redb::Error> {
-            let transaction = self.database.begin_write()?;
+        self.attempt(|database| {
+            let transaction = database.begin_write()?;
             transaction.open_table(table)?.insert(key, value.as_slice())?;
             Ok(transaction.commit()?)
-        };
-        write().map_err(|e| self.failed(e))
+        })
     }
 
-    fn all<T: DeserializeOwned>(&self, table: TableDefinition<'_, u64, &[u8]>) -> Result<Vec<T>, StoreError> {
-        let read = || -> Result<Vec<Vec<u8>>, redb::Error> {
-            let table = self.database.begin_read()?.open_table(table)?;
-            table.iter()?.map(|entry| Ok(entry?.1.value().to_vec())).collect()
+    fn all<T: DeserializeOwned>(
+        &mut self,
+        table: TableDefinition<'_, u64, &[u8]>,
+        kind: &str,
+    ) -> Result<Kept<T>, StoreError> {
+        let entries = self.attempt(|database| {
+            let table = database.begin_read()?.open_table(table)?;
+            let entry = |entry: Result<(AccessGuard<'_, u64>, AccessGuard<'_, &[u8]>), StorageError>| {
+                let (number, value) = entry?;
+                Ok((number.value(), value.value().to_vec()))
+            };
+            table.iter()?.map(entry).collect::<Result<Vec<_>, redb::Error>>()
+        })?;
+        let last = entries.last().map_or(0, |(number, _)| *number);
+        let mut records = Vec::with_capacity(entries.len());
+        for (number, value) in &entries {
+            match serde_json::from_slice(value) {
+                Ok(record) => records.push(record),
+                Err(e) => tracing::error!("{kind}{number} is left as it is: {}", self.entry(e)),
+            }
+        }
+        Ok(Kept { records, last })
+    }
+
+    /// Runs `work` on the database. One that has failed is closed, and opened again for the next attempt.
+    fn attempt<R>(
+        &mut self,
+        work: impl FnOnce(&Database) -> Result<R, redb::Error>,
+    ) -> Result<R, StoreError> {
+        let database = match self.database.take() {
+            Some(database) => database,
+            None => Database::create(&self.path).map_err(|e| match e {
+                DatabaseError::DatabaseAlreadyOpen => StoreError::InUse(self.path.clone()),
+                other => self.failed(other),
+            })?,
         };
-        let values = read().map_err(|e| self.failed(e))?;
-        values.iter().map(|bytes| self.decode(bytes)).collect()
+        let result = work(&database).map_err(|e| self.failed(e))?;
+        self.database = Some(database);
+        Ok(result)
     }
 
     fn encode(&self, record: &impl Serialize) -> Result<Vec<u8>, StoreError> {
-        serde_json::to_vec(record).map_err(|cause| StoreError::Entry { path: self.path.clone(), cause })
+        serde_json::to_vec(record).map_err(|e| self.entry(e))
     }
 
-    fn decode<T: DeserializeOwned>(&self, bytes: &[u8]) -> Result<T, StoreError> {
-        serde_json::from_slice(bytes).map_err(|cause| StoreError::Entry { path: self.path.clone(), cause })
+    fn entry(&self, cause: serde_json::Error) -> StoreError {
+        StoreError::Entry { path: self.path.clone(), cause }
     }
 
     fn failed(&self, e: impl std::fmt::Display) -> StoreError {

@@ -16,7 +16,7 @@ mod transfer;
 mod writer;
 
 pub use manifest::{CheckpointInfo, CheckpointManifest, FileEntry, ManifestProblem};
-pub use store::{CheckpointEntry, CheckpointFiles, CheckpointStore, LatestGood, Refused};
+pub use store::{CheckpointEntry, CheckpointFiles, CheckpointStore, LatestGood, OpenFile, Refused};
 pub use tensors::{TensorsError, decode_tensors, encode_tensors};
 pub use writer::CheckpointWriter;
 

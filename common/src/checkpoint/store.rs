@@ -8,7 +8,8 @@ use crate::digest::{blake3_hex, weights_digest};
 use crate::durable::{self, FileError};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
-use std::io;
+use std::fs::File;
+use std::io::{self, Seek};
 use std::path::{Path, PathBuf};
 
 /// Begins the name of every checkpoint's folder.
@@ -47,11 +48,22 @@ impl CheckpointFiles {
     }
 }
 
+/// A file of a checkpoint, open for reading.
+#[derive(Debug)]
+pub struct OpenFile {
+    /// Its name.
+    pub name: String,
+    /// Its length.
+    pub bytes: u64,
+    /// The file.
+    pub file: File,
+}
+
 /// The newest checkpoint that can be used, and the newer ones that cannot.
 #[derive(Debug)]
 pub struct LatestGood {
     /// The newest good one, if there is any.
-    pub good: Option<CheckpointFiles>,
+    pub good: Option<CheckpointManifest>,
     /// Newer ones that were refused, the newest first.
     pub refused: Vec<Refused>,
 }
@@ -119,7 +131,7 @@ impl CheckpointStore {
     pub fn latest_good(&self) -> Result<LatestGood, CheckpointError> {
         let mut refused = Vec::new();
         for entry in self.list()? {
-            match self.load(entry.step) {
+            match self.verify(entry.step) {
                 Ok(good) => {
                     return Ok(LatestGood { good: Some(good), refused });
                 }
@@ -127,6 +139,32 @@ impl CheckpointStore {
             }
         }
         Ok(LatestGood { good: None, refused })
+    }
+
+    /// The files of the checkpoint of `step`, open at their beginnings after every byte of them has been checked; the
+    /// manifest is the last. They can be read to the end even if the checkpoint is removed meanwhile.
+    pub fn open_files(&self, step: u64) -> Result<Vec<OpenFile>, CheckpointError> {
+        let (manifest, path) = self.manifest(step)?;
+        let mut files = Vec::with_capacity(manifest.files.len() + 1);
+        for entry in &manifest.files {
+            let path = self.step_dir(step).join(&entry.name);
+            let mut file = open_file(&path)?;
+            let failed = || FileError::on("read", &path);
+            let mut hasher = blake3::Hasher::new();
+            let bytes = io::copy(&mut file, &mut hasher).map_err(failed())?;
+            if bytes != entry.bytes {
+                return Err(CheckpointError::Size { path, expected: entry.bytes, found: bytes });
+            }
+            if hasher.finalize().to_hex().as_str() != entry.blake3 {
+                return Err(CheckpointError::Flipped(path));
+            }
+            file.rewind().map_err(failed())?;
+            files.push(OpenFile { name: entry.name.clone(), bytes, file });
+        }
+        let file = open_file(&path)?;
+        let bytes = file.metadata().map_err(FileError::on("read", &path))?.len();
+        files.push(OpenFile { name: MANIFEST_FILE.to_owned(), bytes, file });
+        Ok(files)
     }
 
     /// Writes a checkpoint that came from a peer, after checking every byte of it.
@@ -148,15 +186,18 @@ impl CheckpointStore {
 
     /// Removes all but the `keep` newest checkpoints (at least one) and returns the steps removed.
     ///
-    /// If none of those to be kept is good, the newest good one among the others is kept too.
-    pub fn prune(&self, keep: usize) -> Result<Vec<u64>, CheckpointError> {
+    /// If none of those to be kept is good, the newest good one among the others is kept too. `good` is one that has just
+    /// been checked, and need not be again.
+    pub fn prune(&self, keep: usize, good: Option<u64>) -> Result<Vec<u64>, CheckpointError> {
         let entries = self.list()?;
         let (kept, mut old) = match entries.split_at_checked(keep.max(1)) {
             Some((kept, old)) if !old.is_empty() => (kept, old.to_vec()),
             _ => return Ok(Vec::new()),
         };
         let is_good = |entry: &CheckpointEntry| self.verify(entry.step).is_ok();
-        if !kept.iter().any(is_good)
+        let known_good = kept.iter().any(|entry| Some(entry.step) == good);
+        if !known_good
+            && !kept.iter().any(is_good)
             && let Some(only) = old.iter().position(is_good)
         {
             old.remove(only);
@@ -192,6 +233,18 @@ impl CheckpointStore {
         step: u64,
         mut checked: impl FnMut(&str, Vec<u8>),
     ) -> Result<CheckpointManifest, CheckpointError> {
+        let (manifest, _) = self.manifest(step)?;
+        for entry in &manifest.files {
+            let path = self.step_dir(step).join(&entry.name);
+            let bytes = read_file(&path)?;
+            check_file(&path, entry, &bytes, &manifest.weights_digest)?;
+            checked(&entry.name, bytes);
+        }
+        Ok(manifest)
+    }
+
+    /// The manifest of the checkpoint of `step` and its path.
+    fn manifest(&self, step: u64) -> Result<(CheckpointManifest, PathBuf), CheckpointError> {
         let dir = self.step_dir(step);
         if !dir.is_dir() {
             return Err(self.no_such_step(step)?);
@@ -202,13 +255,7 @@ impl CheckpointStore {
         if manifest.info.step != step {
             return Err(refused(ManifestProblem::Step(manifest.info.step)));
         }
-        for entry in &manifest.files {
-            let path = dir.join(&entry.name);
-            let bytes = read_file(&path)?;
-            check_file(&path, entry, &bytes, &manifest.weights_digest)?;
-            checked(&entry.name, bytes);
-        }
-        Ok(manifest)
+        Ok((manifest, path))
     }
 
     fn no_such_step(&self, step: u64) -> Result<CheckpointError, CheckpointError> {
@@ -222,8 +269,15 @@ impl CheckpointStore {
 }
 
 fn read_file(path: &Path) -> Result<Vec<u8>, CheckpointError> {
-    durable::read(path)
-        .map_err(|e| if e.is_not_found() { CheckpointError::Missing(path.to_path_buf()) } else { e.into() })
+    durable::read(path).map_err(missing_or)
+}
+
+fn open_file(path: &Path) -> Result<File, CheckpointError> {
+    File::open(path).map_err(FileError::on("read", path)).map_err(missing_or)
+}
+
+fn missing_or(e: FileError) -> CheckpointError {
+    if e.is_not_found() { CheckpointError::Missing(e.path) } else { e.into() }
 }
 
 /// Checks one file against the manifest. The weights must also have the digest by which runs are compared.

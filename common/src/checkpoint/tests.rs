@@ -121,7 +121,7 @@ fn an_unfinished_checkpoint_is_invisible_and_swept() {
     std::fs::write(left.join(WEIGHTS_FILE), b"half").unwrap();
     let store = CheckpointStore::open(&f.dir.path().join("checkpoints")).unwrap();
     assert!(!left.exists());
-    assert_eq!(store.latest_good().unwrap().good.unwrap().manifest.info.step, 1);
+    assert_eq!(store.latest_good().unwrap().good.unwrap().info.step, 1);
     // The writer that is alive was spared by the sweep.
     writer.add(OPTIMIZER_FILE, &encode_tensors(optimizer(2)).unwrap()).unwrap();
     writer.finish().unwrap();
@@ -152,7 +152,7 @@ fn any_damage_is_refused_by_file_and_the_previous_one_used() {
         let f = Fixture::new([100, 200]);
         damage(&f.path(200, file));
         let latest = f.store.latest_good().unwrap();
-        assert_eq!(latest.good.unwrap().manifest.info.step, 100, "{file}");
+        assert_eq!(latest.good.unwrap().info.step, 100, "{file}");
         let [refused] = &latest.refused[..] else { panic!("{file}: {:?}", latest.refused) };
         let reason = refused.to_string();
         assert_eq!(refused.entry.step, 200);
@@ -252,10 +252,10 @@ fn a_peers_checkpoint_is_installed_whole_or_refused() {
 #[test]
 fn prune_keeps_the_newest() {
     let f = Fixture::new([1, 2, 3, 4]);
-    assert_eq!(f.store.prune(5).unwrap(), [0; 0]);
-    assert_eq!(f.store.prune(2).unwrap(), [2, 1]);
+    assert_eq!(f.store.prune(5, None).unwrap(), [0; 0]);
+    assert_eq!(f.store.prune(2, None).unwrap(), [2, 1]);
     assert_eq!(f.steps(), [4, 3]);
-    assert_eq!(f.store.prune(0).unwrap(), [3]);
+    assert_eq!(f.store.prune(0, None).unwrap(), [3]);
     assert_eq!(f.steps(), [4]);
 }
 
@@ -265,8 +265,8 @@ fn prune_never_removes_the_only_good_one() {
     for step in [3, 4] {
         f.edit(step, WEIGHTS_FILE, |b| b.truncate(1));
     }
-    assert_eq!(f.store.prune(2).unwrap(), [1]);
-    assert_eq!(f.store.latest_good().unwrap().good.unwrap().manifest.info.step, 2);
+    assert_eq!(f.store.prune(2, None).unwrap(), [1]);
+    assert_eq!(f.store.latest_good().unwrap().good.unwrap().info.step, 2);
 }
 
 #[test]
@@ -295,4 +295,34 @@ fn folders_that_are_not_checkpoints_are_left_out() {
         std::fs::create_dir(f.dir.path().join("checkpoints").join(name)).unwrap();
     }
     assert_eq!(f.steps(), [1]);
+}
+
+#[test]
+fn open_files_are_whole_or_refused_by_name() {
+    let f = Fixture::new([100]);
+    let whole: Vec<_> = f.store.open_files(100).unwrap();
+    let names: Vec<_> = whole.iter().map(|file| file.name.as_str()).collect();
+    assert_eq!(names, [WEIGHTS_FILE, OPTIMIZER_FILE, MANIFEST_FILE]);
+    let on_disk: Vec<_> = names.iter().map(|name| std::fs::read(f.path(100, name)).unwrap()).collect();
+    for (mut file, expected) in whole.into_iter().zip(on_disk) {
+        let mut bytes = Vec::new();
+        std::io::Read::read_to_end(&mut file.file, &mut bytes).unwrap();
+        assert_eq!((file.bytes, &bytes), (expected.len() as u64, &expected), "{}", file.name);
+    }
+    for file in [WEIGHTS_FILE, OPTIMIZER_FILE] {
+        f.edit(100, file, |b| *b.last_mut().unwrap() ^= 1);
+        let error = f.store.open_files(100).unwrap_err().to_string();
+        assert!(error.contains(file) && error.contains("flipped"), "{error}");
+        f.edit(100, file, |b| *b.last_mut().unwrap() ^= 1);
+    }
+    f.edit(100, OPTIMIZER_FILE, |b| b.push(0));
+    assert!(f.store.open_files(100).unwrap_err().to_string().contains("grown"));
+}
+
+#[test]
+fn prune_takes_the_word_for_a_checkpoint_that_was_just_checked() {
+    let f = Fixture::new([1, 2, 3]);
+    // Nobody would notice this damage without reading the file.
+    f.edit(3, WEIGHTS_FILE, |b| *b.last_mut().unwrap() ^= 1);
+    assert_eq!(f.store.prune(1, Some(3)).unwrap(), [2, 1]);
 }

@@ -1,6 +1,7 @@
 //! The cluster's certificate authority and the identities that it signs.
 
 use super::NetError;
+use crate::durable;
 use crate::ids::WorkerId;
 use quinn::Connection;
 use rcgen::{
@@ -10,9 +11,6 @@ use rcgen::{
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use std::fmt;
-use std::fs;
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -75,22 +73,10 @@ fn bad(e: impl fmt::Display) -> NetError {
     NetError::Certificate(e.to_string())
 }
 
-fn file<'a>(path: &'a Path) -> impl FnOnce(std::io::Error) -> NetError + 'a {
-    move |source| NetError::File { path: path.to_owned(), source }
-}
-
-/// Writes a secret so that only its owner can read it and it is whole or absent.
-fn write_private(path: &Path, text: &str) -> Result<(), NetError> {
-    let temporary = path.with_extension("new");
-    let _ = fs::remove_file(&temporary);
-    let written = fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&temporary)
-        .and_then(|mut f| f.write_all(text.as_bytes()).and_then(|()| f.sync_all()))
-        .and_then(|()| fs::rename(&temporary, path));
-    written.map_err(file(path))
+/// Reads a PEM file.
+fn read_pem(path: &Path) -> Result<String, NetError> {
+    let bytes = durable::read(path)?;
+    String::from_utf8(bytes).map_err(|_| bad(format_args!("`{}` is not a PEM file", path.display())))
 }
 
 /// Certificates count from a day ago, so that a newcomer whose clock is behind is not refused.
@@ -112,11 +98,9 @@ impl Authority {
     pub fn open(folder: &Path) -> Result<Self, NetError> {
         let (certificate_path, key_path) = (folder.join("ca.pem"), folder.join("ca.key"));
         if certificate_path.exists() {
-            let pem = fs::read_to_string(&certificate_path).map_err(file(&certificate_path))?;
-            let key = fs::read_to_string(&key_path).map_err(file(&key_path))?;
-            return Self::from_pem(&pem, &key);
+            return Self::from_pem(&read_pem(&certificate_path)?, &read_pem(&key_path)?);
         }
-        fs::create_dir_all(folder).map_err(file(folder))?;
+        durable::create_dir_all(folder)?;
         let key = KeyPair::generate().map_err(bad)?;
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, "Lockstep cluster CA");
@@ -125,8 +109,8 @@ impl Authority {
         validity(&mut params, 20);
         let certificate = params.self_signed(&key).map_err(bad)?;
         // The key first: a certificate without its key would be taken for a whole authority.
-        write_private(&key_path, &key.serialize_pem())?;
-        write_private(&certificate_path, &certificate.pem())?;
+        durable::write_atomic_private(&key_path, key.serialize_pem().as_bytes())?;
+        durable::write_atomic_private(&certificate_path, certificate.pem().as_bytes())?;
         Self::from_pem(&certificate.pem(), &key.serialize_pem())
     }
 
@@ -222,11 +206,13 @@ impl Identity {
 
     /// Stores the identity as `NAME.pem` (certificate, authority) and `NAME.key` in `folder`.
     pub fn save(&self, folder: &Path, name: &str) -> Result<(), NetError> {
-        fs::create_dir_all(folder).map_err(file(folder))?;
+        durable::create_dir_all(folder)?;
         let pem = |label: &str, der: &[u8]| rcgen_pem(label, der);
-        write_private(&folder.join(format!("{name}.key")), &pem("PRIVATE KEY", &self.key))?;
+        let key = pem("PRIVATE KEY", &self.key);
+        durable::write_atomic_private(&folder.join(format!("{name}.key")), key.as_bytes())?;
         let chain = pem("CERTIFICATE", &self.certificate) + &pem("CERTIFICATE", &self.ca);
-        write_private(&folder.join(format!("{name}.pem")), &chain)
+        durable::write_atomic_private(&folder.join(format!("{name}.pem")), chain.as_bytes())?;
+        Ok(())
     }
 
     /// Loads what [`Self::save`] stored; `None` if there is nothing.
@@ -235,12 +221,12 @@ impl Identity {
         if !chain_path.exists() {
             return Ok(None);
         }
-        let pem = fs::read(&chain_path).map_err(file(&chain_path))?;
+        let pem = durable::read(&chain_path)?;
         let chain = CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>().map_err(bad)?;
         let [certificate, ca] = chain.try_into().map_err(|chain: Vec<_>| {
             bad(format!("{}: {} certificates instead of 2", chain_path.display(), chain.len()))
         })?;
-        let key_pem = fs::read(&key_path).map_err(file(&key_path))?;
+        let key_pem = durable::read(&key_path)?;
         let key = PrivatePkcs8KeyDer::from_pem_slice(&key_pem).map_err(bad)?.secret_pkcs8_der().to_vec();
         Ok(Some(Self { certificate, key, ca }))
     }
@@ -260,12 +246,15 @@ fn rcgen_pem(label: &str, der: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn identities_survive_the_disk_and_say_what_they_are() {
         let folder = tempfile::tempdir().unwrap();
         let authority = Authority::open(folder.path()).unwrap();
         let again = Authority::open(folder.path()).unwrap();
+        let mode = std::fs::metadata(folder.path().join("ca.key")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
         assert_eq!(authority.certificate(), again.certificate());
         for role in [Role::Coordinator, Role::Operator, Role::Worker(WorkerId(12))] {
             let identity = again.issue(role).unwrap();

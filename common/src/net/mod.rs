@@ -16,7 +16,6 @@ pub use authority::{Authority, Identity, Role, SigningRequest, peer_role};
 pub use endpoint::{ALPN, bind, client_config, enrolment_config, server_config};
 pub use request::{Exchange, connect, explain};
 
-use std::path::PathBuf;
 use thiserror::Error;
 
 /// Why a connection, a certificate or an address is of no use.
@@ -26,13 +25,8 @@ pub enum NetError {
     #[error("certificate error: {0}")]
     Certificate(String),
     /// A key file could not be read or written.
-    #[error("{path}: {source}")]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// The cause.
-        source: std::io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] crate::durable::FileError),
     /// The UDP port could not be opened.
     #[error("cannot listen on {address}: {source}{hint}")]
     Bind {
@@ -55,8 +49,13 @@ pub enum NetError {
         cause: String,
     },
     /// The peer refused the request.
-    #[error("{0}")]
-    Refused(String),
+    #[error("{message}")]
+    Refused {
+        /// The refusal's word for programs, such as `unknown_worker`; see [`crate::wire::Refusal`].
+        reason: String,
+        /// One line for people.
+        message: String,
+    },
     /// The peer's message was not understood, or the connection broke.
     #[error(transparent)]
     Frame(#[from] crate::wire::FrameError),

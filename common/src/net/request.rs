@@ -1,7 +1,7 @@
 //! Calling a peer, one bidirectional stream per request.
 
 use super::NetError;
-use crate::wire::{Request, Response, read_frame, read_preamble, write_frame, write_preamble};
+use crate::wire::{Refusal, Request, Response, read_frame, read_preamble, write_frame, write_preamble};
 use quinn::{ClientConfig, Connection, ConnectionError, Endpoint, RecvStream, SendStream};
 use std::net::SocketAddr;
 
@@ -79,7 +79,7 @@ impl Exchange {
     /// A further answer on the same stream.
     pub async fn next_answer(&mut self) -> Result<Response, NetError> {
         match read_frame(&mut self.recv).await? {
-            Response::Refused(refusal) => Err(NetError::Refused(refusal.message)),
+            Response::Refused(Refusal { reason, message }) => Err(NetError::Refused { reason, message }),
             response => Ok(response),
         }
     }

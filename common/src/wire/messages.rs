@@ -144,11 +144,11 @@ pub enum Response {
         /// The new job.
         job: JobId,
     },
-    /// To `Jobs` and `Status`.
+    /// To `Jobs` and `Status`; to `Jobs` more may follow on the stream until it ends.
     Jobs(Vec<JobSummary>),
     /// To `Logs`: some lines; more may follow on the stream until it ends.
     Lines(Vec<LogLine>),
-    /// To `Workers`.
+    /// To `Workers`; more may follow on the stream until it ends.
     Workers(Vec<WorkerSummary>),
     /// To `NewToken`.
     Token {
@@ -162,7 +162,7 @@ pub enum Response {
 /// Why a coordinator refused a request, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refusal {
-    /// A short word for the metric, such as `token_expired`.
+    /// A short word for programs and the metric, such as `token_expired`.
     pub reason: String,
     /// One line for people.
     pub message: String,

@@ -87,6 +87,8 @@ pub struct Restored {
     pub workers: Vec<WorkerRecord>,
     /// The number of the last job ever, if jobs have been left out.
     pub last_job: JobId,
+    /// The number of the last worker ever, if workers have been left out.
+    pub last_worker: WorkerId,
 }
 
 /// The coordinator's state.
@@ -106,7 +108,8 @@ impl Core {
     /// A core that goes on where the records end. Running jobs wait for their workers to come back.
     pub fn new(config: Config, restored: Restored, now_ms: u64) -> Self {
         let last_job = restored.jobs.iter().map(|j| j.id).max().unwrap_or_default().max(restored.last_job);
-        let last_worker = restored.workers.iter().map(|w| w.id).max().unwrap_or_default();
+        let last_worker =
+            restored.workers.iter().map(|w| w.id).max().unwrap_or_default().max(restored.last_worker);
         let mut core = Self {
             config,
             jobs: restored.jobs.into_iter().map(|r| (r.id, Job::new(r))).collect(),
@@ -218,7 +221,7 @@ impl Core {
             }
             FromWorker::Metrics { values, .. } => {
                 if let Some(known) = self.jobs.get_mut(&job) {
-                    known.record.metrics.extend(values);
+                    known.record.take_in(values);
                 }
                 self.persist(job);
             }
@@ -253,7 +256,7 @@ impl Core {
                     job.record.weights_digest = Some(weights_digest);
                     job.record.step = step;
                     job.record.epoch = epoch;
-                    job.record.metrics.extend(metrics);
+                    job.record.take_in(metrics);
                     self.persist(id);
                 }
                 self.settle(id);

@@ -84,9 +84,11 @@ impl Job {
         self.record.step = step.step;
         self.record.epoch = step.epoch;
         self.record.total_steps = step.total_steps;
-        self.record.metrics.extend(step.values.iter().map(|(k, v)| (k.clone(), *v)));
-        let pace = self.pace_s.map_or(step.seconds, |p| p + NEWEST_WEIGHT * (step.seconds - p));
-        self.pace_s = Some(pace);
+        self.record.take_in(step.values.clone());
+        if step.seconds.is_finite() {
+            let pace = self.pace_s.map_or(step.seconds, |p| p + NEWEST_WEIGHT * (step.seconds - p));
+            self.pace_s = Some(pace);
+        }
     }
 }
 

@@ -113,6 +113,31 @@ impl JobRecord {
             first_error: String::new(),
         }
     }
+
+    /// Takes in the newest figures. One that is no number any more is not known any more: JSON has no way to write it.
+    pub(crate) fn take_in(&mut self, figures: BTreeMap<String, f64>) {
+        for (name, value) in figures {
+            if value.is_finite() {
+                self.metrics.insert(name, value);
+            } else {
+                self.metrics.remove(&name);
+            }
+        }
+    }
+
+    /// The job back in the queue, to go on from its newest checkpoint with its attempts counted anew. The workers that
+    /// it had are taken for gone.
+    pub fn requeued(self) -> Self {
+        Self {
+            state: JobState::Queued,
+            reason: String::new(),
+            members: Vec::new(),
+            ending: None,
+            fruitless: 0,
+            first_error: String::new(),
+            ..self
+        }
+    }
 }
 
 /// Why a generation is being ended, which decides what comes after it.

@@ -69,7 +69,7 @@ fn export(store: &CheckpointStore, job: JobId, step: Option<u64>, file: &Path) -
             let latest = store.latest_good()?;
             latest.refused.iter().for_each(|refused| note(format_args!("warning: {refused}")));
             let good = latest.good.with_context(|| format!("{job} has no good checkpoint"))?;
-            good.manifest.info.step
+            good.info.step
         }
     };
     let manifest = store.export(step, file)?;

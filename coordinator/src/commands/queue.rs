@@ -70,7 +70,7 @@ pub(super) async fn submit(dir: &DataDir, path: &Path, json: bool) -> Result<()>
 
 pub(super) async fn jobs(dir: &DataDir, json: bool) -> Result<()> {
     let client = Client::connect(dir).await?;
-    let Response::Jobs(jobs) = client.ask(&Request::Jobs).await? else { return unexpected() };
+    let jobs = client.jobs().await?;
     if json {
         say_json(&jobs.iter().map(JobReport::new).collect::<Vec<_>>());
         return Ok(());
@@ -173,7 +173,7 @@ async fn command(dir: &DataDir, job: JobId, request: Request, json: bool, done: 
 
 pub(super) async fn workers(dir: &DataDir, json: bool) -> Result<()> {
     let client = Client::connect(dir).await?;
-    let Response::Workers(workers) = client.ask(&Request::Workers).await? else { return unexpected() };
+    let workers = client.workers().await?;
     if json {
         let object = |w: &WorkerSummary| {
             json!({

@@ -7,7 +7,7 @@ use crate::cli::RunArgs;
 use crate::commands::JobReport;
 use crate::data_dir::DataDir;
 use crate::output::{duration, hint, note, say_json};
-use crate::service::{Options, Scope, Service, Shared, check_job, new_token, submit};
+use crate::service::{Options, Scope, Service, Shared, TakenUp, check_job, new_token, submit};
 use anyhow::{Context, Result, anyhow, bail};
 use lockstep_common::ids::JobId;
 use lockstep_common::job::JobSpec;
@@ -63,6 +63,9 @@ pub(crate) async fn run(dir: DataDir, args: RunArgs) -> Result<ExitCode> {
         _ => {
             note(format_args!("error: {} {}: {}", job.id, job.state, job.reason));
             hint(format_args!("see {}", dir.job(job.id).log().display()));
+            if job.state == JobState::Failed && job.checkpoint.is_some() {
+                hint("the same command goes on from the newest checkpoint; with --fresh it starts anew");
+            }
             Ok(ExitCode::FAILURE)
         }
     }
@@ -140,7 +143,7 @@ async fn prepare(
     progress: &Progress,
 ) -> Result<JobId> {
     let shared = &service.shared;
-    let Some(job) = service.taken_up() else {
+    let Some(TakenUp { job, failure }) = service.taken_up().cloned() else {
         let checked = check_job(shared, path, &toml).map_err(refused)?;
         let job = lockstep_core::NewJob { wait_for: Some(workers), ..checked };
         return submit(shared, job).await.map_err(refused);
@@ -150,8 +153,9 @@ async fn prepare(
         progress.note(format_args!("warning: {bad}"));
     }
     let from =
-        found.good.map_or_else(|| "the start".to_owned(), |c| format!("step {}", c.manifest.info.step));
-    progress.note(format_args!("resuming {job} from {from}"));
+        found.good.map_or_else(|| "the start".to_owned(), |manifest| format!("step {}", manifest.info.step));
+    let after = failure.map(|error| format!(" after its failure: {error}")).unwrap_or_default();
+    progress.note(format_args!("resuming {job} from {from}{after}"));
     let resumed = shared.hub.call(move |hub| hub.core.set_wait_for(job, Some(workers))).await;
     resumed.map_err(refused)??;
     Ok(job)
@@ -225,7 +229,7 @@ impl Watch<'_> {
     async fn summary(&self) -> Result<JobSummary> {
         let (dir, job) = (self.shared.dir.clone(), self.job);
         let summary =
-            self.shared.hub.call(move |hub| hub.core.job(job).map(|j| hub.job_summary(&dir, j))).await;
+            self.shared.hub.look(move |hub| hub.core.job(job).map(|j| hub.job_summary(&dir, j))).await;
         summary.map_err(refused)?.with_context(|| format!("{job} has vanished"))
     }
 

@@ -3,14 +3,17 @@
 use super::requests::{Call, Stop};
 use super::shards::blocking;
 use super::{Shared, refuse};
-use lockstep_common::checkpoint::{CheckpointFiles, CheckpointManifest, MANIFEST_FILE};
+use lockstep_common::checkpoint::{CheckpointFiles, CheckpointManifest, MANIFEST_FILE, OpenFile};
 use lockstep_common::ids::{Generation, JobId, WorkerId};
 use lockstep_common::wire::{CheckpointHead, FileHead, Refusal, Response};
 use std::time::Instant;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 
 /// A checkpoint is held in memory while it is checked; one of more than this is no model that this release can train.
 const MAX_CHECKPOINT_BYTES: u64 = 16 << 30;
+
+/// How much of a checkpoint's file is read at a time.
+const READ_BYTES: usize = 1 << 20;
 
 /// Weights, optimizers, manifest, and room for some more.
 const MAX_FILES: usize = 16;
@@ -39,9 +42,9 @@ pub(super) async fn put(call: &mut Call, worker: WorkerId, head: CheckpointHead)
         return Err(e.into());
     }
     call.shared.metrics.checkpoint_stored(started.elapsed().as_secs_f64());
-    call.shared.hub.call(move |hub| hub.core.handle_checkpoint_stored(job, step)).await?;
+    call.shared.hub.settle(move |hub| hub.core.handle_checkpoint_stored(job, step)).await?;
     call.answer(&Response::Done).await?;
-    prune(call, job).await
+    prune(call, job, step).await
 }
 
 /// Sends a checkpoint to a worker of the job's present generation.
@@ -54,20 +57,17 @@ pub(super) async fn get(
 ) -> Result<(), Stop> {
     let shared = call.shared.clone();
     must_be_current(&shared, worker, job, generation).await?;
-    let load = move || {
-        let checkpoint = shared.dir.job(job).checkpoint_store().and_then(|store| store.load(step));
-        let checkpoint = checkpoint.map_err(|e| refuse("checkpoint", e))?;
-        let manifest =
-            serde_json::to_vec_pretty(&checkpoint.manifest).map_err(|e| refuse("checkpoint", e))?;
-        let mut files = checkpoint.files;
-        files.push((MANIFEST_FILE.to_owned(), manifest));
-        Ok::<_, Refusal>(files)
-    };
-    let files = blocking(load).await??;
-    let heads = files.iter().map(|(name, bytes)| FileHead { name: name.clone(), bytes: bytes.len() as u64 });
+    let open = move || shared.dir.job(job).checkpoint_store().and_then(|store| store.open_files(step));
+    let files = blocking(open).await?.map_err(|e| refuse("checkpoint", e))?;
+    let heads = files.iter().map(|f| FileHead { name: f.name.clone(), bytes: f.bytes });
     call.answer(&Response::Files(heads.collect())).await?;
-    for (_, bytes) in &files {
-        call.send.write_all(bytes).await.map_err(std::io::Error::from)?;
+    for OpenFile { file, bytes, .. } in files {
+        let mut file = tokio::fs::File::from_std(file).take(bytes);
+        tokio::io::copy_buf(&mut BufReader::with_capacity(READ_BYTES, &mut file), &mut call.send).await?;
+        if file.limit() > 0 {
+            // It was shortened after it was checked; the receiver sees the stream end early.
+            return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
+        }
     }
     call.send.flush().await?;
     Ok(())
@@ -80,7 +80,7 @@ pub(super) async fn must_be_current(
     job: JobId,
     generation: Generation,
 ) -> Result<(), Refusal> {
-    if shared.hub.call(move |hub| hub.core.is_current(worker, job, generation)).await? {
+    if shared.hub.look(move |hub| hub.core.is_current(worker, job, generation)).await? {
         return Ok(());
     }
     Err(refuse("old_generation", format_args!("{worker} has no part in {generation} of {job} any longer")))
@@ -115,13 +115,14 @@ fn install(shared: &Shared, head: &CheckpointHead, mut files: Vec<(String, Vec<u
     store.install(&CheckpointFiles { manifest, files }).map_err(|e| bad(e.to_string()))
 }
 
-/// Removes checkpoints beyond the number that the job keeps.
-async fn prune(call: &mut Call, job: JobId) -> Result<(), Stop> {
+/// Removes checkpoints beyond the number that the job keeps; the one of `step` has just been stored.
+async fn prune(call: &mut Call, job: JobId, step: u64) -> Result<(), Stop> {
     let keep =
-        call.shared.hub.call(move |hub| hub.core.job(job).map(|j| j.keep_checkpoints as usize)).await?;
+        call.shared.hub.look(move |hub| hub.core.job(job).map(|j| j.keep_checkpoints as usize)).await?;
     let Some(keep) = keep else { return Ok(()) };
     let dir = call.shared.dir.job(job);
-    let pruned = blocking(move || dir.checkpoint_store().and_then(|store| store.prune(keep))).await?;
+    let pruned =
+        blocking(move || dir.checkpoint_store().and_then(|store| store.prune(keep, Some(step)))).await?;
     if let Err(e) = pruned {
         tracing::error!("{job}: old checkpoints could not be removed: {e}");
     }

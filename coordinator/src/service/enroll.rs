@@ -44,7 +44,7 @@ pub(super) async fn enroll(
 }
 
 /// Checks a token and takes one of its uses.
-fn spend(hub: &Hub, id: &str, secret: &[u8; 32]) -> Result<TokenPurpose, Refusal> {
+fn spend(hub: &mut Hub, id: &str, secret: &[u8; 32]) -> Result<TokenPurpose, Refusal> {
     const AGAIN: &str = "make a new one with `coordinator token new`";
     let failed = |e: StoreError| refuse("store", e);
     let unknown = || refuse("token_unknown", format_args!("the token is not of this coordinator; {AGAIN}"));

@@ -25,14 +25,14 @@ pub(super) async fn serve(
 
 async fn jobs(State(shared): State<Arc<Shared>>) -> Response {
     let dir = shared.dir.clone();
-    match shared.hub.call(move |hub| hub.job_summaries(&dir)).await {
+    match shared.hub.look(move |hub| hub.job_summaries(&dir)).await {
         Ok(jobs) => Json(jobs).into_response(),
         Err(refusal) => (StatusCode::SERVICE_UNAVAILABLE, refusal.message).into_response(),
     }
 }
 
 async fn workers(State(shared): State<Arc<Shared>>) -> Response {
-    match shared.hub.call(|hub| hub.worker_summaries()).await {
+    match shared.hub.look(|hub| hub.worker_summaries()).await {
         Ok(workers) => Json(workers).into_response(),
         Err(refusal) => (StatusCode::SERVICE_UNAVAILABLE, refusal.message).into_response(),
     }

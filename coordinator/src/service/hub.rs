@@ -1,8 +1,11 @@
 //! The thread that owns the core and the store: one event after the other, each followed by what it asks for.
 //!
 //! A caller gets its answer after the actions of its event have been carried out, so what was answered is durable. If
-//! the store cannot be written, nothing further is sent until it can be.
+//! the store cannot be written, nothing further is sent until it can be: operators are refused with the reason, and
+//! workers' reports are not acknowledged until then.
 
+use super::refuse;
+use super::resent::Reports;
 use crate::data_dir::DataDir;
 use crate::metrics::Metrics;
 use crate::store::{Store, StoreError};
@@ -20,6 +23,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 /// How often the core's timers are looked at.
 const TICK: Duration = Duration::from_millis(200);
+
+/// How long after a failure the store is tried again.
+const STORE_RETRY: Duration = Duration::from_secs(1);
 
 /// Milliseconds since 1970 that never run backwards, whatever is done to the host's clock.
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +62,13 @@ struct Session {
     outbox: mpsc::UnboundedSender<ToWorker>,
 }
 
+/// An action that the store could not take yet.
+struct Blocked {
+    action: Action,
+    error: String,
+    retry_at: Instant,
+}
+
 /// The owner of the core.
 pub(crate) struct Hub {
     pub(crate) core: Core,
@@ -68,8 +81,13 @@ pub(crate) struct Hub {
     last_session: u64,
     /// The generation and step of the last line about a step in each job's `metrics.jsonl`.
     noted_steps: HashMap<JobId, (Generation, u64)>,
-    /// An action that could not be carried out yet.
-    blocked: Option<Action>,
+    /// What each worker has reported, to tell what it repeats.
+    reports: HashMap<WorkerId, Reports>,
+    blocked: Option<Blocked>,
+    /// Answers that wait until all actions have been carried out.
+    deferred: Vec<Box<dyn FnOnce() + Send>>,
+    /// Whether the last write to a job's folder failed.
+    files_fail: bool,
     handle: HubHandle,
     changes: watch::Sender<u64>,
     stopped: bool,
@@ -97,7 +115,10 @@ pub(crate) fn start(parts: Parts) -> std::io::Result<(HubHandle, JoinHandle<()>)
         sessions: HashMap::new(),
         last_session: 0,
         noted_steps: HashMap::new(),
+        reports: HashMap::new(),
         blocked: None,
+        deferred: Vec::new(),
+        files_fail: false,
         handle: handle.clone(),
         changes,
         stopped: false,
@@ -107,7 +128,8 @@ pub(crate) fn start(parts: Parts) -> std::io::Result<(HubHandle, JoinHandle<()>)
 }
 
 impl HubHandle {
-    /// Runs `task` on the hub and returns its result once the actions that follow from it have been carried out.
+    /// Runs `task` on the hub and returns its result once the actions that follow from it have been carried out. While
+    /// the store cannot be written, that is a refusal.
     pub(crate) async fn call<R: Send + 'static>(
         &self,
         task: impl FnOnce(&mut Hub) -> R + Send + 'static,
@@ -115,16 +137,42 @@ impl HubHandle {
         let (answer, answered) = oneshot::channel();
         self.post(move |hub| {
             let result = task(hub);
-            let done = hub.carry_out().map(|()| result).map_err(|e| Refusal {
-                reason: "store".to_owned(),
-                message: format!("{e}; what was asked is done as soon as it can be written"),
+            let done = hub.carry_out().map(|()| result).map_err(|e| {
+                refuse("store", format_args!("{e}; what was asked is done as soon as it can be written"))
             });
             // The caller may have gone away.
             let _ = answer.send(done);
         });
-        answered.await.unwrap_or_else(|_| {
-            Err(Refusal { reason: "stopping".to_owned(), message: "the coordinator is stopping".to_owned() })
-        })
+        answered.await.unwrap_or_else(|_| Err(stopping()))
+    }
+
+    /// Like [`Self::call`], but waits for the store however long it takes.
+    pub(crate) async fn settle<R: Send + 'static>(
+        &self,
+        task: impl FnOnce(&mut Hub) -> R + Send + 'static,
+    ) -> Result<R, Refusal> {
+        let (answer, answered) = oneshot::channel();
+        self.post(move |hub| {
+            let result = task(hub);
+            hub.deferred.push(Box::new(move || {
+                // The caller may have gone away.
+                let _ = answer.send(result);
+            }));
+        });
+        answered.await.map_err(|_| stopping())
+    }
+
+    /// What `view` sees, whether the store can be written or not.
+    pub(crate) async fn look<R: Send + 'static>(
+        &self,
+        view: impl FnOnce(&Hub) -> R + Send + 'static,
+    ) -> Result<R, Refusal> {
+        let (answer, answered) = oneshot::channel();
+        self.post(move |hub| {
+            // The caller may have gone away.
+            let _ = answer.send(view(hub));
+        });
+        answered.await.map_err(|_| stopping())
     }
 
     /// Runs `task` on the hub some time soon.
@@ -144,6 +192,10 @@ impl HubHandle {
     }
 }
 
+fn stopping() -> Refusal {
+    refuse("stopping", "the coordinator is stopping")
+}
+
 impl Hub {
     fn run(mut self, inbox: &Receiver<Task>) {
         let mut next_tick = Instant::now();
@@ -157,36 +209,48 @@ impl Hub {
                 next_tick = Instant::now() + TICK;
                 self.core.handle_tick(self.clock.now_ms());
             }
-            let was_blocked = self.blocked.is_some();
-            match self.carry_out() {
-                Err(e) if !was_blocked => tracing::error!("{e}; nothing new starts until it can be written"),
-                Ok(()) if was_blocked => tracing::info!("the store can be written again"),
-                _ => {}
-            }
-            self.readiness.set(self.blocked.is_none());
+            let writable = self.carry_out().is_ok();
+            self.readiness.set(writable);
             self.metrics.observe(&self.core, self.clock.now_ms());
             self.changes.send_modify(|n| *n += 1);
         }
     }
 
-    /// Does what the core asks for, in its order.
-    fn carry_out(&mut self) -> Result<(), StoreError> {
-        while let Some(action) = self.blocked.take().or_else(|| self.core.poll_action()) {
+    /// Does what the core asks for, in its order, and then answers those who wait for that.
+    fn carry_out(&mut self) -> Result<(), String> {
+        let was_blocked = self.blocked.is_some();
+        let mut next = match self.blocked.take_if(|blocked| blocked.retry_at <= Instant::now()) {
+            Some(blocked) => Some(blocked.action),
+            None => match &self.blocked {
+                Some(blocked) => return Err(blocked.error.clone()),
+                None => self.core.poll_action(),
+            },
+        };
+        while let Some(action) = next {
             if let Err(e) = self.perform(&action) {
-                self.blocked = Some(action);
-                return Err(e);
+                let error = e.to_string();
+                if !was_blocked {
+                    tracing::error!("{error}; nothing new starts until it can be written");
+                }
+                let retry_at = Instant::now() + STORE_RETRY;
+                self.blocked = Some(Blocked { action, error: error.clone(), retry_at });
+                return Err(error);
             }
+            next = self.core.poll_action();
         }
+        if was_blocked {
+            tracing::info!("the store can be written again");
+        }
+        self.deferred.drain(..).for_each(|answer| answer());
         Ok(())
     }
 
     fn perform(&mut self, action: &Action) -> Result<(), StoreError> {
         match action {
             Action::PersistJob(record) => {
-                if let Err(e) = self.dir.job(record.id).create(&record.toml) {
-                    tracing::error!("{e}");
-                }
                 self.store.put_job(record)?;
+                let created = self.dir.job(record.id).create(&record.toml);
+                self.note_written(created);
             }
             Action::PersistWorker(record) => self.store.put_worker(record)?,
             Action::Send { worker, message } => {
@@ -212,7 +276,7 @@ impl Hub {
                     for refused in &latest.refused {
                         hub.log(job, &format!("warning: {refused}"));
                     }
-                    latest.good.map(|checkpoint| checkpoint.manifest.info.step)
+                    latest.good.map(|manifest| manifest.info.step)
                 });
                 hub.core.handle_checkpoint_found(job, generation, found);
             });
@@ -224,11 +288,20 @@ impl Hub {
     }
 
     /// Adds a line to a job's log and to the coordinator's own.
-    pub(crate) fn log(&self, job: JobId, line: &str) {
+    pub(crate) fn log(&mut self, job: JobId, line: &str) {
         tracing::info!("{job}: {line}");
-        if let Err(e) = self.dir.job(job).append_log(line) {
-            tracing::error!("{e}");
+        let written = self.dir.job(job).append_log(line);
+        self.note_written(written);
+    }
+
+    /// Tells of the first of a row of failures to write to jobs' folders: a full disk fails many times a second.
+    fn note_written(&mut self, written: Result<(), FileError>) {
+        if let Err(e) = &written
+            && !self.files_fail
+        {
+            tracing::error!("{e}; until then logs and metrics of jobs have gaps");
         }
+        self.files_fail = written.is_err();
     }
 
     /// The time as the core counts it.
@@ -245,6 +318,7 @@ impl Hub {
         self.last_session += 1;
         let (outbox, messages) = mpsc::unbounded_channel();
         self.core.handle_connected(worker, self.last_session, register, self.now_ms())?;
+        self.reports.entry(worker).or_default().session_begins();
         self.sessions.insert(worker, Session { number: self.last_session, outbox });
         Ok((self.last_session, messages))
     }
@@ -279,7 +353,8 @@ impl Hub {
     /// A worker has said something.
     pub(crate) fn hear(&mut self, worker: WorkerId, message: FromWorker) {
         let now_ms = self.now_ms();
-        if self.core.handle_message(worker, message.clone(), now_ms) == Reception::Stale {
+        let repeated = self.reports.entry(worker).or_default().is_repeated(&message);
+        if self.core.handle_message(worker, message.clone(), now_ms) == Reception::Stale || repeated {
             return;
         }
         let written = match &message {
@@ -293,8 +368,6 @@ impl Hub {
             }
             FromWorker::Ended { .. } | FromWorker::Leaving => Ok(()),
         };
-        if let Err(e) = written {
-            tracing::error!("{e}");
-        }
+        self.note_written(written);
     }
 }

@@ -9,6 +9,7 @@ mod http;
 mod hub;
 mod operators;
 mod requests;
+mod resent;
 mod session;
 mod shards;
 mod summary;
@@ -24,7 +25,7 @@ use hub::{Clock, Parts};
 use lockstep_common::dataset::{self, DatasetError};
 use lockstep_common::durable::FileError;
 use lockstep_common::http::{HttpError, Readiness, process_registry};
-use lockstep_common::ids::JobId;
+use lockstep_common::ids::{JobId, WorkerId};
 use lockstep_common::net::{
     Authority, Identity, NetError, Role, bind, explain, local_addresses, server_config,
 };
@@ -89,8 +90,8 @@ pub struct Options {
 pub enum Scope {
     /// All of them.
     All,
-    /// Only an unfinished one of this very job file, if there is one; and jobs submitted from now on. The others stay as
-    /// they are.
+    /// Only the newest one of this very job file, if it is unfinished, or has failed and left a good checkpoint; and jobs
+    /// submitted from now on. The others stay as they are.
     Job {
         /// The job file.
         toml: String,
@@ -128,14 +129,23 @@ pub struct Service {
     address: SocketAddr,
     http: SocketAddr,
     hub: JoinHandle<()>,
-    taken_up: Option<JobId>,
+    taken_up: Option<TakenUp>,
+}
+
+/// A job of an earlier coordinator that goes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TakenUp {
+    /// The job.
+    pub job: JobId,
+    /// The error that had ended it, if one had.
+    pub failure: Option<String>,
 }
 
 impl Service {
     /// Starts a coordinator in the current tokio runtime.
     pub async fn start(options: Options) -> Result<Self, StartError> {
         let dir = options.dir;
-        let store = Store::open(&dir.store()).map_err(|e| match e {
+        let mut store = Store::open(&dir.store()).map_err(|e| match e {
             StoreError::InUse(_) => {
                 StartError::InUse { dir: dir.root().to_owned(), pid: dir.endpoint().and_then(|e| e.pid) }
             }
@@ -146,11 +156,18 @@ impl Service {
         let datasets = dataset::Store::open(&dir.datasets())?;
         let clock = Clock::new();
         let jobs = store.jobs().map_err(StartError::Store)?;
-        let last_job = jobs.iter().map(|j| j.id).max().unwrap_or_default();
-        let (jobs, config) = in_scope(jobs, &options.scope);
-        let taken_up = jobs.last().map(|j| j.id).filter(|_| options.scope != Scope::All);
         let workers = store.workers().map_err(StartError::Store)?;
-        let core = Core::new(config, Restored { jobs, workers, last_job }, clock.now_ms());
+        let (last_job, last_worker) = (JobId(jobs.last), WorkerId(workers.last));
+        let (jobs, taken_up) = match &options.scope {
+            Scope::All => (jobs.records, None),
+            Scope::New => (Vec::new(), None),
+            Scope::Job { toml } => {
+                let (job, taken_up) = take_up(jobs.records, toml, &dir).unzip();
+                (job.into_iter().collect(), taken_up)
+            }
+        };
+        let restored = Restored { jobs, workers: workers.records, last_job, last_worker };
+        let core = Core::new(Config::default(), restored, clock.now_ms());
 
         let registry = process_registry();
         let metrics = Arc::new(Metrics::new(&registry)?);
@@ -209,9 +226,9 @@ impl Service {
         self.http
     }
 
-    /// The unfinished job that [`Scope::Job`] found.
-    pub fn taken_up(&self) -> Option<JobId> {
-        self.taken_up
+    /// The job that [`Scope::Job`] found.
+    pub fn taken_up(&self) -> Option<&TakenUp> {
+        self.taken_up.as_ref()
     }
 
     /// Stops. Running jobs go on without a coordinator and wait for the next one.
@@ -244,21 +261,23 @@ fn own_identity(authority: &Authority, dir: &DataDir) -> Result<Identity, NetErr
     identities.pop().ok_or_else(|| NetError::Certificate("no identity was made".to_owned()))
 }
 
-fn in_scope(mut jobs: Vec<JobRecord>, scope: &Scope) -> (Vec<JobRecord>, Config) {
-    match scope {
-        Scope::All => (jobs, Config::default()),
-        Scope::New => (Vec::new(), Config::default()),
-        Scope::Job { toml } => {
-            let newest = jobs.iter().rposition(|j| j.toml == *toml).map(|i| jobs.swap_remove(i));
-            let unfinished = newest.filter(|j| !j.state.is_final() && j.ending != Some(Ending::Cancel));
-            (unfinished.map(detached).into_iter().collect(), Config::default())
-        }
-    }
+/// The newest job of this job file, if it can go on. Its workers died with its coordinator, so there are none to wait for.
+fn take_up(jobs: Vec<JobRecord>, toml: &str, dir: &DataDir) -> Option<(JobRecord, TakenUp)> {
+    let newest = jobs.into_iter().rev().find(|j| j.toml == toml)?;
+    let failure = match (newest.state, &newest.ending) {
+        (JobState::Finished | JobState::Cancelled, _) | (_, Some(Ending::Cancel)) => return None,
+        (JobState::Failed, _) if has_good_checkpoint(dir, newest.id) => Some(newest.reason.clone()),
+        (JobState::Failed, _) => return None,
+        (_, Some(Ending::Fail { error })) => Some(error.clone()),
+        _ => None,
+    };
+    let taken_up = TakenUp { job: newest.id, failure };
+    Some((newest.requeued(), taken_up))
 }
 
-/// A job of an earlier embedded coordinator. Its workers died with that one, so there is nothing to wait for.
-fn detached(job: JobRecord) -> JobRecord {
-    JobRecord { state: JobState::Queued, members: Vec::new(), ending: None, ..job }
+fn has_good_checkpoint(dir: &DataDir, job: JobId) -> bool {
+    let found = dir.job(job).checkpoint_store().and_then(|store| store.latest_good());
+    found.is_ok_and(|latest| latest.good.is_some())
 }
 
 /// An address under which this host reaches itself.

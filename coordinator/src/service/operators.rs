@@ -5,18 +5,19 @@ use super::requests::{Call, Stop};
 use super::shards::blocking;
 use super::{Shared, enroll, refuse};
 use crate::jobs_dir::LogReader;
-use lockstep_common::dataset::DatasetError;
+use lockstep_common::dataset::{DatasetError, Manifest};
 use lockstep_common::ids::JobId;
 use lockstep_common::job::JobSpec;
-use lockstep_common::wire::{DatasetBrief, Refusal, Request, Response};
+use lockstep_common::wire::{DatasetBrief, Refusal, Request, Response, encode};
 use lockstep_core::{CommandError, NewJob};
+use serde::Serialize;
 use std::path::Path;
 
 /// A job file is some hundred lines.
 const MAX_JOB_FILE_BYTES: usize = 1 << 20;
 
-/// Lines of a log in one message.
-const LINES_PER_MESSAGE: usize = 500;
+/// How much of a list or a log goes into one message, with room for one more item below the limit of a frame.
+const PART_BYTES: usize = 1 << 20;
 
 /// Longest life of a token.
 const MAX_TTL_S: u64 = 366 * 86_400;
@@ -32,12 +33,13 @@ pub(super) async fn answer(call: &mut Call, request: Request) -> Result<(), Stop
         }
         Request::Jobs => {
             let dir = shared.dir.clone();
-            Response::Jobs(shared.hub.call(move |hub| hub.job_summaries(&dir)).await?)
+            let jobs = shared.hub.look(move |hub| hub.job_summaries(&dir)).await?;
+            return list(call, jobs, Response::Jobs).await;
         }
         Request::Status { job } => {
             let dir = shared.dir.clone();
-            let known = move |hub: &mut Hub| hub.core.job(job).map(|record| hub.job_summary(&dir, record));
-            Response::Jobs(vec![shared.hub.call(known).await?.ok_or_else(|| unknown(job))?])
+            let known = move |hub: &Hub| hub.core.job(job).map(|record| hub.job_summary(&dir, record));
+            Response::Jobs(vec![shared.hub.look(known).await?.ok_or_else(|| unknown(job))?])
         }
         Request::Logs { job, follow, from } => return logs(call, job, follow, from).await,
         Request::Cancel { job } => {
@@ -55,7 +57,10 @@ pub(super) async fn answer(call: &mut Call, request: Request) -> Result<(), Stop
             .await?
         }
         Request::Resume { job } => command(&shared, move |hub| hub.core.resume(job)).await?,
-        Request::Workers => Response::Workers(shared.hub.call(|hub| hub.worker_summaries()).await?),
+        Request::Workers => {
+            let workers = shared.hub.look(Hub::worker_summaries).await?;
+            return list(call, workers, Response::Workers).await;
+        }
         Request::NewToken { purpose, ttl_s, uses } => {
             if !(1..=MAX_TTL_S).contains(&ttl_s) || uses == 0 {
                 let message = "a token must be good for 1 second to 366 days and for at least 1 use";
@@ -77,7 +82,27 @@ pub(super) async fn answer(call: &mut Call, request: Request) -> Result<(), Stop
     Ok(())
 }
 
-/// Parses a job file and checks what only the coordinator can: that its datasets are there.
+/// Sends a list in as many messages as its size asks for, at least one.
+async fn list<T: Serialize>(
+    call: &mut Call,
+    items: Vec<T>,
+    message: impl Fn(Vec<T>) -> Response,
+) -> Result<(), Stop> {
+    let (mut part, mut bytes) = (Vec::new(), 0);
+    for item in items {
+        bytes += encode(&item)?.len();
+        part.push(item);
+        if bytes >= PART_BYTES {
+            call.answer(&message(std::mem::take(&mut part))).await?;
+            bytes = 0;
+        }
+    }
+    // An empty part at the end of a long list does no harm, and an empty list needs one.
+    call.answer(&message(part)).await?;
+    Ok(())
+}
+
+/// Parses a job file and checks what only the coordinator can: that its datasets are there and fit the network.
 pub(crate) fn check_job(shared: &Shared, file: &str, toml: &str) -> Result<NewJob, Refusal> {
     if toml.len() > MAX_JOB_FILE_BYTES {
         return Err(refuse(
@@ -97,6 +122,9 @@ pub(crate) fn check_job(shared: &Shared, file: &str, toml: &str) -> Result<NewJo
             };
             refuse("job_file", JobSpec::fault(&file, toml, &["data", key], what))
         })?;
+        if let Some((option, what)) = misfit(&spec, &manifest) {
+            return Err(refuse("job_file", JobSpec::fault(&file, toml, &["model", option], what)));
+        }
         datasets.push(DatasetBrief { name: name.clone(), digest: manifest.id });
     }
     Ok(NewJob {
@@ -110,6 +138,30 @@ pub(crate) fn check_job(shared: &Shared, file: &str, toml: &str) -> Result<NewJo
         datasets,
         wait_for: None,
     })
+}
+
+/// The option with which a classifier does not fit a dataset, and what is wrong with it.
+fn misfit(spec: &JobSpec, data: &Manifest) -> Option<(&'static str, String)> {
+    let model = spec.model.as_ref()?;
+    let option = |name| model.options.get(name).and_then(serde_json::Value::as_u64);
+    let Manifest { name, classes, shape, .. } = data;
+    if let Some(given) = option("classes")
+        && given < u64::from(*classes)
+    {
+        let what =
+            format!("`classes` is {given} and dataset `{name}` has {classes}; make it at least {classes}");
+        return Some(("classes", what));
+    }
+    let channels = shape.channels;
+    if let Some(given) = option("in_channels")
+        && given != u64::from(channels)
+    {
+        let what = format!(
+            "`in_channels` is {given} and the images of dataset `{name}` have {channels}; make it {channels}"
+        );
+        return Some(("in_channels", what));
+    }
+    None
 }
 
 /// Puts a checked job in the queue; it is durable when this returns.
@@ -142,11 +194,11 @@ async fn logs(call: &mut Call, job: JobId, follow: bool, from: u64) -> Result<()
     let mut reader = LogReader::new(&call.shared.dir.job(job));
     loop {
         let state =
-            hub.call(move |hub| hub.core.job(job).map(|j| j.state)).await?.ok_or_else(|| unknown(job))?;
+            hub.look(move |hub| hub.core.job(job).map(|j| j.state)).await?.ok_or_else(|| unknown(job))?;
         changes.mark_unchanged();
         loop {
             let (read, lines) = blocking(move || {
-                let lines = reader.read(LINES_PER_MESSAGE);
+                let lines = reader.read(PART_BYTES);
                 (reader, lines)
             })
             .await?;

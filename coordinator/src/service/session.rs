@@ -22,7 +22,7 @@ pub(super) async fn run(
     }
     let hub = call.shared.hub.clone();
     tracing::info!("{worker} on {} ({}, {}) is here", register.host, register.device, call.peer);
-    let opened = hub.call(move |hub| hub.open_session(worker, register)).await?;
+    let opened = hub.settle(move |hub| hub.open_session(worker, register)).await?;
     let (number, mut orders) = opened.map_err(|e| refuse("unknown_worker", e))?;
     let result = async {
         call.answer(&Response::Welcome).await?;
@@ -43,7 +43,8 @@ pub(super) async fn run(
         let reports_in = async {
             loop {
                 let report: FromWorker = read_frame(recv).await?;
-                hub.call(move |hub| hub.hear(worker, report)).await?;
+                // As long as the store cannot be written, the worker neither hears of this report nor gets rid of more.
+                hub.settle(move |hub| hub.hear(worker, report)).await?;
                 // The receiver lives as long as this loop.
                 let _ = heard.send(1);
             }
@@ -56,9 +57,15 @@ pub(super) async fn run(
     .await;
     hub.post(move |hub| hub.close_session(worker, number));
     tracing::info!("{worker}'s session has ended");
-    if let Err(Stop::Broken(_)) = &result {
-        // Whatever else it has under way is void without its session.
-        connection.close(0u32.into(), b"session ended");
+    // Whatever else it has under way is void without its session.
+    match &result {
+        Ok(()) => {}
+        Err(Stop::Broken(_)) => connection.close(0u32.into(), b"session ended"),
+        // The worker reads orders here, and would not understand an answer.
+        Err(Stop::Refused(refusal)) => {
+            connection.close(0u32.into(), refusal.message.as_bytes());
+            return Ok(());
+        }
     }
     result
 }

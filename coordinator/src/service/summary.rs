@@ -2,8 +2,12 @@
 
 use super::hub::Hub;
 use crate::data_dir::DataDir;
+use crate::jobs_dir::cut;
 use lockstep_common::wire::{JobSummary, WorkerSummary};
 use lockstep_core::JobRecord;
+
+/// As much of an error as anybody reads; the job's log has it too.
+const MAX_REASON_BYTES: usize = 4 << 10;
 
 impl Hub {
     /// A job as lists and `status` show it.
@@ -14,7 +18,7 @@ impl Hub {
             id: job.id,
             name: job.name.clone(),
             state: job.state,
-            reason: job.reason.clone(),
+            reason: cut(&job.reason, MAX_REASON_BYTES).into_owned(),
             generation: job.generation,
             step: job.step,
             total_steps: job.total_steps,

@@ -45,7 +45,7 @@ lr = 0.1
 "#;
 
 /// Nothing that these tests wait for takes this long.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(crate) struct Cluster {
     pub(crate) folder: TempDir,
@@ -64,7 +64,11 @@ pub(crate) fn options(dir: &DataDir) -> Options {
 impl Cluster {
     /// A coordinator with the dataset `tiny/train` in its store.
     pub(crate) async fn start() -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        Self::start_in(tempfile::tempdir().unwrap()).await
+    }
+
+    /// The same with its data directory in `folder`.
+    pub(crate) async fn start_in(folder: TempDir) -> Self {
         let dir = DataDir::open(&folder.path().join("data")).unwrap();
         import_tiny(&dir, folder.path());
         let service = Service::start(options(&dir)).await.unwrap();
@@ -73,8 +77,14 @@ impl Cluster {
 
     /// The coordinator ends, and another one starts on the same data directory.
     pub(crate) async fn restart(self) -> Self {
+        self.restart_with(Scope::All, |_| ()).await
+    }
+
+    /// The same with a new scope, and `between` the two on the data directory.
+    pub(crate) async fn restart_with(self, scope: Scope, between: impl FnOnce(&DataDir)) -> Self {
         self.service.stop().await;
-        let service = Service::start(options(&self.dir)).await.unwrap();
+        between(&self.dir);
+        let service = Service::start(Options { scope, ..options(&self.dir) }).await.unwrap();
         Self { service, ..self }
     }
 
@@ -193,6 +203,13 @@ impl Cluster {
         text
     }
 
+    /// Waits until `GET path` answers with this status.
+    pub(crate) async fn wait_for_http(&self, path: &str, status: u16) {
+        let wanted = format!("HTTP/1.1 {status}");
+        let look = async { while !self.http(path).await.starts_with(&wanted) {} };
+        tokio::time::timeout(PATIENCE, look).await.expect("the status should have come");
+    }
+
     /// Waits until the metrics have this line.
     pub(crate) async fn wait_for_metric(&self, line: &str) {
         let look = async { while !self.http("/metrics").await.lines().any(|l| l == line) {} };
@@ -223,6 +240,11 @@ impl Worker {
             }
         };
         tokio::time::timeout(PATIENCE, next).await.expect("an order should have come")
+    }
+
+    /// The next acknowledgement of a report; `None` if there is none yet.
+    pub(crate) async fn heard(&mut self, patience: Duration) -> Option<ToWorker> {
+        tokio::time::timeout(patience, read_frame(&mut self.exchange.recv)).await.ok().map(Result::unwrap)
     }
 
     pub(crate) async fn start(&mut self) -> Assignment {

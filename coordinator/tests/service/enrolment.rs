@@ -13,7 +13,7 @@ use lockstep_coordinator::store::{Store, TokenRecord};
 
 fn refusal<T>(result: Result<T, NetError>) -> String {
     match result {
-        Err(NetError::Refused(message)) => message,
+        Err(NetError::Refused { message, .. }) => message,
         Err(other) => panic!("{other}"),
         Ok(_) => panic!("this should have been refused"),
     }
@@ -53,7 +53,7 @@ async fn an_expired_token_is_refused() {
     let token = cluster.token(TokenPurpose::Worker, 1).await;
     let Cluster { folder, dir, service } = cluster;
     service.stop().await;
-    let store = Store::open(&dir.store()).unwrap();
+    let mut store = Store::open(&dir.store()).unwrap();
     let record = store.token(&token.id_hex()).unwrap().unwrap();
     let now_ms = record.expires_ms;
     store.put_token(&token.id_hex(), &TokenRecord { expires_ms: now_ms - 61_000, ..record }, now_ms).unwrap();

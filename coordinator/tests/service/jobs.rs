@@ -5,9 +5,11 @@ use lockstep_common::checkpoint::{MANIFEST_FILE, OPTIMIZER_FILE, WEIGHTS_FILE};
 use lockstep_common::ids::{Generation, JobId, Rank};
 use lockstep_common::net::{Exchange, NetError};
 use lockstep_common::wire::{
-    FileHead, FrameError, FromWorker, JobState, LogLine, Outcome, Request, Response, Resumption, StepRecord,
-    StopMode, ToWorker,
+    FileHead, FrameError, FromWorker, JobState, LogLine, Outcome, Request, Response, Resumption, Running,
+    StepRecord, StopMode, ToWorker,
 };
+use lockstep_coordinator::data_dir::DataDir;
+use lockstep_coordinator::service::{Scope, TakenUp};
 use std::collections::BTreeMap;
 
 fn steps(job: JobId, generation: Generation, range: std::ops::RangeInclusive<u64>) -> FromWorker {
@@ -197,9 +199,15 @@ async fn a_bad_job_file_is_refused_with_file_line_and_nearest_name() {
     for (good, bad, part) in [
         ("tiny/train", "tiny/trian", "unknown dataset `tiny/trian`; did you mean `tiny/train`?"),
         ("steps = 4", "stesp = 4", "unknown field `stesp`, expected"),
+        (
+            "classes = 10",
+            "classes = 9",
+            "`classes` is 9 and dataset `tiny/train` has 10; make it at least 10",
+        ),
+        ("name = \"nin\"", "name = \"nin\"\nin_channels = 3", "dataset `tiny/train` have 1; make it 1"),
     ] {
         let toml = JOB.replace(good, bad);
-        let line = line_of(&toml, bad);
+        let line = line_of(&toml, bad.lines().last().unwrap());
         let error =
             operator.ask(&Request::Submit { file: "/x/tiny.toml".to_owned(), toml }).await.unwrap_err();
         let error = error.to_string();
@@ -226,4 +234,89 @@ async fn old_reports_are_ignored_and_counted() {
     cluster.wait_for_metric("lockstep_stale_messages_total 1").await;
     assert_eq!(cluster.status(job).await.step, 0);
     assert_eq!(cluster.status(job).await.metrics, BTreeMap::new());
+}
+
+#[tokio::test]
+async fn what_a_worker_repeats_after_a_broken_session_is_noted_once() {
+    let cluster = Cluster::start().await;
+    let job = cluster.submit(JOB).await;
+    let mut worker = cluster.worker().await;
+    let assignment = worker.start().await;
+    let generation = assignment.generation;
+    let metrics = |step| {
+        let values = [("test_top1".to_owned(), step as f64 / 10.0)].into();
+        FromWorker::Metrics { job, generation, step, epoch: 1, values }
+    };
+    let line = |text: &str| FromWorker::Log { job, generation, line: text.to_owned() };
+    for report in [line("first"), metrics(1), line("second"), metrics(2)] {
+        worker.say(&report).await;
+    }
+    cluster.wait(job, |j| j.metrics.get("test_top1") == Some(&0.2)).await;
+
+    // It has heard of the first report only.
+    let running = Running { job, generation, rank: assignment.rank, step: 2 };
+    let mut worker = cluster.session(worker.identity.clone(), worker.id, Some(running)).await.unwrap();
+    for report in [metrics(1), line("second"), metrics(2), line("third"), metrics(3)] {
+        worker.say(&report).await;
+    }
+    cluster.wait(job, |j| j.metrics.get("test_top1") == Some(&0.3)).await;
+    let text = std::fs::read_to_string(cluster.dir.job(job).metrics()).unwrap();
+    assert_eq!(text.lines().count(), 3, "{text}");
+    let log = std::fs::read_to_string(cluster.dir.job(job).log()).unwrap();
+    for text in ["first", "second", "third"] {
+        assert_eq!(log.matches(&format!(": {text}\n")).count(), 1, "{log}");
+    }
+}
+
+#[tokio::test]
+async fn a_failed_job_with_a_good_checkpoint_is_taken_up_by_the_same_job_file() {
+    let cluster = Cluster::start().await;
+    let job = cluster.submit(JOB).await;
+    let mut worker = cluster.worker().await;
+    let generation = worker.start().await.generation;
+    let failed = || Outcome::Failed { error: "no space left".to_owned() };
+    worker.put(job, generation, 2, &checkpoint(job, 2)).await.unwrap();
+    worker.say(&FromWorker::Ended { job, generation, outcome: failed() }).await;
+    let reason = cluster.wait(job, |j| j.state == JobState::Failed).await.reason;
+
+    let scope = || Scope::Job { toml: JOB.to_owned() };
+    let (identity, id) = (worker.identity.clone(), worker.id);
+    let cluster = cluster.restart_with(scope(), |_| ()).await;
+    assert_eq!(cluster.service.taken_up(), Some(&TakenUp { job, failure: Some(reason.clone()) }));
+    assert!(reason.contains("no space left"), "{reason}");
+    let mut worker = cluster.session(identity, id, None).await.unwrap();
+    let again = worker.start().await;
+    assert_eq!((again.job, again.resume), (job, Resumption::Checkpoint { step: 2 }));
+
+    let outcome = failed();
+    worker.say(&FromWorker::Ended { job, generation: again.generation, outcome }).await;
+    cluster.wait(job, |j| j.state == JobState::Failed).await;
+    let spoil = |dir: &DataDir| {
+        let weights = dir.job(job).checkpoints().join("step-000000000002").join(WEIGHTS_FILE);
+        std::fs::write(weights, b"damaged").unwrap();
+    };
+    let cluster = cluster.restart_with(scope(), spoil).await;
+    assert_eq!(cluster.service.taken_up(), None, "there is nothing to go on from");
+    assert_eq!(cluster.submit(JOB).await, JobId(2));
+}
+
+#[tokio::test]
+async fn figures_that_are_no_numbers_are_not_kept_and_spoil_nothing() {
+    let cluster = Cluster::start().await;
+    let job = cluster.submit(JOB).await;
+    let mut worker = cluster.worker().await;
+    let generation = worker.start().await.generation;
+    worker.say(&steps(job, generation, 1..=1)).await;
+    let values = [("loss".to_owned(), f64::NAN), ("test_loss".to_owned(), f64::INFINITY)].into();
+    let record = StepRecord { step: 2, epoch: 1, total_steps: 4, samples: 8, seconds: f64::NAN, values };
+    worker.say(&FromWorker::Steps { job, generation, records: vec![record] }).await;
+    let values = [("test_top1".to_owned(), 0.5), ("test_loss".to_owned(), f64::NAN)].into();
+    worker.say(&FromWorker::Metrics { job, generation, step: 2, epoch: 1, values }).await;
+    let expected = BTreeMap::from([("test_top1".to_owned(), 0.5)]);
+    assert_eq!(cluster.wait(job, |j| j.metrics.contains_key("test_top1")).await.metrics, expected);
+
+    let cluster = cluster.restart().await;
+    assert_eq!(cluster.status(job).await.metrics, expected);
+    let text = std::fs::read_to_string(cluster.dir.job(job).metrics()).unwrap();
+    assert!(text.lines().all(|l| serde_json::from_str::<serde_json::Value>(l).is_ok()), "{text}");
 }

@@ -7,3 +7,4 @@ mod durability;
 mod enrolment;
 mod jobs;
 mod shards;
+mod store;

@@ -340,8 +340,9 @@ fn a_job_that_waits_for_exactly_n_starts_with_n() {
 }
 
 #[test]
-fn job_numbers_are_never_used_again() {
-    let restored = Restored { last_job: JobId(7), ..Restored::default() };
+fn numbers_of_jobs_and_workers_are_never_used_again() {
+    let restored = Restored { last_job: JobId(7), last_worker: WorkerId(4), ..Restored::default() };
     let mut core = Core::new(Config::default(), restored, 0);
     assert_eq!(core.submit(job(1, 1), 0), JobId(8));
+    assert_eq!(core.handle_enrolled("host".to_owned(), 0), WorkerId(5));
 }

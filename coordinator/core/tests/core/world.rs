@@ -66,7 +66,7 @@ impl World {
         let restored = Restored {
             jobs: self.jobs.values().cloned().collect(),
             workers: self.workers.values().cloned().collect(),
-            last_job: JobId(0),
+            ..Restored::default()
         };
         let mut world = Self::with(Core::new(Config::default(), restored, self.now_ms), self.now_ms);
         (world.jobs, world.workers, world.last_session) = (self.jobs, self.workers, self.last_session);
