@@ -10,6 +10,7 @@ pub mod durable;
 pub mod http;
 pub mod ids;
 pub mod job;
+pub mod moments;
 pub mod net;
 pub mod placement;
 pub mod rng;

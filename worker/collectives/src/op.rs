@@ -1,5 +1,6 @@
 //! What is reduced and how two operands become one.
 
+use lockstep_common::moments;
 use crate::tree::Merge;
 use bytemuck::Pod;
 
@@ -53,7 +54,7 @@ impl Element for f32 {
 impl Element for f64 {
     const CODE: u8 = 2;
     const NAME: &'static str = "f64";
-    const MOMENTS: Option<MergeFn<Self>> = Some(merge_moments);
+    const MOMENTS: Option<MergeFn<Self>> = Some(moments::merge);
     fn plus(self, other: Self) -> Self {
         self + other
     }
@@ -149,36 +150,11 @@ impl ReduceOp {
     }
 }
 
-fn merge_moments(left: &mut [f64], right: &[f64]) {
-    let (Some((left_n, left)), Some((right_n, right))) = (left.split_first_mut(), right.split_first()) else {
-        return;
-    };
-    if *right_n == 0.0 {
-        return;
-    }
-    if *left_n == 0.0 {
-        *left_n = *right_n;
-        left.copy_from_slice(right);
-        return;
-    }
-    let n = *left_n + *right_n;
-    let (mean_weight, m2_weight) = (*right_n / n, *left_n * (*right_n / n));
-    let channels = left.len() / 2;
-    let (left_mean, left_m2) = left.split_at_mut(channels);
-    let (right_mean, right_m2) = right.split_at(channels);
-    for c in 0..channels {
-        let delta = right_mean[c] - left_mean[c];
-        left_mean[c] += delta * mean_weight;
-        left_m2[c] += right_m2[c] + delta * delta * m2_weight;
-    }
-    *left_n = n;
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn moments(values: &[f64]) -> Vec<f64> {
+    fn of(values: &[f64]) -> Vec<f64> {
         let n = values.len() as f64;
         if values.is_empty() {
             return vec![0.0, 0.0, 0.0];
@@ -190,9 +166,9 @@ mod tests {
     #[test]
     fn merged_moments_are_those_of_all_values() {
         let values: Vec<f64> = (0..50).map(|i| 1e3 + f64::from(i * i % 17)).collect();
-        let mut left = moments(&values[..13]);
-        merge_moments(&mut left, &moments(&values[13..]));
-        for (merged, whole) in left.iter().zip(moments(&values)) {
+        let mut left = of(&values[..13]);
+        moments::merge(&mut left, &of(&values[13..]));
+        for (merged, whole) in left.iter().zip(of(&values)) {
             assert!((merged - whole).abs() <= 1e-10 * whole.abs(), "{merged} instead of {whole}");
         }
     }
@@ -202,10 +178,10 @@ mod tests {
         let some = [3.0, 0.1, -0.0];
         for empty in [[0.0, 0.0, 0.0], [0.0, f64::NAN, f64::INFINITY]] {
             let mut left = some;
-            merge_moments(&mut left, &empty);
+            moments::merge(&mut left, &empty);
             assert_eq!(left.map(f64::to_bits), some.map(f64::to_bits));
             let mut left = empty;
-            merge_moments(&mut left, &some);
+            moments::merge(&mut left, &some);
             assert_eq!(left.map(f64::to_bits), some.map(f64::to_bits));
         }
     }

@@ -26,13 +26,14 @@ pub fn cross_entropy(
     share(&sum, global_count)
 }
 
-/// How many rows of `logits` [N, classes] have their largest value at the label, as a plain number.
-pub fn correct(logits: &Tensor, labels: &Tensor) -> Result<i64, NnError> {
-    if logits.size().first() == Some(&0) {
-        return Ok(0);
+/// How many rows of `logits` [N, classes] have their label among the `k` largest, as a plain number.
+pub fn correct_in_top(logits: &Tensor, labels: &Tensor, k: i64) -> Result<f64, NnError> {
+    let classes = logits.size().last().copied().unwrap_or(0);
+    if labels.numel() == 0 {
+        return Ok(0.0);
     }
-    let hits = logits.f_argmax(1, false)?.f_eq_tensor(labels)?.f_sum(tch::Kind::Int64)?;
-    Ok(hits.f_int64_value(&[])?)
+    let (_, top) = logits.f_topk(k.min(classes), 1, true, false)?;
+    Ok(top.f_eq_tensor(&labels.f_unsqueeze(1)?)?.f_sum(tch::Kind::Double)?.f_double_value(&[])?)
 }
 
 /// The discriminator's loss, −log D(x) − log(1 − D(G(z))), from its logits (Goodfellow et al. 2014).
@@ -85,9 +86,12 @@ mod tests {
     }
 
     #[test]
-    fn correct_counts_rows_and_takes_an_empty_batch() {
-        let logits = Tensor::from_slice2(&[[0.0, 1.0], [2.0, 1.0]]);
-        assert_eq!(correct(&logits, &Tensor::from_slice(&[1i64, 1])).unwrap(), 1);
-        assert_eq!(correct(&logits.narrow(0, 0, 0), &Tensor::from_slice::<i64>(&[])).unwrap(), 0);
+    fn correct_in_top_counts_rows_and_takes_an_empty_batch() {
+        let logits = Tensor::from_slice2(&[[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]]);
+        let labels = Tensor::from_slice(&[1i64, 0]);
+        let counts = [1, 2, 5].map(|k| correct_in_top(&logits, &labels, k).unwrap());
+        assert_eq!(counts, [1.0, 2.0, 2.0]);
+        let none = Tensor::from_slice::<i64>(&[]);
+        assert_eq!(correct_in_top(&logits.narrow(0, 0, 0), &none, 1).unwrap(), 0.0);
     }
 }

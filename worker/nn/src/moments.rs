@@ -3,35 +3,11 @@
 use crate::error::NnError;
 use crate::forward::BnRecord;
 use crate::vars::Vars;
+pub use lockstep_common::moments::merge as merge_moments;
 use tch::{Tensor, no_grad};
 
 /// Share of a new batch in the running statistics, PyTorch's default.
 pub const RUNNING_MOMENTUM: f64 = 0.1;
-
-/// Adds the moments of another part of the batch to `into`, both laid out `[n, mean[C], M2[C]]`.
-///
-/// Chan, Golub and LeVeque's pairwise update: stable where E[x²] − E[x]² cancels. The operation is not exactly
-/// associative, so a result that must not depend on the workers needs one fixed order of merging.
-///
-/// Panics if the lengths differ.
-pub fn merge_moments(into: &mut [f64], other: &[f64]) {
-    assert_eq!(into.len(), other.len(), "moments of different layers");
-    let (n, m) = (into[0], other[0]);
-    if m == 0.0 {
-        return;
-    }
-    if n == 0.0 {
-        into.copy_from_slice(other);
-        return;
-    }
-    let (total, channels) = (n + m, (into.len() - 1) / 2);
-    for c in 1..=channels {
-        let delta = other[c] - into[c];
-        into[c] += delta * (m / total);
-        into[channels + c] += other[channels + c] + delta * delta * (n * m / total);
-    }
-    into[0] = total;
-}
 
 /// The records of one shard as one vector whose sum over all shards [`average_records`] turns into their
 /// average, weighted by the samples: for batch norm over each shard by itself.

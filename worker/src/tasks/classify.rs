@@ -6,7 +6,7 @@ use crate::train::phase::{PhasePlan, ShardBatch, ShardLoss};
 use lockstep_common::job::JobSpec;
 use lockstep_nn::forward::Forward;
 use lockstep_nn::loss;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// Sums over the test samples.
 pub(super) const EVALUATION: &[&str] = &["test_loss", "test_top1", "test_top5"];
@@ -36,7 +36,7 @@ impl LaneTask for Classify {
     ) -> Result<ShardLoss, TrainError> {
         let logits = self.network.learning.forward(&batch.images, forward)?;
         let loss = loss::cross_entropy(&logits, &batch.labels, self.label_smoothing, batch.global as f64)?;
-        let correct = tch::no_grad(|| correct_in_top(&logits, &batch.labels, 1))?;
+        let correct = tch::no_grad(|| loss::correct_in_top(&logits, &batch.labels, 1))?;
         let figures = vec![tch::no_grad(|| loss.f_double_value(&[]))?, correct / batch.global as f64];
         Ok(ShardLoss { loss, figures })
     }
@@ -45,20 +45,10 @@ impl LaneTask for Classify {
         let logits = self.network.frozen.forward(&batch.images, &mut Forward::evaluation())?;
         // Divided by 1, the loss is a sum over samples, as the other figures are.
         let loss = loss::cross_entropy(&logits, &batch.labels, 0.0, 1.0)?.f_double_value(&[])?;
-        Ok(vec![loss, correct_in_top(&logits, &batch.labels, 1)?, correct_in_top(&logits, &batch.labels, 5)?])
+        Ok(vec![loss, loss::correct_in_top(&logits, &batch.labels, 1)?, loss::correct_in_top(&logits, &batch.labels, 5)?])
     }
 
     fn picture(&mut self) -> Result<Option<Tensor>, TrainError> {
         Ok(None)
     }
-}
-
-/// How many rows have their label among the `k` largest logits.
-fn correct_in_top(logits: &Tensor, labels: &Tensor, k: i64) -> Result<f64, TrainError> {
-    let classes = logits.size().last().copied().unwrap_or(0);
-    if labels.numel() == 0 {
-        return Ok(0.0);
-    }
-    let (_, top) = logits.f_topk(k.min(classes), 1, true, false)?;
-    Ok(top.f_eq_tensor(&labels.f_unsqueeze(1)?)?.f_sum(Kind::Double)?.f_double_value(&[])?)
 }
