@@ -89,11 +89,12 @@ fn a_submitted_job_file_is_checked_as_a_local_one() {
 }
 
 #[test]
-fn a_dataset_that_does_not_fit_the_model_fails_the_job_with_a_reason() {
+fn a_dataset_that_does_not_fit_the_model_is_refused_with_file_and_line() {
     let place = Place::new();
     let job = Job::default().to_string().replace("width = 4", "width = 4\nin_channels = 3");
-    let ended = place.start_run(job, 1).wait().refused(1, &["error: j1 failed: "]);
-    assert!(ended.stderr.contains("channel"), "{}", ended.stderr);
+    let line = job.lines().position(|l| l.starts_with("in_channels")).expect("the option") + 1;
+    let ended = place.start_run(job, 1).wait();
+    one_line(&ended.refused(1, &[&format!("job.toml:{line}: `in_channels` is 3"), "make it 1"]));
 }
 
 #[test]
