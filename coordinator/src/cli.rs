@@ -115,7 +115,7 @@ pub(crate) struct RunArgs {
     /// Threads that compute at a time in each worker [default: the cores shared evenly].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) threads: Option<u32>,
-    /// Start over, even if an earlier run of this job file is unfinished.
+    /// Start over, even if an earlier run of this job file is unfinished or has failed after a checkpoint.
     #[arg(long)]
     pub(crate) fresh: bool,
     /// Where metrics and JSON are served while the job runs.

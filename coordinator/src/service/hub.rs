@@ -27,6 +27,9 @@ const TICK: Duration = Duration::from_millis(200);
 /// How long after a failure the store is tried again.
 const STORE_RETRY: Duration = Duration::from_secs(1);
 
+/// How often a lasting failure to write to jobs' folders is told of.
+const FILES_TOLD_EVERY: Duration = Duration::from_secs(60);
+
 /// Milliseconds since 1970 that never run backwards, whatever is done to the host's clock.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Clock {
@@ -86,8 +89,8 @@ pub(crate) struct Hub {
     blocked: Option<Blocked>,
     /// Answers that wait until all actions have been carried out.
     deferred: Vec<Box<dyn FnOnce() + Send>>,
-    /// Whether the last write to a job's folder failed.
-    files_fail: bool,
+    /// When a failure to write to a job's folder was last told of.
+    told_of_files: Option<Instant>,
     handle: HubHandle,
     changes: watch::Sender<u64>,
     stopped: bool,
@@ -118,7 +121,7 @@ pub(crate) fn start(parts: Parts) -> std::io::Result<(HubHandle, JoinHandle<()>)
         reports: HashMap::new(),
         blocked: None,
         deferred: Vec::new(),
-        files_fail: false,
+        told_of_files: None,
         handle: handle.clone(),
         changes,
         stopped: false,
@@ -294,14 +297,14 @@ impl Hub {
         self.note_written(written);
     }
 
-    /// Tells of the first of a row of failures to write to jobs' folders: a full disk fails many times a second.
+    /// Tells of failures to write to jobs' folders, but not of all: on a full disk there are many in a second.
     fn note_written(&mut self, written: Result<(), FileError>) {
-        if let Err(e) = &written
-            && !self.files_fail
+        if let Err(e) = written
+            && self.told_of_files.is_none_or(|at| at.elapsed() >= FILES_TOLD_EVERY)
         {
             tracing::error!("{e}; until then logs and metrics of jobs have gaps");
+            self.told_of_files = Some(Instant::now());
         }
-        self.files_fail = written.is_err();
     }
 
     /// The time as the core counts it.
