@@ -278,6 +278,7 @@ struct SmallDisk(PathBuf);
 
 impl SmallDisk {
     /// `None`, with the reason printed, where it cannot be had.
+    #[allow(clippy::print_stdout, reason = "a test that is skipped says why")]
     fn mount(path: PathBuf, size: &str) -> Option<Self> {
         if !is_root() {
             println!("skipped: mounting a small tmpfs needs root");
