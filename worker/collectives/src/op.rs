@@ -1,8 +1,8 @@
 //! What is reduced and how two operands become one.
 
-use lockstep_common::moments;
 use crate::tree::Merge;
 use bytemuck::Pod;
+use lockstep_common::moments;
 
 /// How two vectors become one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -45,7 +45,11 @@ impl LaneTask for Classify {
         let logits = self.network.frozen.forward(&batch.images, &mut Forward::evaluation())?;
         // Divided by 1, the loss is a sum over samples, as the other figures are.
         let loss = loss::cross_entropy(&logits, &batch.labels, 0.0, 1.0)?.f_double_value(&[])?;
-        Ok(vec![loss, loss::correct_in_top(&logits, &batch.labels, 1)?, loss::correct_in_top(&logits, &batch.labels, 5)?])
+        Ok(vec![
+            loss,
+            loss::correct_in_top(&logits, &batch.labels, 1)?,
+            loss::correct_in_top(&logits, &batch.labels, 5)?,
+        ])
     }
 
     fn picture(&mut self) -> Result<Option<Tensor>, TrainError> {
