@@ -3,7 +3,7 @@
 /// Merges the moments of `right`, another part of the batch, into `left`. Both are laid out `[n, mean[C], M2[C]]`:
 /// how many values, and per channel their mean and the sum of squared deviations from it.
 ///
-/// Chan, Golub and LeVeque's pairwise update (1979): stable where E[x²] − E[x]² cancels. It is not exactly
+/// Chan, Golub and LeVeque's pairwise update (1979): stable where `E[x²] − E[x]²` cancels. It is not exactly
 /// associative, so a result that must not depend on the workers needs one fixed order of merging. Merging with an
 /// empty part (n = 0) leaves the other's bits.
 ///

@@ -1,6 +1,6 @@
 //! Job files for tests.
 
-/// A small classification job; [`Job::to_string`] is its file.
+/// A small classification job; `to_string` gives its file.
 #[derive(Clone, Debug)]
 pub struct Job {
     /// The job's name.

@@ -118,7 +118,7 @@ impl Control {
     async fn connected(&self) -> Result<Connection, NetError> {
         let mut watch = self.connection.clone();
         let connection = watch.wait_for(Option::is_some).await.ok().and_then(|c| c.clone());
-        connection.ok_or_else(|| leaving())
+        connection.ok_or_else(leaving)
     }
 
     /// Runs `exchange` against the coordinator, again on a new connection each time the old one breaks.

@@ -1,7 +1,7 @@
 //! The coordinator's decisions, without its input and output: membership, generations, queue, placement, recovery.
 //!
 //! [`Core`] is a state machine. Events go in through `handle_*` and commands, what has to be done comes out of
-//! [`Core::poll_action`], in an order that must be kept: an [`Action::Persist`] is durable before the actions
+//! [`Core::poll_action`], in an order that must be kept: a `Persist…` is durable before the actions
 //! behind it are carried out. The time is an argument, in milliseconds of a clock that never runs backwards. The
 //! core knows neither sockets, files, clocks nor randomness, so that any sequence of events can be tried on it.
 

@@ -1,6 +1,6 @@
 //! The running coordinator.
 //!
-//! Connections are tasks, one each; what they decide nothing about goes to the [`hub`], which owns the core.
+//! Connections are tasks, one each; what they decide nothing about goes to the `hub`, which owns the core.
 
 mod artifacts;
 mod checkpoints;

@@ -134,7 +134,7 @@ fn dishonest_pieces_of_a_large_sum_end_the_group() {
 
 #[test]
 fn a_frame_of_an_old_generation_is_dropped_and_counted() {
-    let engine = crate::engine::Engine::new(Rank(0), 2, Generation(5), TIMEOUT, None);
+    let engine = Engine::new(Rank(0), 2, Generation(5), TIMEOUT, None);
     engine.handle_frame(Rank(1), Header { generation: Generation(4), ..honest() }, Pool::default().take(8));
     assert_eq!(engine.stats().stale_frames, 1);
     assert_eq!(engine.failure(), None);

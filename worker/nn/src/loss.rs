@@ -7,7 +7,7 @@ use tch::{Reduction, Tensor};
 /// The target that libtorch leaves out; no label of ours is negative.
 const NO_IGNORED_INDEX: i64 = -100;
 
-/// Cross entropy of `logits` [N, classes] with `labels` [N] (i64).
+/// Cross entropy of `logits` `[N, classes]` with `labels` `[N]` (i64).
 ///
 /// A share `label_smoothing` of each target is spread evenly over all classes (Szegedy et al. 2016).
 pub fn cross_entropy(

@@ -21,7 +21,7 @@ pub(crate) struct ShardBatch {
     pub(crate) samples: Vec<u64>,
     /// [n, channels, height, width].
     pub(crate) images: Tensor,
-    /// [n], integers.
+    /// `[n]`, integers.
     pub(crate) labels: Tensor,
     /// Samples of the minibatch over all shards.
     pub(crate) global: u64,

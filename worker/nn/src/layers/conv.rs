@@ -27,7 +27,7 @@ impl ConvSpec {
     }
 }
 
-/// A convolution with `weight` [outputs, inputs, kernel, kernel] and perhaps `bias` [outputs].
+/// A convolution with `weight` `[outputs, inputs, kernel, kernel]` and perhaps `bias` `[outputs]`.
 #[derive(Debug)]
 pub struct Conv2d {
     weight: Tensor,

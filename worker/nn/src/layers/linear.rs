@@ -5,7 +5,7 @@ use crate::init::Init;
 use crate::vars::Scope;
 use tch::Tensor;
 
-/// x · weightᵀ + bias, with `weight` [outputs, inputs] and `bias` [outputs].
+/// x · weightᵀ + bias, with `weight` `[outputs, inputs]` and `bias` `[outputs]`.
 #[derive(Debug)]
 pub struct Linear {
     weight: Tensor,
