@@ -153,7 +153,7 @@ fn a_killed_worker_is_replaced_by_a_spare_one_within_seconds() {
 #[test]
 fn a_killed_coordinator_comes_back_to_undisturbed_jobs() {
     // No checkpoint in mid-run: whatever is repeated would show as a second line for its step.
-    let job = Job { steps: 1200, every_steps: 0, min_workers: 2, ..Job::default() };
+    let job = Job { steps: 2400, every_steps: 0, min_workers: 2, ..Job::default() };
     let mut cluster = Cluster::start(Place::new());
     let _workers = [cluster.worker(), cluster.worker()];
     let unused = cluster.token();

@@ -10,7 +10,8 @@ use crate::session::{self, Environment, SessionHandle};
 use anyhow::{Context, Result, bail};
 use lockstep_common::http::{self, Readiness};
 use lockstep_common::net::{
-    Exchange, Identity, NetError, Role, bind, client_config, connect, local_addresses, resolve, server_config,
+    Exchange, Identity, NetError, Role, bind, bind_as, client_config, connect, local_addresses, resolve,
+    server_config,
 };
 use lockstep_common::wire::{
     FrameError, FromWorker, Outcome, Register, Request, Response, StopMode, ToWorker, read_frame, write_frame,
@@ -90,7 +91,7 @@ impl Agent {
 
         let mut server = server_config(&identity, false)?;
         server.transport_config(Arc::new(lockstep_collectives::quic::transport_config()));
-        let endpoint = bind(args.listen, Some(server))?;
+        let endpoint = bind_as(&identity, args.listen, server)?;
         let metrics = Metrics::new()?;
         let readiness = Readiness::default();
         let metrics_address = match args.metrics {

@@ -3,6 +3,7 @@
 use super::NetError;
 use super::authority::Identity;
 use super::pinned::PinnedAuthority;
+use super::reset;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
     ClientConfig, Endpoint, EndpointConfig, IdleTimeout, ServerConfig, TokioRuntime, TransportConfig, VarInt,
@@ -41,7 +42,20 @@ fn roots(identity: &Identity) -> Result<Arc<RootCertStore>, NetError> {
 
 /// Opens a UDP socket at `address` and an endpoint on it. With a `server`, it also accepts.
 pub fn bind(address: SocketAddr, server: Option<ServerConfig>) -> Result<Endpoint, NetError> {
-    let open = || {
+    open(address, server, EndpointConfig::default())
+}
+
+/// [`bind`] for a process that accepts as `identity`: its peers learn at once when it has been restarted.
+pub fn bind_as(identity: &Identity, address: SocketAddr, server: ServerConfig) -> Result<Endpoint, NetError> {
+    open(address, Some(server), reset::endpoint_config(identity))
+}
+
+fn open(
+    address: SocketAddr,
+    server: Option<ServerConfig>,
+    mut datagrams: EndpointConfig,
+) -> Result<Endpoint, NetError> {
+    let open = move || {
         let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
         if address.is_ipv6() {
             socket.set_only_v6(false)?;
@@ -51,7 +65,6 @@ pub fn bind(address: SocketAddr, server: Option<ServerConfig>) -> Result<Endpoin
         let _ = socket.set_send_buffer_size(SOCKET_BUFFER_BYTES);
         socket.set_nonblocking(true)?;
         socket.bind(&address.into())?;
-        let mut datagrams = EndpointConfig::default();
         datagrams.max_udp_payload_size(MAX_DATAGRAM_BYTES).map_err(std::io::Error::other)?;
         Endpoint::new(datagrams, server, socket.into(), Arc::new(TokioRuntime))
     };

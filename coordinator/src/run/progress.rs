@@ -34,7 +34,7 @@ impl Progress {
             (false, false) => Look::Lines { last: None, step: 0 },
             (false, true) => {
                 let bar = ProgressBar::new(0);
-                if let Ok(style) = ProgressStyle::with_template("{bar:24} {wide_msg}") {
+                if let Ok(style) = ProgressStyle::with_template("{prefix} {wide_bar}\n{msg}") {
                     bar.set_style(style);
                 }
                 Look::Bar(bar)
@@ -46,20 +46,21 @@ impl Progress {
     /// Shows how far the job is.
     pub(super) fn show(&mut self, job: &JobSummary) {
         let rate = self.rate(job.step);
-        let text = describe(job, self.epochs, rate);
+        let (place, figures) = describe(job, self.epochs, rate);
         match &mut self.look {
             Look::Quiet => {}
             Look::Bar(bar) => {
                 bar.set_length(job.total_steps.max(1));
                 bar.set_position(job.step);
-                bar.set_message(text);
+                bar.set_prefix(place);
+                bar.set_message(figures);
             }
             Look::Lines { last, step } => {
                 let due =
                     last.is_none_or(|at| at.elapsed() >= LINE_EVERY) && (last.is_none() || job.step != *step);
                 if due {
                     (*last, *step) = (Some(Instant::now()), job.step);
-                    note(text);
+                    note(if figures.is_empty() { place } else { format!("{place} | {figures}") });
                 }
             }
         }
@@ -97,16 +98,17 @@ impl Progress {
     }
 }
 
-/// One line: epoch, step, figures, speed, time left, workers.
-fn describe(job: &JobSummary, epochs: Option<u64>, rate: Option<f64>) -> String {
+/// Where the job is (epoch, step), and how it does (figures, speed, time left, workers); each fits 80 columns.
+fn describe(job: &JobSummary, epochs: Option<u64>, rate: Option<f64>) -> (String, String) {
     if job.state != JobState::Running {
-        return format!("{} {}: {}", job.id, job.state, job.reason);
+        return (format!("{} {}: {}", job.id, job.state, job.reason), String::new());
     }
-    let mut parts = vec![match epochs {
-        Some(epochs) => format!("epoch {}/{epochs}", job.epoch.max(1)),
-        None => format!("epoch {}", job.epoch.max(1)),
-    }];
-    parts.push(format!("step {}/{}", job.step, job.total_steps));
+    if job.total_steps == 0 {
+        return (format!("{} starts on {} workers", job.id, job.workers.len()), String::new());
+    }
+    let epochs = epochs.map(|all| format!("/{all}")).unwrap_or_default();
+    let place = format!("epoch {}{epochs} | step {}/{}", job.epoch.max(1), job.step, job.total_steps);
+    let mut parts = Vec::new();
     parts.extend(job.metrics.get("loss").map(|loss| format!("loss {loss:.4}")));
     for (name, label) in [("top1", "train"), ("test_top1", "test")] {
         parts.extend(job.metrics.get(name).map(|top1| format!("{label} {:.1}%", top1 * 100.0)));
@@ -115,7 +117,7 @@ fn describe(job: &JobSummary, epochs: Option<u64>, rate: Option<f64>) -> String 
     parts.extend(job.eta_s.map(|seconds| format!("ETA {}", duration(seconds))));
     let workers = job.workers.len();
     parts.push(if workers == 1 { "1 worker".to_owned() } else { format!("{workers} workers") });
-    parts.join(" | ")
+    (place, parts.join(" | "))
 }
 
 #[cfg(test)]
@@ -142,12 +144,15 @@ mod tests {
             age_s: 9,
             eta_s: Some(65),
         };
+        let (place, figures) = describe(&job, Some(2), Some(1234.5));
+        assert_eq!(place, "epoch 1/2 | step 120/938");
         assert_eq!(
-            describe(&job, Some(2), Some(1234.5)),
-            "epoch 1/2 | step 120/938 | loss 0.5123 | train 81.2% | test 87.5% | 1234 images/s | ETA 1m 05s | 2 workers"
+            figures,
+            "loss 0.5123 | train 81.2% | test 87.5% | 1234 images/s | ETA 1m 05s | 2 workers"
         );
+        assert!(figures.len() <= 80);
         let waiting =
             JobSummary { state: JobState::Queued, reason: "needs 2 workers, 1 is free".to_owned(), ..job };
-        assert_eq!(describe(&waiting, Some(2), None), "j1 queued: needs 2 workers, 1 is free");
+        assert_eq!(describe(&waiting, Some(2), None).0, "j1 queued: needs 2 workers, 1 is free");
     }
 }

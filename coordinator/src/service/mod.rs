@@ -27,7 +27,7 @@ use lockstep_common::durable::FileError;
 use lockstep_common::http::{HttpError, Readiness, process_registry};
 use lockstep_common::ids::{JobId, WorkerId};
 use lockstep_common::net::{
-    Authority, Identity, NetError, Role, bind, explain, local_addresses, server_config,
+    Authority, Identity, NetError, Role, bind_as, explain, local_addresses, server_config,
 };
 use lockstep_common::wire::{JobState, Refusal};
 use lockstep_core::{Config, Core, Ending, JobRecord, Restored};
@@ -172,7 +172,7 @@ impl Service {
         let registry = process_registry();
         let metrics = Arc::new(Metrics::new(&registry)?);
         let readiness = Readiness::default();
-        let endpoint = bind(options.listen, Some(server_config(&identity, true)?))?;
+        let endpoint = bind_as(&identity, options.listen, server_config(&identity, true)?)?;
         let address = endpoint.local_addr().map_err(StartError::System)?;
         let parts = Parts {
             core,
