@@ -12,6 +12,7 @@ pub mod ids;
 pub mod job;
 pub mod moments;
 pub mod net;
+pub mod one_line;
 pub mod placement;
 pub mod rng;
 pub mod sampler;

@@ -154,7 +154,7 @@ fn a_worker_without_a_coordinator_says_so() {
     let mut worker = command("worker");
     worker.args(["join", "--coordinator", "no such host", "--data-dir"]).arg(place.file("worker"));
     worker.env("LOCKSTEP_TOKEN", &token);
-    Process::start(worker).wait().refused(1, &["no such host", "is not an address"]);
+    Process::start(worker).wait().refused(1, &["no such host", "has no address"]);
 }
 
 #[test]

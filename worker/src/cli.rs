@@ -66,7 +66,7 @@ pub(crate) struct JoinArgs {
     #[arg(long, default_value = "cpu")]
     pub(crate) device: DeviceArg,
     /// Threads that compute at a time; all cores by default.
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) threads: Option<u32>,
     /// The UDP address that other workers connect to; port 0 takes a free one.
     #[arg(long, default_value = "0.0.0.0:0")]

@@ -14,6 +14,7 @@ mod tasks;
 mod train;
 
 use clap::Parser;
+use lockstep_common::one_line::one_line;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -27,7 +28,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", one_line(error.chain()));
             ExitCode::FAILURE
         }
     }

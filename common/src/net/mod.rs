@@ -39,7 +39,9 @@ pub enum NetError {
         hint: &'static str,
     },
     /// A host name has no address.
-    #[error("`{0}` is not an address such as `10.0.0.1:7777` or `host:7777`")]
+    #[error(
+        "`{0}` has no address: write it as `10.0.0.1:7777` or `host:7777`, with a host that can be found"
+    )]
     Address(String),
     /// Nobody answered, or the peer was refused or refused us.
     #[error("cannot connect to {address}: {cause}")]

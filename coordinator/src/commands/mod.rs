@@ -14,6 +14,7 @@ use crate::data_dir::DataDir;
 use crate::output::note;
 use crate::run;
 use anyhow::{Context, Result};
+use lockstep_common::one_line::one_line;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -24,8 +25,7 @@ pub fn main(cli: Cli) -> ExitCode {
     match dispatch(cli) {
         Ok(code) => code,
         Err(error) => {
-            let causes: Vec<_> = error.chain().map(ToString::to_string).collect();
-            note(format_args!("error: {}", causes.join(": ")));
+            note(format_args!("error: {}", one_line(error.chain())));
             ExitCode::FAILURE
         }
     }
