@@ -28,7 +28,7 @@ pub struct CheckpointInfo {
     pub epoch: u64,
     /// That step's place in its epoch, which is the sampler's position.
     pub step_in_epoch: u64,
-    /// Updates done by each phase of a step, by the phase's name.
+    /// Updates done so far by each network, by the network's name: a GAN's discriminator may learn more often.
     pub phase_updates: BTreeMap<String, u64>,
     /// The generation in which it was taken.
     pub generation: Generation,
