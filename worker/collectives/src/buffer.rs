@@ -3,13 +3,15 @@
 //! Fresh pages cost more than the copy into them (a profile of a plain exchange showed 15–20% of its time in
 //! page faults and zeroing), so a dropped [`Buffer`] goes back to its [`Pool`].
 
+use crate::numbers::Numbers;
 use bytemuck::Pod;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use std::sync::Arc;
 
-/// The most memory a pool keeps for later: both directions of a 4 MB window on a few connections.
-const KEEP_BYTES: usize = 32 << 20;
+/// The most memory a pool keeps for later: both directions of a 4 MB window on a few connections, and the leaves and
+/// results of some buckets of 25 MB.
+const KEEP_BYTES: usize = 256 << 20;
 
 /// Buffers waiting to be used again.
 #[derive(Clone, Debug, Default)]
@@ -37,7 +39,9 @@ impl Pool {
         let needed = len.div_ceil(8);
         let mut words = {
             let mut free = self.free.lock();
-            let words = free.buffers.iter().rposition(|b| b.capacity() >= needed);
+            // The tightest fit: a small request must not take a bucket's memory away.
+            let fitting = free.buffers.iter().enumerate().filter(|(_, b)| b.capacity() >= needed);
+            let words = fitting.min_by_key(|(_, b)| b.capacity()).map(|(i, _)| i);
             let words = words.map(|i| free.buffers.swap_remove(i)).unwrap_or_default();
             free.bytes -= words.capacity() * 8;
             words
@@ -111,11 +115,11 @@ impl Drop for Buffer {
 }
 
 /// A vector of elements shared as bytes, without a copy.
-pub(crate) struct Shared<T>(pub(crate) Arc<Vec<T>>);
+pub(crate) struct Shared<T>(pub(crate) Arc<Numbers<T>>);
 
 impl<T: Pod> AsRef<[u8]> for Shared<T> {
     fn as_ref(&self) -> &[u8] {
-        bytemuck::cast_slice(&self.0)
+        self.0.as_ref().as_ref()
     }
 }
 

@@ -12,6 +12,7 @@ use crate::buffer::{Buffer, Shared};
 use crate::engine::{Collective, Engine, Part, Publish};
 use crate::error::CollectiveError;
 use crate::frame::{Header, Stage};
+use crate::numbers::Numbers;
 use crate::op::{Element, ReduceOp};
 use crate::pending::Slot;
 use crate::tag::Tag;
@@ -40,13 +41,13 @@ pub(crate) struct Chunked<T> {
     geometry: Geometry,
     plan: Arc<Plan>,
     rank: Rank,
-    nodes: Vec<Arc<Vec<T>>>,
-    slot: Arc<Slot<Vec<T>>>,
+    nodes: Vec<Arc<Numbers<T>>>,
+    slot: Arc<Slot<Numbers<T>>>,
     state: Mutex<State<T>>,
 }
 
 struct State<T> {
-    output: Vec<T>,
+    output: Option<Numbers<T>>,
     /// This rank's chunk, piece by piece.
     own: Vec<Piece>,
     own_left: usize,
@@ -63,17 +64,18 @@ struct Piece {
 }
 
 impl<T: Element> Chunked<T> {
-    /// `nodes` are this rank's, all of the same length.
+    /// `nodes` are this rank's, all of the length of `output`, whose content is lost.
     pub(crate) fn new(
         tag: Tag,
         signature: u8,
         rank: Rank,
         plan: Arc<Plan>,
-        nodes: Vec<Vec<T>>,
-        slot: Arc<Slot<Vec<T>>>,
+        nodes: Vec<Numbers<T>>,
+        output: Numbers<T>,
+        slot: Arc<Slot<Numbers<T>>>,
     ) -> Self {
         let world = plan.nodes.len();
-        let len = nodes.first().map_or(0, Vec::len);
+        let len = output.len();
         let piece = (PIECE_BYTES / size_of::<T>() / plan.most_nodes().max(1)).max(MIN_PIECE);
         let geometry = Geometry { len, world, piece };
         let own: Vec<_> = (0..geometry.pieces(rank))
@@ -82,7 +84,7 @@ impl<T: Element> Chunked<T> {
         let pieces = (0..world).map(|r| if r == rank.index() { 0 } else { geometry.pieces(Rank(r as u32)) });
         let results: Vec<_> = pieces.map(|n| vec![false; n]).collect();
         let state = State {
-            output: vec![T::zeroed(); len],
+            output: Some(output),
             own_left: own.len(),
             own,
             results_left: results.iter().map(Vec::len).collect(),
@@ -152,7 +154,7 @@ impl<T: Element> Chunked<T> {
         let mut result = engine.pool().take(range.len() * size_of::<T>());
         self.combine(&nodes, &range, result.elements_mut());
         drop(nodes);
-        self.state.lock().output[range.clone()].copy_from_slice(result.elements());
+        self.state.lock().write(range.clone(), result.elements());
         let result = result.freeze();
         for to in engine.others() {
             engine.send(to, Lane::Bulk, self.part(Stage::Result, &range), vec![result.clone()]);
@@ -187,14 +189,14 @@ impl<T: Element> Chunked<T> {
                 Some(seen) if !*seen => *seen = true,
                 _ => return Err(self.broken(source, "the same result twice")),
             }
-            state.output[self.geometry.piece(source, index)].copy_from_slice(payload.elements());
+            state.write(self.geometry.piece(source, index), payload.elements());
             state.results_left[source.index()] -= 1;
             state.take_output()
         };
         Ok(self.publish(output))
     }
 
-    fn publish(&self, output: Option<Vec<T>>) -> Option<Publish> {
+    fn publish(&self, output: Option<Numbers<T>>) -> Option<Publish> {
         let slot = self.slot.clone();
         output.map(|output| Box::new(move || slot.set(Ok(output))) as Publish)
     }
@@ -202,9 +204,15 @@ impl<T: Element> Chunked<T> {
 
 impl<T: Element> State<T> {
     /// The output, once, when every piece of it is there.
-    fn take_output(&mut self) -> Option<Vec<T>> {
+    fn take_output(&mut self) -> Option<Numbers<T>> {
         let done = self.own_left == 0 && self.results_left.iter().all(|&left| left == 0);
-        done.then(|| std::mem::take(&mut self.output))
+        if done { self.output.take() } else { None }
+    }
+
+    fn write(&mut self, range: Range<usize>, piece: &[T]) {
+        if let Some(output) = &mut self.output {
+            output[range].copy_from_slice(piece);
+        }
     }
 }
 

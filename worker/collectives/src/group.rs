@@ -5,6 +5,7 @@ use crate::engine::{Engine, Stats};
 use crate::error::CollectiveError;
 use crate::gather::{Expect, Finish, Gather, SMALL_BYTES};
 use crate::local;
+use crate::numbers::Numbers;
 use crate::op::{Element, ReduceOp};
 use crate::pending::{Pending, Slot};
 use crate::quic::{self, MeshConfig};
@@ -121,21 +122,29 @@ impl Group {
         self.engine.failure()
     }
 
+    /// `len` elements for a leaf of [`all_reduce`](Self::all_reduce), in memory that the group uses again: their values
+    /// are arbitrary.
+    pub fn numbers<T: Element>(&self, len: usize) -> Numbers<T> {
+        Numbers::pooled(self.engine.pool().take(len * size_of::<T>()))
+    }
+
     /// Reduces one vector per logical shard to one vector, the same bits on every rank.
     ///
     /// `leaves` are this rank's own shards' vectors in the order of the shards, all of one length, which is the
     /// same on every rank. Whole subtrees are reduced before this returns, on the caller's thread.
-    pub fn all_reduce<T: Element>(
+    pub fn all_reduce<T: Element, L: Into<Numbers<T>>>(
         &self,
         tag: Tag,
-        mut leaves: Vec<Vec<T>>,
+        leaves: Vec<L>,
         op: ReduceOp,
-    ) -> Result<Pending<Vec<T>>, CollectiveError> {
+    ) -> Result<Pending<Numbers<T>>, CollectiveError> {
+        let mut leaves: Vec<Numbers<T>> = leaves.into_iter().map(Into::into).collect();
         let len = self.check_leaves(tag, &leaves, op)?;
         let plan = &self.shape.plan;
         op.merge_in_place(&mut leaves, &plan.local);
-        let mut nodes: Vec<_> = plan.kept.iter().map(|&i| std::mem::take(&mut leaves[i])).collect();
-        drop(leaves);
+        let kept = |i: &usize| plan.kept.contains(i);
+        let nodes = leaves.into_iter().enumerate().filter(|(i, _)| kept(i)).map(|(_, leaf)| leaf);
+        let mut nodes: Vec<_> = nodes.collect();
         let slot = Slot::new();
         let signature = op.code() << 4 | T::CODE;
         if len == 0 || self.world_size() == 1 {
@@ -147,7 +156,8 @@ impl Group {
             self.all_reduce_direct(tag, signature, &nodes, op, &slot)?;
         } else {
             let rank = self.rank();
-            let chunked = Chunked::new(tag, signature, rank, plan.clone(), nodes, slot.clone());
+            let output = self.numbers(len);
+            let chunked = Chunked::new(tag, signature, rank, plan.clone(), nodes, output, slot.clone());
             self.engine.start(tag, Arc::new(chunked))?;
         }
         Ok(Pending::new(slot, self.engine.clone(), tag))
@@ -207,7 +217,7 @@ impl Group {
     fn check_leaves<T: Element>(
         &self,
         tag: Tag,
-        leaves: &[Vec<T>],
+        leaves: &[Numbers<T>],
         op: ReduceOp,
     ) -> Result<usize, CollectiveError> {
         let misuse = |detail| Err(CollectiveError::Misuse { tag, detail });
@@ -222,7 +232,7 @@ impl Group {
             let detail = format!("{} vectors for the {owned} logical shards of this rank", leaves.len());
             return misuse(detail);
         }
-        let len = leaves.first().map_or(0, Vec::len);
+        let len = leaves.first().map_or(0, |leaf| leaf.len());
         if let Some(other) = leaves.iter().find(|leaf| leaf.len() != len) {
             return misuse(format!("vectors of {len} and {} elements", other.len()));
         }
@@ -236,22 +246,22 @@ impl Group {
         &self,
         tag: Tag,
         signature: u8,
-        nodes: &[Vec<T>],
+        nodes: &[Numbers<T>],
         op: ReduceOp,
-        slot: &Arc<Slot<Vec<T>>>,
+        slot: &Arc<Slot<Numbers<T>>>,
     ) -> Result<(), CollectiveError> {
         let plan = self.shape.plan.clone();
         let len = nodes[0].len();
         let bytes_of = |nodes: usize| (nodes * len * size_of::<T>()) as u64;
         let expect = plan.nodes.iter().map(|&nodes| Expect::Bytes(bytes_of(nodes))).collect();
-        let mine = nodes.iter().map(|node| bytemuck::cast_slice::<T, u8>(node));
+        let mine = nodes.iter().map(AsRef::<[u8]>::as_ref);
         let mine = self.engine.pool().copy(mine).freeze();
         let result = slot.clone();
         let finish = move |blobs: Vec<Bytes>| {
             let inputs = blobs.iter().flat_map(|blob| bytemuck::cast_slice(blob).chunks_exact(len));
             let mut out = vec![T::zeroed(); len];
             op.combine(&mut out, &inputs.collect::<Vec<_>>(), &plan.global);
-            result.set(Ok(out));
+            result.set(Ok(out.into()));
         };
         self.start_gather(tag, signature, Some(mine), expect, Box::new(finish), slot)
     }

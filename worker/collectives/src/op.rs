@@ -1,5 +1,6 @@
 //! What is reduced and how two operands become one.
 
+use crate::numbers::Numbers;
 use crate::tree::Merge;
 use bytemuck::Pod;
 use lockstep_common::moments;
@@ -92,8 +93,8 @@ impl ReduceOp {
     }
 
     /// Merges leaves in place. All have the same length.
-    pub(crate) fn merge_in_place<T: Element>(self, leaves: &mut [Vec<T>], merges: &[Merge]) {
-        let len = leaves.first().map_or(0, Vec::len);
+    pub(crate) fn merge_in_place<T: Element>(self, leaves: &mut [Numbers<T>], merges: &[Merge]) {
+        let len = leaves.first().map_or(0, |leaf| leaf.len());
         let block = self.block::<T>(len);
         for start in (0..len).step_by(block) {
             let range = start..len.min(start + block);

@@ -4,7 +4,7 @@ use crate::buffer::Pool;
 use crate::engine::Engine;
 use crate::frame::{Header, Stage};
 use crate::transport::{Farewell, Frame, Lane, Transport};
-use crate::{CollectiveError, Group, Pending, ReduceOp, Tag, TagKind};
+use crate::{CollectiveError, Group, Numbers, Pending, ReduceOp, Tag, TagKind};
 use crossbeam_channel::Receiver;
 use lockstep_common::ids::{Generation, Rank};
 use lockstep_common::job::Reduction;
@@ -41,7 +41,7 @@ fn deliver(group: &Group, header: Header) {
     group.engine().handle_frame(Rank(1), header, payload);
 }
 
-fn start(group: &Group) -> Pending<Vec<f32>> {
+fn start(group: &Group) -> Pending<Numbers<f32>> {
     group.all_reduce(tag(), vec![vec![1f32, 2.0]], ReduceOp::Sum).unwrap()
 }
 

@@ -6,7 +6,7 @@
 
 use super::Number;
 use super::error::TrainError;
-use lockstep_collectives::{CollectiveError, Group, Pending, ReduceOp, Tag, TagKind};
+use lockstep_collectives::{CollectiveError, Group, Numbers, Pending, ReduceOp, Tag, TagKind};
 use lockstep_nn::NnError;
 use lockstep_nn::vars::Vars;
 use parking_lot::Mutex;
@@ -71,7 +71,7 @@ impl BucketPlan {
 
 /// Sends a full bucket towards the other ranks.
 pub(crate) type Launch<T> =
-    dyn Fn(u32, Vec<Vec<T>>) -> Result<Pending<Vec<T>>, CollectiveError> + Send + Sync;
+    dyn Fn(u32, Vec<Numbers<T>>) -> Result<Pending<Numbers<T>>, CollectiveError> + Send + Sync;
 
 /// The gradients of one phase.
 pub(crate) struct GradientBuckets<T> {
@@ -87,16 +87,21 @@ pub(crate) struct GradientBuckets<T> {
 
 struct Bucket<T> {
     /// Per owned shard; emptied when the bucket is sent.
-    leaves: Vec<Mutex<Vec<T>>>,
+    leaves: Vec<Mutex<Option<Numbers<T>>>>,
     missing: AtomicUsize,
-    pending: Mutex<Option<Pending<Vec<T>>>>,
+    pending: Mutex<Option<Pending<Numbers<T>>>>,
 }
 
 impl<T: Number> GradientBuckets<T> {
-    /// Empty buckets for `owned` shards.
-    pub(crate) fn new(plan: Arc<BucketPlan>, owned: usize, launch: Box<Launch<T>>) -> Self {
+    /// Buckets for `owned` shards, in memory that `allocate` gives, whatever its content.
+    pub(crate) fn new(
+        plan: Arc<BucketPlan>,
+        owned: usize,
+        allocate: impl Fn(usize) -> Numbers<T>,
+        launch: Box<Launch<T>>,
+    ) -> Self {
         let bucket = |(&length, &members): (&usize, &usize)| Bucket {
-            leaves: (0..owned).map(|_| Mutex::new(T::zeros(length))).collect(),
+            leaves: (0..owned).map(|_| Mutex::new(Some(allocate(length)))).collect(),
             missing: AtomicUsize::new(members * owned),
             pending: Mutex::new(None),
         };
@@ -109,19 +114,18 @@ impl<T: Number> GradientBuckets<T> {
     /// Buckets that are all-reduced over `group` as `phase` of `step`.
     pub(crate) fn for_group(plan: Arc<BucketPlan>, group: Group, step: u64, phase: u16) -> Self {
         let owned = group.placement().range(group.rank()).len();
+        let allocator = group.clone();
         let launch = move |bucket, leaves| {
             group.all_reduce(Tag::new(step, phase, TagKind::Gradient).index(bucket), leaves, ReduceOp::Sum)
         };
-        Self::new(plan, owned, Box::new(launch))
+        Self::new(plan, owned, |len| allocator.numbers(len), Box::new(launch))
     }
 
     /// Takes the final gradient of `parameter` from the shard in `slot`.
     pub(crate) fn deliver(&self, slot: usize, parameter: usize, gradient: &Tensor) -> Result<(), NnError> {
         let place = &self.plan.places[parameter];
-        {
-            let mut leaf = self.buckets[place.bucket].leaves[slot].lock();
-            let target = &mut leaf[place.offset..place.offset + place.elements];
-            gradient.f_copy_data(target, place.elements)?;
+        if let Some(leaf) = &mut *self.buckets[place.bucket].leaves[slot].lock() {
+            gradient.f_copy_data(&mut leaf[place.offset..place.offset + place.elements], place.elements)?;
         }
         if slot == 0 {
             self.order.lock().push(parameter);
@@ -130,10 +134,13 @@ impl<T: Number> GradientBuckets<T> {
         self.account(place.bucket, 1)
     }
 
-    /// The shard in `slot` has nothing more to deliver; what has not come stays zero.
+    /// The shard in `slot` has nothing more to deliver; what has not come counts as zeros.
     pub(crate) fn finish(&self, slot: usize) -> Result<(), NnError> {
         for (place, delivered) in self.plan.places.iter().zip(&self.delivered[slot]) {
             if !delivered.load(Ordering::Relaxed) {
+                if let Some(leaf) = &mut *self.buckets[place.bucket].leaves[slot].lock() {
+                    leaf[place.offset..place.offset + place.elements].fill(T::default());
+                }
                 self.account(place.bucket, 1)?;
             }
         }
@@ -143,7 +150,7 @@ impl<T: Number> GradientBuckets<T> {
     fn account(&self, bucket: usize, count: usize) -> Result<(), NnError> {
         // Release/acquire: whoever sends the bucket must see what the other lanes wrote into it.
         if self.buckets[bucket].missing.fetch_sub(count, Ordering::AcqRel) == count {
-            let leaves = self.buckets[bucket].leaves.iter().map(|l| std::mem::take(&mut *l.lock())).collect();
+            let leaves = self.buckets[bucket].leaves.iter().filter_map(|l| l.lock().take()).collect();
             let pending = (self.launch)(bucket as u32, leaves).map_err(|e| NnError::Exchange(Box::new(e)))?;
             *self.buckets[bucket].pending.lock() = Some(pending);
         }

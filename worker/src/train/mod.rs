@@ -26,11 +26,6 @@ mod tests;
 pub(crate) trait Number: lockstep_collectives::Element + tch::kind::Element + Default {
     /// The nearest value.
     fn from_f64(value: f64) -> Self;
-
-    /// All zero.
-    fn zeros(len: usize) -> Vec<Self> {
-        vec![Self::default(); len]
-    }
 }
 
 impl Number for f32 {

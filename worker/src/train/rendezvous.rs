@@ -1,7 +1,7 @@
 //! Synchronized batch norm: where a worker's lanes meet before their sums travel.
 
 use super::permits::Permits;
-use lockstep_collectives::{CollectiveError, Group, Pending, ReduceOp, Tag, TagKind};
+use lockstep_collectives::{CollectiveError, Group, Numbers, Pending, ReduceOp, Tag, TagKind};
 use lockstep_common::ids::LogicalShard;
 use lockstep_nn::NnError;
 use lockstep_nn::forward::{BatchNormSync, BnCall};
@@ -33,7 +33,7 @@ struct Meeting {
     leaves: Vec<Option<Vec<f64>>>,
     arrived: usize,
     left: usize,
-    pending: Option<Pending<Vec<f64>>>,
+    pending: Option<Pending<Numbers<f64>>>,
 }
 
 impl Rendezvous {
@@ -79,7 +79,7 @@ impl Rendezvous {
             self.note_wait(slot, start);
             result
         };
-        Ok(result?.as_ref().clone())
+        Ok(result?.to_vec())
     }
 
     /// Hands in a part; returns once all owned shards have.
@@ -89,7 +89,7 @@ impl Rendezvous {
         op: ReduceOp,
         slot: usize,
         local: Vec<f64>,
-    ) -> Result<Pending<Vec<f64>>, CollectiveError> {
+    ) -> Result<Pending<Numbers<f64>>, CollectiveError> {
         let mut state = self.state.lock();
         if let Some(failure) = &state.failure {
             return Err(failure.clone());

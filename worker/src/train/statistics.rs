@@ -5,7 +5,7 @@
 //! all replicas hold the same bits.
 
 use super::error::TrainError;
-use lockstep_collectives::{Group, Pending, ReduceOp, Tag, TagKind};
+use lockstep_collectives::{Group, Numbers, Pending, ReduceOp, Tag, TagKind};
 use lockstep_common::job::BatchNorm;
 use lockstep_nn::forward::BnRecord;
 use lockstep_nn::moments::{RUNNING_MOMENTUM, apply_running_stats, average_records, weighted_records};
@@ -14,7 +14,7 @@ use lockstep_nn::vars::Vars;
 /// A phase's statistics on their way to being the same on all replicas.
 pub(crate) struct PhaseStatistics {
     records: Vec<BnRecord>,
-    pending: Option<Pending<Vec<f64>>>,
+    pending: Option<Pending<Numbers<f64>>>,
 }
 
 impl PhaseStatistics {

@@ -12,7 +12,7 @@ use super::replica::{Replica, learning_rate};
 use super::statistics::PhaseStatistics;
 use crate::data::loader::StepBatches;
 use crate::tasks::TaskPlan;
-use lockstep_collectives::{CollectiveError, Group, Pending, ReduceOp, Tag, TagKind};
+use lockstep_collectives::{CollectiveError, Group, Numbers, Pending, ReduceOp, Tag, TagKind};
 use lockstep_common::ids::{LogicalShard, Rank};
 use lockstep_common::job::{BatchNorm, JobSpec};
 use std::collections::BTreeMap;
@@ -209,7 +209,7 @@ impl<T: Number> Trainer<T> {
         phase: u16,
         lanes: &[PhaseDone],
         ask_stop: bool,
-    ) -> Result<Pending<Vec<f64>>, TrainError> {
+    ) -> Result<Pending<Numbers<f64>>, TrainError> {
         let leaf = |lane: &PhaseDone| {
             let stop = if ask_stop { 1.0 } else { 0.0 };
             lane.figures.iter().copied().chain([stop]).collect::<Vec<f64>>()
