@@ -73,6 +73,7 @@ impl Mesh {
                 .collect(),
             placement,
             reduction: job.reduction,
+            backend: job.collective.backend,
             timeout: Duration::from_secs_f64(job.collective.timeout_s),
             connect_timeout: PREPARATION,
             incoming,

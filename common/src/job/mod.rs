@@ -248,7 +248,9 @@ pub enum Backend {
     /// The best one that all ranks share.
     #[default]
     Auto,
-    /// QUIC between processes, encrypted and mutually authenticated.
+    /// Shared memory: all ranks are on one host.
+    Shm,
+    /// QUIC between all ranks, encrypted and mutually authenticated, even on one host.
     Quic,
 }
 

@@ -12,12 +12,12 @@ use crate::buffer::{Buffer, Shared};
 use crate::engine::{Collective, Engine, Part, Publish};
 use crate::error::CollectiveError;
 use crate::frame::{Header, Stage};
+use crate::gather::Fail;
 use crate::numbers::Numbers;
 use crate::op::{Element, ReduceOp};
-use crate::pending::Slot;
 use crate::tag::Tag;
 use crate::transport::Lane;
-use crate::tree::Plan;
+use crate::tree::Union;
 use bytes::Bytes;
 use lockstep_common::ids::Rank;
 use parking_lot::Mutex;
@@ -28,26 +28,51 @@ use std::sync::Arc;
 /// rare, and far below the 4 MB window, so that a piece is reduced while the next ones are on their way.
 const PIECE_BYTES: usize = 128 << 10;
 
-/// The shortest piece. Keeps the frames of a rank with the most nodes (62 of 8-byte elements) under the cap.
-const MIN_PIECE: usize = 1024;
+/// The shortest piece. Keeps the frames of a rank with the most nodes, 62, under the cap.
+const MIN_PIECE_BYTES: usize = 8 << 10;
 
 /// Chunks begin at multiples of this many elements: a cache line of the smallest type.
 const ALIGN: usize = 16;
 
-/// A large all-reduce in flight.
+/// Who takes part in a chunked reduction, and what becomes of their nodes.
+pub(crate) struct Parties {
+    /// The ranks, in the order of the union's parties.
+    pub(crate) members: Vec<Rank>,
+    /// This rank's place among them.
+    pub(crate) me: usize,
+    pub(crate) union: Union,
+}
+
+/// What is reduced, and what this rank wants of it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Task {
+    pub(crate) tag: Tag,
+    pub(crate) signature: u8,
+    pub(crate) op: ReduceOp,
+    /// The leaves of the whole tree, by which an average divides.
+    pub(crate) leaves: u32,
+    /// Whether everyone gets the whole result, or each its chunk.
+    pub(crate) spread: bool,
+}
+
+/// What is done with the result: all of it, or this rank's chunk.
+pub(crate) type Finish<T> = Box<dyn FnOnce(Numbers<T>) -> Option<Publish> + Send>;
+
+/// A large reduction in flight.
 pub(crate) struct Chunked<T> {
-    tag: Tag,
-    signature: u8,
+    task: Task,
     geometry: Geometry,
-    plan: Arc<Plan>,
-    rank: Rank,
+    parties: Arc<Parties>,
     nodes: Vec<Arc<Numbers<T>>>,
-    slot: Arc<Slot<Numbers<T>>>,
+    fail: Fail,
     state: Mutex<State<T>>,
 }
 
 struct State<T> {
     output: Option<Numbers<T>>,
+    /// Where the output begins in the whole vector.
+    output_start: usize,
+    finish: Option<Finish<T>>,
     /// This rank's chunk, piece by piece.
     own: Vec<Piece>,
     own_left: usize,
@@ -64,27 +89,29 @@ struct Piece {
 }
 
 impl<T: Element> Chunked<T> {
-    /// `nodes` are this rank's, all of the length of `output`, whose content is lost.
+    /// `nodes` are this rank's, all of `len` elements. `output` has room for what this rank gets.
     pub(crate) fn new(
-        tag: Tag,
-        signature: u8,
-        rank: Rank,
-        plan: Arc<Plan>,
+        task: Task,
+        parties: Arc<Parties>,
+        len: usize,
         nodes: Vec<Numbers<T>>,
         output: Numbers<T>,
-        slot: Arc<Slot<Numbers<T>>>,
+        finish: Finish<T>,
+        fail: Fail,
     ) -> Self {
-        let world = plan.nodes.len();
-        let len = output.len();
-        let piece = (PIECE_BYTES / size_of::<T>() / plan.most_nodes().max(1)).max(MIN_PIECE);
+        let world = parties.members.len();
+        let piece = (PIECE_BYTES / parties.union.most_nodes().max(1)).max(MIN_PIECE_BYTES) / size_of::<T>();
         let geometry = Geometry { len, world, piece };
-        let own: Vec<_> = (0..geometry.pieces(rank))
+        let own: Vec<_> = (0..geometry.pieces(parties.me))
             .map(|_| Piece { nodes: (0..world).map(|_| None).collect(), missing: world - 1 })
             .collect();
-        let pieces = (0..world).map(|r| if r == rank.index() { 0 } else { geometry.pieces(Rank(r as u32)) });
-        let results: Vec<_> = pieces.map(|n| vec![false; n]).collect();
+        let comes = |party: usize| task.spread && party != parties.me;
+        let results: Vec<_> =
+            (0..world).map(|p| vec![false; if comes(p) { geometry.pieces(p) } else { 0 }]).collect();
         let state = State {
             output: Some(output),
+            output_start: if task.spread { 0 } else { geometry.chunk(parties.me).start },
+            finish: Some(finish),
             own_left: own.len(),
             own,
             results_left: results.iter().map(Vec::len).collect(),
@@ -92,31 +119,44 @@ impl<T: Element> Chunked<T> {
             entered: vec![false; world],
         };
         let nodes = nodes.into_iter().map(Arc::new).collect();
-        Self { tag, signature, geometry, plan, rank, nodes, slot, state: Mutex::new(state) }
+        Self { task, geometry, parties, nodes, fail, state: Mutex::new(state) }
+    }
+
+    /// The other members, starting behind this one, so that not everybody sends to the first one first.
+    fn others(&self) -> impl Iterator<Item = usize> + use<T> {
+        let (me, world) = (self.parties.me, self.parties.members.len());
+        (1..world).map(move |d| (me + d) % world)
+    }
+
+    fn party(&self, rank: Rank) -> Result<usize, CollectiveError> {
+        let party = self.parties.members.iter().position(|member| *member == rank);
+        party
+            .filter(|party| *party != self.parties.me)
+            .ok_or_else(|| self.broken(rank, "a part from a rank without one"))
     }
 
     fn part(&self, stage: Stage, range: &Range<usize>) -> Part {
         let (offset, total) = (range.start as u64, self.geometry.len as u64);
-        Part { tag: self.tag, signature: self.signature, stage, offset, total }
+        Part { tag: self.task.tag, signature: self.task.signature, stage, offset, total }
     }
 
     fn broken(&self, rank: Rank, detail: &str) -> CollectiveError {
-        CollectiveError::Protocol { rank, detail: format!("{detail} in {}", self.tag) }
+        CollectiveError::Protocol { rank, detail: format!("{detail} in {}", self.task.tag) }
     }
 
     fn check(&self, header: &Header) -> Result<(), CollectiveError> {
-        let detail = if header.signature != self.signature {
+        let detail = if header.signature != self.task.signature {
             "it runs another operation or element type under this tag".to_owned()
         } else if header.total != self.geometry.len as u64 {
             format!("it reduces {} elements, this rank {}", header.total, self.geometry.len)
         } else {
             return Ok(());
         };
-        Err(CollectiveError::Mismatch { rank: header.source, tag: self.tag, detail })
+        Err(CollectiveError::Mismatch { rank: header.source, tag: self.task.tag, detail })
     }
 
     /// Which piece of `owner`'s chunk a frame belongs to, if it is exactly one with `nodes` nodes.
-    fn locate(&self, header: &Header, owner: Rank, nodes: usize) -> Result<usize, CollectiveError> {
+    fn locate(&self, header: &Header, owner: usize, nodes: usize) -> Result<usize, CollectiveError> {
         let index = self.geometry.locate(owner, header.offset as usize);
         index
             .filter(|&i| {
@@ -132,31 +172,30 @@ impl<T: Element> Chunked<T> {
         header: &Header,
         payload: Buffer,
     ) -> Result<Option<Publish>, CollectiveError> {
-        let source = header.source.index();
-        let index = self.locate(header, self.rank, self.plan.nodes[source])?;
+        let (source, me) = (self.party(header.source)?, self.parties.me);
+        let index = self.locate(header, me, self.parties.union.nodes[source])?;
         let nodes = {
             let mut state = self.state.lock();
             state.entered[source] = true;
             let piece = &mut state.own[index];
-            let slot =
-                piece.nodes.get_mut(source).filter(|slot| slot.is_none() && source != self.rank.index());
-            let Some(slot) = slot else {
+            if piece.missing == 0 || piece.nodes[source].is_some() {
                 return Err(self.broken(header.source, "the same piece twice"));
-            };
-            *slot = Some(payload);
+            }
+            piece.nodes[source] = Some(payload);
             piece.missing -= 1;
             if piece.missing > 0 {
                 return Ok(None);
             }
             piece.nodes.iter_mut().map(Option::take).collect::<Vec<_>>()
         };
-        let range = self.geometry.piece(self.rank, index);
+        let range = self.geometry.piece(me, index);
         let mut result = engine.pool().take(range.len() * size_of::<T>());
         self.combine(&nodes, &range, result.elements_mut());
         drop(nodes);
         self.state.lock().write(range.clone(), result.elements());
         let result = result.freeze();
-        for to in engine.others() {
+        for to in self.others().filter(|_| self.task.spread) {
+            let to = self.parties.members[to];
             engine.send(to, Lane::Bulk, self.part(Stage::Result, &range), vec![result.clone()]);
         }
         // Counted only now: whoever sees the result may leave, and what is not queued by then is never sent.
@@ -165,53 +204,46 @@ impl<T: Element> Chunked<T> {
             state.own_left -= 1;
             state.take_output()
         };
-        Ok(self.publish(output))
+        Ok(output.and_then(|(output, finish)| finish(output)))
     }
 
     fn combine(&self, nodes: &[Option<Buffer>], range: &Range<usize>, out: &mut [T]) {
-        let mut inputs: Vec<&[T]> = Vec::with_capacity(self.plan.nodes.iter().sum());
-        for nodes in nodes {
-            match nodes {
-                Some(nodes) => inputs.extend(nodes.elements().chunks_exact(range.len())),
-                None => inputs.extend(self.nodes.iter().map(|node| &node[range.clone()])),
-            }
-        }
-        ReduceOp::Sum.combine(out, &inputs, &self.plan.global);
+        let inputs = self.parties.union.order.iter().map(|&(party, node)| match &nodes[party] {
+            Some(nodes) => &nodes.elements()[node * range.len()..][..range.len()],
+            None => &self.nodes[node][range.clone()],
+        });
+        self.task.op.combine(out, &inputs.collect::<Vec<_>>(), &self.parties.union.merges);
+        self.task.op.finish(out, self.task.leaves);
     }
 
     fn take_result(&self, header: &Header, payload: &Buffer) -> Result<Option<Publish>, CollectiveError> {
-        let source = header.source;
+        let source = self.party(header.source)?;
         let index = self.locate(header, source, 1)?;
         let output = {
             let mut state = self.state.lock();
-            state.entered[source.index()] = true;
-            match state.results[source.index()].get_mut(index) {
+            state.entered[source] = true;
+            match state.results[source].get_mut(index) {
                 Some(seen) if !*seen => *seen = true,
-                _ => return Err(self.broken(source, "the same result twice")),
+                _ => return Err(self.broken(header.source, "an unexpected result, or the same twice")),
             }
             state.write(self.geometry.piece(source, index), payload.elements());
-            state.results_left[source.index()] -= 1;
+            state.results_left[source] -= 1;
             state.take_output()
         };
-        Ok(self.publish(output))
-    }
-
-    fn publish(&self, output: Option<Numbers<T>>) -> Option<Publish> {
-        let slot = self.slot.clone();
-        output.map(|output| Box::new(move || slot.set(Ok(output))) as Publish)
+        Ok(output.and_then(|(output, finish)| finish(output)))
     }
 }
 
 impl<T: Element> State<T> {
     /// The output, once, when every piece of it is there.
-    fn take_output(&mut self) -> Option<Numbers<T>> {
+    fn take_output(&mut self) -> Option<(Numbers<T>, Finish<T>)> {
         let done = self.own_left == 0 && self.results_left.iter().all(|&left| left == 0);
-        if done { self.output.take() } else { None }
+        done.then(|| self.output.take().zip(self.finish.take())).flatten()
     }
 
     fn write(&mut self, range: Range<usize>, piece: &[T]) {
         if let Some(output) = &mut self.output {
-            output[range].copy_from_slice(piece);
+            output[range.start - self.output_start..range.end - self.output_start].copy_from_slice(piece);
         }
     }
 }
@@ -219,16 +251,19 @@ impl<T: Element> State<T> {
 impl<T: Element> Collective for Chunked<T> {
     fn launch(&self, engine: &Engine) -> Result<Option<Publish>, CollectiveError> {
         let nodes: Vec<_> = self.nodes.iter().map(|n| Bytes::from_owner(Shared(n.clone()))).collect();
-        let most = engine.others().map(|to| self.geometry.pieces(to)).max().unwrap_or(0);
+        let most = self.others().map(|to| self.geometry.pieces(to)).max().unwrap_or(0);
         for index in 0..most {
-            for to in engine.others().filter(|&to| index < self.geometry.pieces(to)) {
+            for to in self.others().filter(|&to| index < self.geometry.pieces(to)) {
                 let range = self.geometry.piece(to, index);
                 let bytes = range.start * size_of::<T>()..range.end * size_of::<T>();
                 let payload = nodes.iter().map(|node| node.slice(bytes.clone())).collect();
+                let to = self.parties.members[to];
                 engine.send(to, Lane::Bulk, self.part(Stage::Contribution, &range), payload);
             }
         }
-        Ok(None)
+        // A vector too short for a chunk of this rank's own may leave it nothing to wait for.
+        let output = self.state.lock().take_output();
+        Ok(output.and_then(|(output, finish)| finish(output)))
     }
 
     fn handle_frame(
@@ -241,21 +276,23 @@ impl<T: Element> Collective for Chunked<T> {
         match header.stage {
             Stage::Contribution => self.take_nodes(engine, header, payload),
             Stage::Result => self.take_result(header, &payload),
+            _ => Err(self.broken(header.source, "a message for ranks that share memory")),
         }
     }
 
     fn fail(&self, error: &CollectiveError) {
-        self.slot.set(Err(error.clone()));
+        (self.fail)(error);
     }
 
     fn missing(&self) -> Vec<(Rank, bool)> {
         let state = self.state.lock();
-        let missing = |&r: &usize| {
-            let waits_for_nodes =
-                r != self.rank.index() && state.own.iter().any(|p| p.missing > 0 && p.nodes[r].is_none());
-            state.results_left[r] > 0 || waits_for_nodes
+        let missing = |&party: &usize| {
+            let waits_for_nodes = party != self.parties.me
+                && state.own.iter().any(|p| p.missing > 0 && p.nodes[party].is_none());
+            state.results_left[party] > 0 || waits_for_nodes
         };
-        (0..self.geometry.world).filter(missing).map(|r| (Rank(r as u32), state.entered[r])).collect()
+        let parties = (0..self.geometry.world).filter(missing);
+        parties.map(|party| (self.parties.members[party], state.entered[party])).collect()
     }
 }
 
@@ -267,27 +304,30 @@ struct Geometry {
     piece: usize,
 }
 
+/// Which elements of a vector of `len` are the chunk of `party` among `parties`.
+pub(crate) fn chunk(len: usize, party: usize, parties: usize) -> Range<usize> {
+    let lines = len / ALIGN;
+    let edge = |p: usize| if p == parties { len } else { lines * p / parties * ALIGN };
+    edge(party)..edge(party + 1)
+}
+
 impl Geometry {
-    fn chunk(&self, rank: Rank) -> Range<usize> {
-        let lines = self.len / ALIGN;
-        let edge = |r: usize| {
-            if r == self.world { self.len } else { lines * r / self.world * ALIGN }
-        };
-        edge(rank.index())..edge(rank.index() + 1)
+    fn chunk(&self, party: usize) -> Range<usize> {
+        chunk(self.len, party, self.world)
     }
 
-    fn pieces(&self, rank: Rank) -> usize {
-        self.chunk(rank).len().div_ceil(self.piece)
+    fn pieces(&self, party: usize) -> usize {
+        self.chunk(party).len().div_ceil(self.piece)
     }
 
-    fn piece(&self, rank: Rank, index: usize) -> Range<usize> {
-        let chunk = self.chunk(rank);
+    fn piece(&self, party: usize, index: usize) -> Range<usize> {
+        let chunk = self.chunk(party);
         let start = chunk.start + index * self.piece;
         start..chunk.end.min(start + self.piece)
     }
 
-    fn locate(&self, rank: Rank, offset: usize) -> Option<usize> {
-        let chunk = self.chunk(rank);
+    fn locate(&self, party: usize, offset: usize) -> Option<usize> {
+        let chunk = self.chunk(party);
         let within = offset.checked_sub(chunk.start).filter(|_| offset < chunk.end)?;
         within.is_multiple_of(self.piece).then_some(within / self.piece)
     }
@@ -302,7 +342,7 @@ mod tests {
         for (len, world, piece) in [(1, 1, 4), (1000, 3, 64), (100_003, 7, 1024), (40, 5, 1024), (16, 2, 7)] {
             let geometry = Geometry { len, world, piece };
             let mut end = 0;
-            for rank in (0..world as u32).map(Rank) {
+            for rank in 0..world {
                 for index in 0..geometry.pieces(rank) {
                     let range = geometry.piece(rank, index);
                     assert_eq!(range.start, end);

@@ -6,6 +6,10 @@
 use crate::buffer::{Buffer, Pool};
 use crate::error::CollectiveError;
 use crate::frame::{Header, Stage};
+use crate::inquiry::{self, Inquiry};
+use crate::numbers::Numbers;
+use crate::op::Element;
+use crate::shm::Neighbours;
 use crate::tag::Tag;
 use crate::transport::{Farewell, Frame, Lane, Transport};
 use bytes::Bytes;
@@ -13,8 +17,8 @@ use crossbeam_channel::Receiver;
 use lockstep_common::ids::{Generation, Rank};
 use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio::sync::futures::OwnedNotified;
@@ -22,6 +26,10 @@ use tokio::sync::futures::OwnedNotified;
 /// How many bytes a peer may send for collectives that this rank has not started before its lanes are read no
 /// further: two 25 MB buckets of gradients, so that a rank that is one collective behind slows nobody.
 const EARLY_BYTES: usize = 64 << 20;
+
+/// The largest vector that is copied through the rings of a host rather than reduced where it lies: the second takes
+/// two messages one after the other.
+pub(crate) const NEAR_SMALL_BYTES: usize = 16 << 10;
 
 /// Hands a complete collective's result to those who wait for it.
 pub(crate) type Publish = Box<dyn FnOnce() + Send>;
@@ -68,6 +76,8 @@ pub(crate) struct Engine {
     generation: Generation,
     timeout: Duration,
     transport: Option<Box<dyn Transport>>,
+    /// The ranks of this host, once this rank shares memory with them.
+    near: OnceLock<Arc<Neighbours>>,
     pool: Pool,
     state: Mutex<State>,
     early_space: Arc<Notify>,
@@ -81,6 +91,8 @@ pub(crate) struct Engine {
 struct State {
     failed: Option<CollectiveError>,
     in_flight: HashMap<Tag, InFlight>,
+    /// What has been asked about collectives in flight.
+    inquiries: HashMap<Tag, Inquiry>,
     early: HashMap<Tag, Vec<(Header, Buffer)>>,
     peers: Vec<Peer>,
 }
@@ -94,6 +106,8 @@ struct InFlight {
 struct Peer {
     last_heard: Instant,
     early_bytes: usize,
+    /// How many of its ways here it has ended.
+    ended: u32,
     left: bool,
 }
 
@@ -106,17 +120,19 @@ impl Engine {
         timeout: Duration,
         transport: Option<Box<dyn Transport>>,
     ) -> Arc<Self> {
-        let peer = Peer { last_heard: Instant::now(), early_bytes: 0, left: false };
+        let peer = Peer { last_heard: Instant::now(), early_bytes: 0, ended: 0, left: false };
         Arc::new(Self {
             rank,
             world,
             generation,
             timeout,
             transport,
+            near: OnceLock::new(),
             pool: Pool::default(),
             state: Mutex::new(State {
                 failed: None,
                 in_flight: HashMap::new(),
+                inquiries: HashMap::new(),
                 early: HashMap::new(),
                 peers: vec![peer; world as usize],
             }),
@@ -147,6 +163,31 @@ impl Engine {
         &self.pool
     }
 
+    /// The shared memory with the ranks of this host, if there is any.
+    pub(crate) fn near(&self) -> Option<&Arc<Neighbours>> {
+        self.near.get()
+    }
+
+    /// `len` elements of arbitrary values, in shared memory where there is some and it matters.
+    pub(crate) fn numbers<T: Element>(&self, len: usize) -> Numbers<T> {
+        let bytes = len * size_of::<T>();
+        let near = self.near().filter(|_| bytes > NEAR_SMALL_BYTES);
+        match near.and_then(|near| near.allocate(bytes)) {
+            Some(block) => Numbers::shared(block),
+            None => Numbers::pooled(self.pool.take(bytes)),
+        }
+    }
+
+    /// Begins to share memory with the ranks that `near` has.
+    pub(crate) fn attach(self: &Arc<Self>, near: Arc<Neighbours>) -> std::io::Result<()> {
+        if let Some(transport) = &self.transport {
+            transport.attach(&near);
+        }
+        // Before anything can arrive from it.
+        let near = self.near.get_or_init(|| near);
+        near.serve(self)
+    }
+
     pub(crate) fn failure(&self) -> Option<CollectiveError> {
         self.state.lock().failed.clone()
     }
@@ -171,6 +212,11 @@ impl Engine {
         if let Some(detail) = self.refuse(from, &header) {
             return self.abort(CollectiveError::Protocol { rank: from, detail });
         }
+        match header.stage {
+            Stage::Ask => return self.answer(from, header.tag),
+            Stage::Waiting => return self.take_answer(from, header.tag, &payload),
+            _ => {}
+        }
         let collective = {
             let mut state = self.state.lock();
             if state.failed.is_some() {
@@ -187,6 +233,28 @@ impl Engine {
             }
         };
         self.advance(header.tag, collective.handle_frame(self, &header, payload));
+    }
+
+    fn ask(&self, tag: Tag, ranks: Vec<Rank>) {
+        for rank in ranks {
+            self.send(rank, Lane::Small, Part::about(tag, Stage::Ask), vec![]);
+        }
+    }
+
+    /// Tells `from` whom this rank waits for in `tag`.
+    fn answer(&self, from: Rank, tag: Tag) {
+        let collective = self.state.lock().in_flight.get(&tag).map(|entry| entry.collective.clone());
+        let missing = collective.map_or_else(|| vec![(self.rank, false)], |collective| collective.missing());
+        let payload = vec![Bytes::from(inquiry::encode(&missing))];
+        self.send(from, Lane::Small, Part::about(tag, Stage::Waiting), payload);
+    }
+
+    fn take_answer(&self, from: Rank, tag: Tag, payload: &Buffer) {
+        let missing = inquiry::decode(payload, self.world);
+        let own = self.rank;
+        let others = missing.into_iter().filter(|(rank, _)| *rank != own).collect();
+        let next = self.state.lock().inquiries.get_mut(&tag).map(|inquiry| inquiry.answered(from, others));
+        self.ask(tag, next.unwrap_or_default());
     }
 
     /// A transport cannot make sense of what `from` sent.
@@ -206,11 +274,17 @@ impl Engine {
         self.abort(CollectiveError::PeerLost { rank: from, tag, reason });
     }
 
-    /// `from` left after it had sent everything.
+    /// `from` left after it had sent everything on one of the ways here: the network, or shared memory.
     pub(crate) fn handle_left(&self, from: Rank) {
         let tag = {
+            let ways = self.transport.as_ref().map_or(1, |transport| transport.ways(from));
             let mut state = self.state.lock();
-            state.peers[from.index()].left = true;
+            let peer = &mut state.peers[from.index()];
+            peer.ended += 1;
+            if peer.ended < ways {
+                return;
+            }
+            peer.left = true;
             state.oldest_that_needs(from)
         };
         if tag.is_some() {
@@ -229,21 +303,27 @@ impl Engine {
     pub(crate) fn handle_overdue(&self, tag: Tag) -> Duration {
         let now = Instant::now();
         let error = {
-            let state = self.state.lock();
+            let mut state = self.state.lock();
             let Some(entry) = state.in_flight.get(&tag) else {
                 return self.timeout;
             };
-            let silence = |rank: Rank| now - state.peers[rank.index()].last_heard.max(entry.started).min(now);
+            let started = entry.started;
             let missing = entry.collective.missing();
+            let missing =
+                state.inquiries.get(&tag).map_or(missing.clone(), |inquiry| inquiry.conclude(missing));
+            let silence = |rank: Rank| now - state.peers[rank.index()].last_heard.max(started).min(now);
             let silent: Vec<_> =
                 missing.iter().copied().filter(|&(rank, _)| silence(rank) >= self.timeout).collect();
             if silent.is_empty() {
                 let longest = missing.iter().map(|&(rank, _)| silence(rank)).max().unwrap_or_default();
+                let ask = state.inquiries.entry(tag).or_default().ask(&missing);
+                drop(state);
+                self.ask(tag, ask);
                 return self.timeout - longest;
             }
             let entered = silent.iter().all(|&(_, entered)| entered);
             let missing = silent.iter().filter(|s| s.1 == entered).map(|s| s.0).collect();
-            CollectiveError::TimedOut { tag, missing, entered, waited: now - entry.started }
+            CollectiveError::TimedOut { tag, missing, entered, waited: now - started }
         };
         self.abort(error);
         self.timeout
@@ -252,7 +332,12 @@ impl Engine {
     /// What to await before reading more from `from`, if it is far ahead of this rank. Check again after it.
     pub(crate) fn early_space(&self, from: Rank) -> Option<OwnedNotified> {
         let freed = self.early_space.clone().notified_owned();
-        (self.state.lock().peers[from.index()].early_bytes >= EARLY_BYTES).then_some(freed)
+        self.is_far_ahead(from).then_some(freed)
+    }
+
+    /// Whether nothing more should be read from `from` for now: it is far ahead of this rank.
+    pub(crate) fn is_far_ahead(&self, from: Rank) -> bool {
+        self.state.lock().peers[from.index()].early_bytes >= EARLY_BYTES
     }
 
     /// Starts a collective: sends this rank's part and takes in what arrived early.
@@ -275,6 +360,9 @@ impl Engine {
         };
         if !early.is_empty() {
             self.early_space.notify_waiters();
+            if let Some(near) = self.near() {
+                near.nudge();
+            }
         }
         // Before this rank's own part goes out: a peer that has it may be done and leave, and must by then not be
         // missed here for what it has already sent.
@@ -329,15 +417,23 @@ impl Engine {
         for entry in in_flight.values() {
             entry.collective.fail(&error);
         }
+        self.wake_waiter();
         self.early_space.notify_waiters();
         if let Some(transport) = &self.transport {
             transport.abort(&Farewell { culprit: error.culprit(), message: error.first_cause() });
         }
     }
 
-    /// Leaves in good order; the receiver is disconnected when everything sent has arrived.
-    pub(crate) fn leave(&self) -> Option<Receiver<()>> {
-        self.transport.as_ref().map(|transport| transport.leave())
+    /// Leaves in good order; the receivers are disconnected when everything sent has arrived.
+    pub(crate) fn leave(&self) -> Vec<Receiver<()>> {
+        self.transport.as_ref().map(|transport| transport.leave()).unwrap_or_default()
+    }
+
+    /// A result has come: the thread that reads the rings may be waiting for it.
+    fn wake_waiter(&self) {
+        if let Some(near) = self.near() {
+            near.wake_waiter();
+        }
     }
 
     fn refuse(&self, from: Rank, header: &Header) -> Option<String> {
@@ -354,11 +450,17 @@ impl Engine {
         match progress {
             Ok(None) => {}
             Ok(Some(publish)) => {
-                if let Some(entry) = self.state.lock().in_flight.remove(&tag) {
+                let entry = {
+                    let mut state = self.state.lock();
+                    state.inquiries.remove(&tag);
+                    state.in_flight.remove(&tag)
+                };
+                if let Some(entry) = entry {
                     self.collectives.fetch_add(1, Relaxed);
                     self.nanoseconds.fetch_add(entry.started.elapsed().as_nanos() as u64, Relaxed);
                 }
                 publish();
+                self.wake_waiter();
             }
             Err(error) => self.abort(error),
         }
@@ -393,4 +495,11 @@ pub(crate) struct Part {
     pub(crate) stage: Stage,
     pub(crate) offset: u64,
     pub(crate) total: u64,
+}
+
+impl Part {
+    /// A message about a collective, not a part of it.
+    fn about(tag: Tag, stage: Stage) -> Self {
+        Self { tag, signature: 0, stage, offset: 0, total: 0 }
+    }
 }

@@ -23,6 +23,18 @@ pub(crate) enum Stage {
     Contribution,
     /// A piece of the finished result.
     Result,
+    /// Where in shared memory the sender's vectors are.
+    Offer,
+    /// The sender has done its share of the work on shared memory.
+    Done,
+    /// Where in shared memory the whole result is.
+    Whole,
+    /// The sender has copied the whole result.
+    Taken,
+    /// Whom does the receiver wait for?
+    Ask,
+    /// Whom the sender waits for.
+    Waiting,
 }
 
 /// What a frame is part of.
@@ -99,6 +111,12 @@ impl Header {
         let stage = match stage {
             0 => Stage::Contribution,
             1 => Stage::Result,
+            2 => Stage::Offer,
+            3 => Stage::Done,
+            4 => Stage::Whole,
+            5 => Stage::Taken,
+            6 => Stage::Ask,
+            7 => Stage::Waiting,
             other => return Err(HeaderError::Stage(other)),
         };
         let offset = u64::from_le_bytes(rest.take());
@@ -148,7 +166,7 @@ mod tests {
     fn header() -> impl Strategy<Value = Header> {
         (
             any::<(u64, u32, u64, u16)>(),
-            0..10u8,
+            0..11u8,
             any::<(u32, u16, u8, bool)>(),
             0..=1u64 << 35,
             0..=1u64 << 35,

@@ -1,26 +1,31 @@
 //! What the rest of a worker sees of the other ranks.
 
-use crate::chunked::Chunked;
-use crate::engine::{Engine, Stats};
+use crate::chunked::{Chunked, Finish, Parties, Task, chunk};
+use crate::engine::{Collective, Engine, NEAR_SMALL_BYTES, Stats};
 use crate::error::CollectiveError;
-use crate::gather::{Expect, Finish, Gather, SMALL_BYTES};
+use crate::gather::{self, Expect, Fail, Gather, SMALL_BYTES};
 use crate::local;
 use crate::numbers::Numbers;
 use crate::op::{Element, ReduceOp};
 use crate::pending::{Pending, Slot};
 use crate::quic::{self, MeshConfig};
+use crate::shm::{self, Circle, Goal, HostReduction, Hosts, Mates, Neighbours};
 use crate::tag::Tag;
-use crate::transport::Transport;
+use crate::transport::{Mixed, Transport};
+use crate::tree::Plan;
 use bytes::Bytes;
 use lockstep_common::ids::{Generation, Rank};
-use lockstep_common::job::Reduction;
+use lockstep_common::job::{Backend, Reduction};
 use lockstep_common::placement::Placement;
+use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Signatures of the collectives that move plain bytes. Reductions have `0x0o_t`: operation, element type.
 const GATHER: u8 = 0x80;
 const BROADCAST: u8 = 0x81;
+/// Marks the signature of a reduction whose result is scattered.
+const SCATTER: u8 = 0x40;
 
 /// One rank of one generation of one job, and its connections to the others.
 ///
@@ -34,7 +39,34 @@ pub struct Group {
 
 struct Shape {
     placement: Placement,
-    plan: Arc<crate::tree::Plan>,
+    plan: Arc<Plan>,
+    /// All ranks, as parties of a reduction over the network.
+    everyone: Arc<Parties>,
+    /// The ranks of this host, where they share memory.
+    mates: Option<Arc<Mates>>,
+    /// One rank of each host, where there are several hosts and this one has several ranks.
+    leaders: Option<Arc<Parties>>,
+}
+
+impl Shape {
+    /// `hosts` has the number of each rank's host; all are different where no memory is shared.
+    fn new(placement: Placement, rank: Rank, reduction: Reduction, hosts: &[usize]) -> Self {
+        let plan = Plan::new(&placement, rank, reduction, hosts);
+        let ranks = || (0..placement.world_size()).map(Rank);
+        let everyone = Parties { members: ranks().collect(), me: rank.index(), union: plan.ranks.clone() };
+        let host = hosts[rank.index()];
+        let members: Vec<Rank> = ranks().filter(|r| hosts[r.index()] == host).collect();
+        let leaders = plan.hosts.as_ref().map(|two| {
+            let first = |host| ranks().find(|r| hosts[r.index()] == host);
+            let members = (0..two.among.nodes.len()).filter_map(first).collect();
+            Arc::new(Parties { members, me: host, union: two.among.clone() })
+        });
+        let unions = plan.hosts.as_ref().map_or_else(|| vec![plan.ranks.clone()], |two| two.within.clone());
+        let shares = leaders.is_some() || members.len() > 1;
+        let me = members.iter().position(|r| *r == rank).unwrap_or(0);
+        let mates = shares.then(|| Arc::new(Mates { members, me, unions }));
+        Self { placement, plan: Arc::new(plan), everyone: Arc::new(everyone), mates, leaders }
+    }
 }
 
 impl Group {
@@ -44,7 +76,8 @@ impl Group {
             let detail = format!("a solo group has one rank, the placement {}", placement.world_size());
             return Err(CollectiveError::Config(detail));
         }
-        Ok(Self::new(Rank(0), Generation(0), placement, reduction, Duration::ZERO, None))
+        let engine = Engine::new(Rank(0), 1, Generation(0), Duration::ZERO, None);
+        Ok(Self::over(engine, placement, reduction, &[0]))
     }
 
     /// All ranks of a group inside this process, in order of rank.
@@ -54,13 +87,30 @@ impl Group {
         timeout: Duration,
     ) -> Result<Vec<Self>, CollectiveError> {
         check_placement(placement)?;
-        let mailboxes = local::mesh(placement.world_size());
-        let groups = mailboxes.into_iter().zip(0..).map(|((transport, mailbox), rank)| {
-            let transport: Option<Box<dyn Transport>> = Some(Box::new(transport));
-            let group =
-                Self::new(Rank(rank), Generation(0), placement.clone(), reduction, timeout, transport);
-            local::serve(mailbox, &group.engine)?;
-            Ok(group)
+        let hosts: Vec<usize> = (0..placement.world_size() as usize).collect();
+        Self::on_hosts(placement, &hosts, reduction, timeout)
+    }
+
+    /// The same, with shared memory between the ranks for which `hosts` has equal numbers. Hosts are numbered from 0
+    /// in the order of their first ranks.
+    pub fn on_hosts(
+        placement: &Placement,
+        hosts: &[usize],
+        reduction: Reduction,
+        timeout: Duration,
+    ) -> Result<Vec<Self>, CollectiveError> {
+        check_placement(placement)?;
+        let config = |error: std::io::Error| CollectiveError::Config(format!("no shared memory: {error}"));
+        let neighbours = shm::in_process(hosts).map_err(config)?;
+        let mailboxes = local::mesh(placement.world_size()).into_iter();
+        let groups = mailboxes.zip(neighbours).zip(0..).map(|(((transport, mailbox), near), rank)| {
+            let transport: Option<Box<dyn Transport>> = Some(Box::new(Mixed::new(Box::new(transport))));
+            let engine = Engine::new(Rank(rank), placement.world_size(), Generation(0), timeout, transport);
+            if let Some(near) = near {
+                engine.attach(near).map_err(config)?;
+            }
+            local::serve(mailbox, &engine)?;
+            Ok(Self::over(engine, placement.clone(), reduction, hosts))
         });
         groups.collect()
     }
@@ -72,29 +122,41 @@ impl Group {
     pub async fn connect(config: MeshConfig) -> Result<Self, CollectiveError> {
         check_placement(&config.placement)?;
         let (rank, generation, timeout) = (config.rank, config.generation, config.timeout);
-        let (placement, reduction) = (config.placement.clone(), config.reduction);
+        let (placement, reduction, backend) = (config.placement.clone(), config.reduction, config.backend);
         let (transport, inboxes) = quic::establish(config).await?;
-        let group = Self::new(rank, generation, placement, reduction, timeout, Some(Box::new(transport)));
-        inboxes.serve(&group.engine);
-        Ok(group)
-    }
-
-    fn new(
-        rank: Rank,
-        generation: Generation,
-        placement: Placement,
-        reduction: Reduction,
-        timeout: Duration,
-        transport: Option<Box<dyn Transport>>,
-    ) -> Self {
+        let transport: Option<Box<dyn Transport>> = Some(Box::new(Mixed::new(Box::new(transport))));
         let engine = Engine::new(rank, placement.world_size(), generation, timeout, transport);
-        Self::over(engine, placement, reduction)
+        inboxes.serve(&engine);
+        let apart: Vec<usize> = (0..placement.world_size() as usize).collect();
+        let group = Self::over(engine, placement.clone(), reduction, &apart);
+        if backend == Backend::Quic {
+            return Ok(group);
+        }
+        match shm::share(&group, backend).await {
+            Ok(None) => Ok(group),
+            Ok(Some(hosts)) => Ok(Self::over(group.engine.clone(), placement, reduction, &hosts)),
+            Err(error) => {
+                group.abort(error.clone());
+                Err(error)
+            }
+        }
     }
 
     /// The group that `engine` serves.
-    pub(crate) fn over(engine: Arc<Engine>, placement: Placement, reduction: Reduction) -> Self {
-        let plan = Arc::new(crate::tree::Plan::new(&placement, engine.rank(), reduction));
-        Self { engine, shape: Arc::new(Shape { placement, plan }) }
+    pub(crate) fn over(
+        engine: Arc<Engine>,
+        placement: Placement,
+        reduction: Reduction,
+        hosts: &[usize],
+    ) -> Self {
+        let shape = Arc::new(Shape::new(placement, engine.rank(), reduction, hosts));
+        Self { engine, shape }
+    }
+
+    /// Begins to share memory with the ranks that `near` has.
+    pub(crate) fn attach(&self, near: Arc<Neighbours>) -> Result<(), CollectiveError> {
+        let attached = self.engine.attach(near);
+        attached.map_err(|error| CollectiveError::Config(format!("no thread for shared memory: {error}")))
     }
 
     /// This rank.
@@ -125,7 +187,7 @@ impl Group {
     /// `len` elements for a leaf of [`all_reduce`](Self::all_reduce), in memory that the group uses again: their values
     /// are arbitrary.
     pub fn numbers<T: Element>(&self, len: usize) -> Numbers<T> {
-        Numbers::pooled(self.engine.pool().take(len * size_of::<T>()))
+        self.engine.numbers(len)
     }
 
     /// Reduces one vector per logical shard to one vector, the same bits on every rank.
@@ -138,29 +200,113 @@ impl Group {
         leaves: Vec<L>,
         op: ReduceOp,
     ) -> Result<Pending<Numbers<T>>, CollectiveError> {
+        let nodes = self.nodes(tag, leaves, op)?;
+        let slot = Slot::new();
+        let result = slot.clone();
+        let publish: Finish<T> = Box::new(move |sum| Some(Box::new(move || result.set(Ok(sum)))));
+        self.reduce(tag, nodes, op, true, publish, fail_slot(&slot))?;
+        Ok(Pending::new(slot, self.engine.clone(), tag))
+    }
+
+    /// Reduces one vector per logical shard, of which this rank gets the elements of [`chunk`](Self::chunk).
+    pub fn reduce_scatter<T: Element, L: Into<Numbers<T>>>(
+        &self,
+        tag: Tag,
+        leaves: Vec<L>,
+        op: ReduceOp,
+    ) -> Result<Pending<Numbers<T>>, CollectiveError> {
+        if op == ReduceOp::Moments {
+            return Err(CollectiveError::Misuse {
+                tag,
+                detail: "moments cannot be cut into chunks".to_owned(),
+            });
+        }
+        let nodes = self.nodes(tag, leaves, op)?;
+        let (len, chunk) = (nodes[0].len(), self.chunk(nodes[0].len()));
+        let slot = Slot::new();
+        let result = slot.clone();
+        // Where everyone needs everything on the way, the chunk is cut from the whole.
+        let publish: Finish<T> = Box::new(move |sum| {
+            let sum = if sum.len() == len { Numbers::from(sum[chunk].to_vec()) } else { sum };
+            Some(Box::new(move || result.set(Ok(sum))))
+        });
+        self.reduce(tag, nodes, op, false, publish, fail_slot(&slot))?;
+        Ok(Pending::new(slot, self.engine.clone(), tag))
+    }
+
+    /// The elements of a vector of `len` that [`reduce_scatter`](Self::reduce_scatter) gives this rank. Together the
+    /// ranks' chunks are the vector, in order of rank.
+    pub fn chunk(&self, len: usize) -> Range<usize> {
+        chunk(len, self.rank().index(), self.world_size() as usize)
+    }
+
+    /// This rank's nodes of the tree, made of its leaves.
+    fn nodes<T: Element, L: Into<Numbers<T>>>(
+        &self,
+        tag: Tag,
+        leaves: Vec<L>,
+        op: ReduceOp,
+    ) -> Result<Vec<Numbers<T>>, CollectiveError> {
         let mut leaves: Vec<Numbers<T>> = leaves.into_iter().map(Into::into).collect();
-        let len = self.check_leaves(tag, &leaves, op)?;
+        self.check_leaves(tag, &leaves, op)?;
         let plan = &self.shape.plan;
         op.merge_in_place(&mut leaves, &plan.local);
-        let kept = |i: &usize| plan.kept.contains(i);
-        let nodes = leaves.into_iter().enumerate().filter(|(i, _)| kept(i)).map(|(_, leaf)| leaf);
-        let mut nodes: Vec<_> = nodes.collect();
-        let slot = Slot::new();
-        let signature = op.code() << 4 | T::CODE;
+        let kept = leaves.into_iter().enumerate().filter(|(i, _)| plan.kept.contains(i));
+        Ok(kept.map(|(_, leaf)| leaf).collect())
+    }
+
+    /// Chooses how `nodes` become the result. With `spread` every rank gets all of it; without, each may get its
+    /// chunk only.
+    fn reduce<T: Element>(
+        &self,
+        tag: Tag,
+        mut nodes: Vec<Numbers<T>>,
+        op: ReduceOp,
+        spread: bool,
+        finish: Finish<T>,
+        fail: Fail,
+    ) -> Result<(), CollectiveError> {
+        let Shape { placement, everyone, mates, leaders, .. } = &*self.shape;
+        let len = nodes[0].len();
+        let bytes = len * size_of::<T>();
+        let signature = op.signature::<T>() | if spread { 0 } else { SCATTER };
+        let task = Task { tag, signature, op, leaves: placement.shards(), spread };
+        let near = self.engine.near().filter(|_| mates.is_some());
+        let small = if near.is_some() && leaders.is_none() { NEAR_SMALL_BYTES } else { SMALL_BYTES };
         if len == 0 || self.world_size() == 1 {
             if let Some(error) = self.failure() {
                 return Err(error);
             }
-            slot.set(Ok(nodes.swap_remove(0)));
-        } else if op == ReduceOp::Moments || len * size_of::<T>() <= SMALL_BYTES {
-            self.all_reduce_direct(tag, signature, &nodes, op, &slot)?;
-        } else {
-            let rank = self.rank();
-            let output = self.numbers(len);
-            let chunked = Chunked::new(tag, signature, rank, plan.clone(), nodes, output, slot.clone());
-            self.engine.start(tag, Arc::new(chunked))?;
+            let mut root = nodes.swap_remove(0);
+            op.finish(&mut root, placement.shards());
+            if let Some(publish) = finish(root) {
+                publish();
+            }
+            return Ok(());
         }
-        Ok(Pending::new(slot, self.engine.clone(), tag))
+        if op == ReduceOp::Moments || bytes <= small {
+            return self.reduce_small(task, &nodes, finish, fail);
+        }
+        // Over several hosts all of the result comes to every host; a chunk is cut from it.
+        let task = Task { spread: spread || leaders.is_some(), ..task };
+        let collective: Arc<dyn Collective> = match (near, mates) {
+            (Some(near), Some(mates)) => {
+                let goal = match leaders {
+                    Some(leaders) => Goal::Hosts(Hosts::new(leaders.clone())),
+                    None if spread => Goal::All,
+                    None => Goal::Chunk,
+                };
+                let circle = Circle { near: near.clone(), mates: mates.clone(), goal };
+                Arc::new(HostReduction::new(&self.engine, circle, task, nodes, finish, fail)?)
+            }
+            // Alone on its host, a rank is its own leader.
+            _ => {
+                let parties = leaders.as_ref().unwrap_or(everyone).clone();
+                let output = self.engine.numbers(if task.spread { len } else { self.chunk(len).len() });
+                Arc::new(Chunked::new(task, parties, len, nodes, output, finish, fail))
+            }
+        };
+        self.engine.start(tag, collective)
     }
 
     /// Brings every rank's bytes, of any length, to every rank, in order of rank.
@@ -203,9 +349,10 @@ impl Group {
     /// Leaves in good order and waits, up to `limit`, until what this rank has sent has arrived. Dropping the
     /// group does the same without waiting, which is too early for a process that exits next.
     pub fn close(self, limit: Duration) {
-        if let Some(drained) = self.engine.leave() {
+        let deadline = Instant::now() + limit;
+        for drained in self.engine.leave() {
             // Nothing is ever sent here: the channel ends when the last frame has arrived.
-            let _ = drained.recv_timeout(limit);
+            let _ = drained.recv_deadline(deadline);
         }
     }
 
@@ -219,10 +366,10 @@ impl Group {
         tag: Tag,
         leaves: &[Numbers<T>],
         op: ReduceOp,
-    ) -> Result<usize, CollectiveError> {
+    ) -> Result<(), CollectiveError> {
         let misuse = |detail| Err(CollectiveError::Misuse { tag, detail });
-        let Shape { placement, plan } = &*self.shape;
-        if let Some(idle) = plan.nodes.iter().position(|&nodes| nodes == 0) {
+        let Shape { placement, plan, .. } = &*self.shape;
+        if let Some(idle) = plan.ranks.nodes.iter().position(|&nodes| nodes == 0) {
             let idle = Rank(idle as u32);
             let detail = format!("{idle} owns no logical shard; use at most one worker per logical shard");
             return misuse(detail);
@@ -238,32 +385,37 @@ impl Group {
         }
         match op.refuse::<T>(len) {
             Some(detail) => misuse(detail),
-            None => Ok(len),
+            None => Ok(()),
         }
     }
 
-    fn all_reduce_direct<T: Element>(
+    /// Everyone gets everyone's nodes.
+    fn reduce_small<T: Element>(
         &self,
-        tag: Tag,
-        signature: u8,
+        task: Task,
         nodes: &[Numbers<T>],
-        op: ReduceOp,
-        slot: &Arc<Slot<Numbers<T>>>,
+        finish: Finish<T>,
+        fail: Fail,
     ) -> Result<(), CollectiveError> {
-        let plan = self.shape.plan.clone();
+        let everyone = self.shape.everyone.clone();
         let len = nodes[0].len();
         let bytes_of = |nodes: usize| (nodes * len * size_of::<T>()) as u64;
-        let expect = plan.nodes.iter().map(|&nodes| Expect::Bytes(bytes_of(nodes))).collect();
+        let expect = everyone.union.nodes.iter().map(|&nodes| Expect::Bytes(bytes_of(nodes))).collect();
         let mine = nodes.iter().map(AsRef::<[u8]>::as_ref);
         let mine = self.engine.pool().copy(mine).freeze();
-        let result = slot.clone();
-        let finish = move |blobs: Vec<Bytes>| {
-            let inputs = blobs.iter().flat_map(|blob| bytemuck::cast_slice(blob).chunks_exact(len));
+        let combine = move |blobs: Vec<Bytes>| {
+            let union = &everyone.union;
+            let input = |&(party, node): &(usize, usize)| {
+                &bytemuck::cast_slice::<u8, T>(&blobs[party])[node * len..][..len]
+            };
             let mut out = vec![T::zeroed(); len];
-            op.combine(&mut out, &inputs.collect::<Vec<_>>(), &plan.global);
-            result.set(Ok(out.into()));
+            task.op.combine(&mut out, &union.order.iter().map(input).collect::<Vec<_>>(), &union.merges);
+            task.op.finish(&mut out, task.leaves);
+            if let Some(publish) = finish(out.into()) {
+                publish();
+            }
         };
-        self.start_gather(tag, signature, Some(mine), expect, Box::new(finish), slot)
+        self.start_gather(task.tag, task.signature, Some(mine), expect, Box::new(combine), fail)
     }
 
     fn gather<R: Send + Sync + 'static>(
@@ -277,24 +429,28 @@ impl Group {
         let slot = Slot::new();
         let result = slot.clone();
         let finish = Box::new(move |blobs| result.set(Ok(finish(blobs))));
-        self.start_gather(tag, signature, mine, expect, finish, &slot)?;
+        self.start_gather(tag, signature, mine, expect, finish, fail_slot(&slot))?;
         Ok(Pending::new(slot, self.engine.clone(), tag))
     }
 
-    fn start_gather<R: Send + Sync + 'static>(
+    fn start_gather(
         &self,
         tag: Tag,
         signature: u8,
         mine: Option<Bytes>,
         expect: Vec<Expect>,
-        finish: Finish,
-        slot: &Arc<Slot<R>>,
+        finish: gather::Finish,
+        fail: Fail,
     ) -> Result<(), CollectiveError> {
-        let failed = slot.clone();
-        let fail = Box::new(move |error: &CollectiveError| failed.set(Err(error.clone())));
         let gather = Gather::new(tag, signature, self.rank(), mine, expect, finish, fail);
         self.engine.start(tag, Arc::new(gather))
     }
+}
+
+/// Tells those who wait for `slot` of a failure.
+fn fail_slot<R: Send + Sync + 'static>(slot: &Arc<Slot<R>>) -> Fail {
+    let slot = slot.clone();
+    Box::new(move |error: &CollectiveError| slot.set(Err(error.clone())))
 }
 
 fn check_placement(placement: &Placement) -> Result<(), CollectiveError> {

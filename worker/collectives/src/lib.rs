@@ -25,11 +25,13 @@ mod error;
 mod frame;
 mod gather;
 mod group;
+mod inquiry;
 mod local;
 mod numbers;
 mod op;
 mod pending;
 pub mod quic;
+mod shm;
 mod tag;
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,7 @@
 //! Vectors of elements in memory that a group uses again.
 
 use crate::buffer::Buffer;
+use crate::shm::Block;
 use bytemuck::Pod;
 use std::fmt;
 use std::marker::PhantomData;
@@ -16,6 +17,7 @@ pub struct Numbers<T>(Memory<T>);
 enum Memory<T> {
     Own(Vec<T>),
     Pooled(Buffer, PhantomData<T>),
+    Shared(Block, PhantomData<T>),
 }
 
 impl<T: Pod> Numbers<T> {
@@ -24,11 +26,25 @@ impl<T: Pod> Numbers<T> {
         Self(Memory::Pooled(buffer, PhantomData))
     }
 
+    /// Whole elements in `block`.
+    pub(crate) fn shared(block: Block) -> Self {
+        Self(Memory::Shared(block, PhantomData))
+    }
+
+    /// Where they are in this rank's arena, if they are there.
+    pub(crate) fn offset(&self) -> Option<u64> {
+        match &self.0 {
+            Memory::Shared(block, _) => Some(block.offset()),
+            Memory::Own(_) | Memory::Pooled(..) => None,
+        }
+    }
+
     /// The elements.
     pub fn as_slice(&self) -> &[T] {
         match &self.0 {
             Memory::Own(own) => own,
             Memory::Pooled(buffer, _) => buffer.elements(),
+            Memory::Shared(block, _) => bytemuck::cast_slice(block.bytes()),
         }
     }
 
@@ -37,6 +53,7 @@ impl<T: Pod> Numbers<T> {
         match &mut self.0 {
             Memory::Own(own) => own,
             Memory::Pooled(buffer, _) => buffer.elements_mut(),
+            Memory::Shared(block, _) => bytemuck::cast_slice_mut(block.bytes_mut()),
         }
     }
 }

@@ -10,6 +10,9 @@ use lockstep_common::moments;
 pub enum ReduceOp {
     /// Element by element. Integers wrap.
     Sum,
+    /// [`Sum`](Self::Sum) divided once, at the end, by the number of leaves, which is the number of logical shards.
+    /// Floating point only.
+    Average,
     /// Count, means and sums of squared deviations, laid out `[n, mean[C], m2[C]]`, `f64` only. Operands with
     /// `n = 0` change no bit of the other.
     ///
@@ -17,7 +20,7 @@ pub enum ReduceOp {
     Moments,
 }
 
-mod sealed {
+pub(crate) mod sealed {
     pub trait Sealed {}
     impl Sealed for f32 {}
     impl Sealed for f64 {}
@@ -25,9 +28,11 @@ mod sealed {
 }
 
 /// Merges the right vector into the left one.
-type MergeFn<T> = fn(&mut [T], &[T]);
+pub(crate) type MergeFn<T> = fn(&mut [T], &[T]);
+/// Divides every element by a number of leaves.
+pub(crate) type DivideFn<T> = fn(&mut [T], u32);
 
-/// A type that can be all-reduced.
+/// A type that can be all-reduced: numbers, and the compressed forms of numbers.
 pub trait Element: Pod + Send + Sync + sealed::Sealed {
     /// Names the type on the wire.
     #[doc(hidden)]
@@ -38,15 +43,26 @@ pub trait Element: Pod + Send + Sync + sealed::Sealed {
     /// [`ReduceOp::Moments`], for the types that have it.
     #[doc(hidden)]
     const MOMENTS: Option<MergeFn<Self>>;
+    /// The last step of [`ReduceOp::Average`], for the types that have it.
+    #[doc(hidden)]
+    const DIVIDE: Option<DivideFn<Self>>;
     /// The sum of two values.
     #[doc(hidden)]
     fn plus(self, other: Self) -> Self;
+    /// [`plus`](Self::plus) for each pair, into the left one. Both slices have the same length.
+    #[doc(hidden)]
+    fn add(left: &mut [Self], right: &[Self]) {
+        for (l, r) in left.iter_mut().zip(right) {
+            *l = l.plus(*r);
+        }
+    }
 }
 
 impl Element for f32 {
     const CODE: u8 = 1;
     const NAME: &'static str = "f32";
     const MOMENTS: Option<MergeFn<Self>> = None;
+    const DIVIDE: Option<DivideFn<Self>> = Some(|sums, by| sums.iter_mut().for_each(|s| *s /= by as f32));
     fn plus(self, other: Self) -> Self {
         self + other
     }
@@ -56,6 +72,7 @@ impl Element for f64 {
     const CODE: u8 = 2;
     const NAME: &'static str = "f64";
     const MOMENTS: Option<MergeFn<Self>> = Some(moments::merge);
+    const DIVIDE: Option<DivideFn<Self>> = Some(|sums, by| sums.iter_mut().for_each(|s| *s /= f64::from(by)));
     fn plus(self, other: Self) -> Self {
         self + other
     }
@@ -65,23 +82,31 @@ impl Element for i64 {
     const CODE: u8 = 3;
     const NAME: &'static str = "i64";
     const MOMENTS: Option<MergeFn<Self>> = None;
+    const DIVIDE: Option<DivideFn<Self>> = None;
     fn plus(self, other: Self) -> Self {
         self.wrapping_add(other)
     }
 }
 
 impl ReduceOp {
-    pub(crate) fn code(self) -> u8 {
-        match self {
+    /// Names operation and element type on the wire.
+    pub(crate) fn signature<T: Element>(self) -> u8 {
+        let op = match self {
             ReduceOp::Sum => 0,
             ReduceOp::Moments => 1,
-        }
+            ReduceOp::Average => 2,
+        };
+        op << 4 | T::CODE
     }
 
     /// Why `len` elements of `T` cannot be reduced this way, if so.
     pub(crate) fn refuse<T: Element>(self, len: usize) -> Option<String> {
         match self {
             ReduceOp::Sum => None,
+            ReduceOp::Average if T::DIVIDE.is_none() => {
+                Some(format!("{} has no average: sum, and divide where the result is used", T::NAME))
+            }
+            ReduceOp::Average => None,
             ReduceOp::Moments if T::MOMENTS.is_none() => {
                 Some(format!("moments are reduced in f64, not {}", T::NAME))
             }
@@ -102,6 +127,13 @@ impl ReduceOp {
                 let (head, tail) = leaves.split_at_mut(merge.from);
                 self.merge(&mut head[merge.into][range.clone()], &tail[0][range.clone()]);
             }
+        }
+    }
+
+    /// What is left to do to the root of a tree of `leaves` leaves.
+    pub(crate) fn finish<T: Element>(self, root: &mut [T], leaves: u32) {
+        if let (ReduceOp::Average, Some(divide)) = (self, T::DIVIDE) {
+            divide(root, leaves);
         }
     }
 
@@ -134,7 +166,7 @@ impl ReduceOp {
     /// How many elements are merged at a time: for sums so many that a handful of operands stay in the cache.
     fn block<T>(self, len: usize) -> usize {
         match self {
-            ReduceOp::Sum => (8192 / size_of::<T>()).min(len).max(1),
+            ReduceOp::Sum | ReduceOp::Average => (8192 / size_of::<T>()).min(len).max(1),
             ReduceOp::Moments => len.max(1),
         }
     }
@@ -142,11 +174,7 @@ impl ReduceOp {
     fn merge<T: Element>(self, left: &mut [T], right: &[T]) {
         match (self, T::MOMENTS) {
             (ReduceOp::Moments, Some(merge)) => merge(left, right),
-            _ => {
-                for (l, r) in left.iter_mut().zip(right) {
-                    *l = l.plus(*r);
-                }
-            }
+            _ => T::add(left, right),
         }
     }
 }
@@ -192,5 +220,11 @@ mod tests {
         assert!(ReduceOp::Moments.refuse::<f32>(3).is_some());
         assert!(ReduceOp::Moments.refuse::<f64>(4).is_some());
         assert!(ReduceOp::Moments.refuse::<f64>(3).is_none());
+    }
+
+    #[test]
+    fn integers_have_no_average() {
+        assert!(ReduceOp::Average.refuse::<i64>(3).is_some());
+        assert!(ReduceOp::Average.refuse::<f32>(3).is_none());
     }
 }

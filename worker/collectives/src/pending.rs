@@ -2,9 +2,11 @@
 
 use crate::engine::Engine;
 use crate::error::CollectiveError;
+use crate::shm::Waited;
 use crate::tag::Tag;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A result that is on its way. Clones wait for the same result.
 ///
@@ -18,6 +20,7 @@ pub struct Pending<R> {
 
 /// Where a collective puts its result. Set once.
 pub(crate) struct Slot<R> {
+    ready: AtomicBool,
     outcome: Mutex<Option<Result<Arc<R>, CollectiveError>>>,
     set: Condvar,
 }
@@ -31,8 +34,14 @@ impl<R> Pending<R> {
     ///
     /// Not for use on an async runtime's own threads: they may be the ones that bring the result.
     pub fn wait(&self) -> Result<Arc<R>, CollectiveError> {
+        // Woken before time is up, to ask those who may know more.
+        let mut patience = self.engine.timeout() * 3 / 4;
+        if let Some(near) = self.engine.near() {
+            while near.wait(&self.engine, || self.is_ready(), patience) == Waited::TimedOut {
+                patience = self.engine.handle_overdue(self.tag);
+            }
+        }
         let mut outcome = self.slot.outcome.lock();
-        let mut patience = self.engine.timeout();
         loop {
             if let Some(outcome) = &*outcome {
                 return outcome.clone();
@@ -45,7 +54,7 @@ impl<R> Pending<R> {
 
     /// Whether `wait` would return at once.
     pub fn is_ready(&self) -> bool {
-        self.slot.outcome.lock().is_some()
+        self.slot.ready.load(Ordering::Acquire)
     }
 
     /// The collective's name.
@@ -62,12 +71,13 @@ impl<R> Clone for Pending<R> {
 
 impl<R> Slot<R> {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { outcome: Mutex::new(None), set: Condvar::new() })
+        Arc::new(Self { ready: AtomicBool::new(false), outcome: Mutex::new(None), set: Condvar::new() })
     }
 
     /// Sets the outcome and wakes everyone who waits for it. The first outcome stays.
     pub(crate) fn set(&self, outcome: Result<R, CollectiveError>) {
         self.outcome.lock().get_or_insert_with(|| outcome.map(Arc::new));
+        self.ready.store(true, Ordering::Release);
         self.set.notify_all();
     }
 }

@@ -26,6 +26,8 @@ pub enum TagKind {
     Barrier,
     /// One rank's bytes for all.
     Broadcast,
+    /// How the group comes about.
+    Setup,
 }
 
 /// Names one collective. No two of one generation may have equal tags.
@@ -73,6 +75,7 @@ impl TagKind {
             TagKind::State => 7,
             TagKind::Barrier => 8,
             TagKind::Broadcast => 9,
+            TagKind::Setup => 10,
         }
     }
 
@@ -88,6 +91,7 @@ impl TagKind {
             7 => TagKind::State,
             8 => TagKind::Barrier,
             9 => TagKind::Broadcast,
+            10 => TagKind::Setup,
             _ => return None,
         })
     }
@@ -106,6 +110,7 @@ impl fmt::Display for TagKind {
             TagKind::State => "state",
             TagKind::Barrier => "barrier",
             TagKind::Broadcast => "broadcast",
+            TagKind::Setup => "set-up",
         })
     }
 }

@@ -73,8 +73,8 @@ impl Transport for LeavesOnceServed {
 
     fn abort(&self, _: &Farewell) {}
 
-    fn leave(&self) -> Receiver<()> {
-        crossbeam_channel::never()
+    fn leave(&self) -> Vec<Receiver<()>> {
+        vec![]
     }
 }
 
@@ -85,7 +85,7 @@ fn a_peer_may_leave_as_soon_as_it_has_our_part() {
         Engine::new(Rank(0), 2, Generation(0), TIMEOUT, Some(Box::new(LeavesOnceServed(handle.clone()))));
     handle.set(Arc::downgrade(&engine)).unwrap();
     let placement = Placement::even(2, 2);
-    let group = Group::over(engine, placement, Reduction::Exact);
+    let group = Group::over(engine, placement, Reduction::Exact, &[0, 1]);
     deliver(&group, honest());
     assert_eq!(*start(&group).wait().unwrap(), [1.0, 2.0]);
 }

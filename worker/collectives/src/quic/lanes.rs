@@ -135,11 +135,11 @@ impl Transport for QuicTransport {
         }
     }
 
-    fn leave(&self) -> Receiver<()> {
+    fn leave(&self) -> Vec<Receiver<()>> {
         for peer in self.peers.iter().flatten() {
             peer.queues.lock().take();
         }
-        self.drained.clone()
+        vec![self.drained.clone()]
     }
 }
 
@@ -279,13 +279,13 @@ fn broken(error: quinn::ReadExactError) -> End {
 
 impl Farewell {
     /// Rank at fault (all ones: unknown) and text.
-    fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let culprit = self.culprit.map_or(u32::MAX, |rank| rank.0);
         let text = &self.message.as_bytes()[..self.message.floor_char_boundary(FAREWELL_BYTES)];
         [&culprit.to_le_bytes()[..], text].concat()
     }
 
-    fn decode(bytes: &[u8]) -> Self {
+    pub(crate) fn decode(bytes: &[u8]) -> Self {
         let (culprit, text) = match bytes.split_first_chunk() {
             Some((culprit, text)) => (u32::from_le_bytes(*culprit), text),
             None => (u32::MAX, bytes),

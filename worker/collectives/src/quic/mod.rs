@@ -13,7 +13,7 @@ use crate::error::CollectiveError;
 use hello::Hello;
 use lanes::Link;
 use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
-use lockstep_common::job::Reduction;
+use lockstep_common::job::{Backend, Reduction};
 use lockstep_common::net::{Role, peer_role};
 use lockstep_common::placement::Placement;
 use std::net::SocketAddr;
@@ -82,6 +82,8 @@ pub struct MeshConfig {
     pub placement: Placement,
     /// The order of addition.
     pub reduction: Reduction,
+    /// What ranks of one host talk through.
+    pub backend: Backend,
     /// How long to wait for a silent peer in every collective.
     pub timeout: Duration,
     /// How long the peers may take to come: each prepares before it connects.

@@ -3,7 +3,7 @@
 use lockstep_collectives::quic::{Lobby, MeshConfig, Peer, transport_config, verify_by_certificate};
 use lockstep_collectives::{CollectiveError, Group};
 use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
-use lockstep_common::job::Reduction;
+use lockstep_common::job::{Backend, Reduction};
 use lockstep_common::net::{self, Authority, Role};
 use lockstep_common::placement::Placement;
 use std::net::SocketAddr;
@@ -85,6 +85,7 @@ impl Worker {
             peers,
             placement: placement.clone(),
             reduction: Reduction::Exact,
+            backend: Backend::Quic,
             timeout,
             connect_timeout: timeout,
             incoming: self.lobby.expect(JOB, GENERATION),

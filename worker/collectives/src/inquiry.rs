@@ -1,0 +1,110 @@
+//! Finding out whom everybody waits for.
+//!
+//! A rank may lack the part of one that has entered the collective and itself waits for a third: the leader of a host
+//! for another host, say. Before it accuses anybody, a rank that has waited for long asks those whose parts it lacks
+//! whom they wait for, and those they name, until the answers end with ranks that have not entered, or that wait for
+//! nobody, or that do not answer.
+
+use crate::buffer::Buffer;
+use lockstep_common::ids::Rank;
+use std::collections::{HashMap, HashSet};
+
+/// Ranks whose part is missing, and whether they have entered the collective.
+pub(crate) type Missing = Vec<(Rank, bool)>;
+
+/// What the others said of one collective.
+#[derive(Debug, Default)]
+pub(crate) struct Inquiry {
+    asked: HashSet<Rank>,
+    answers: HashMap<Rank, Missing>,
+}
+
+impl Inquiry {
+    /// Those among `missing` to ask now.
+    pub(crate) fn ask(&mut self, missing: &Missing) -> Vec<Rank> {
+        missing.iter().map(|(rank, _)| *rank).filter(|rank| self.asked.insert(*rank)).collect()
+    }
+
+    /// `from` waits for `missing`. Those to ask next.
+    pub(crate) fn answered(&mut self, from: Rank, missing: Missing) -> Vec<Rank> {
+        if !self.asked.contains(&from) {
+            return vec![];
+        }
+        let next = self.ask(&missing);
+        self.answers.insert(from, missing);
+        next
+    }
+
+    /// The ranks at the ends of the answers, for one that lacks the parts of `missing`.
+    pub(crate) fn conclude(&self, missing: Missing) -> Missing {
+        let mut seen = HashSet::new();
+        let mut ends = Missing::new();
+        let mut open = missing.clone();
+        while let Some((rank, entered)) = open.pop() {
+            if !seen.insert(rank) {
+                continue;
+            }
+            match self.answers.get(&rank).map(Vec::as_slice) {
+                None => ends.push((rank, entered)),
+                Some([]) => ends.push((rank, true)),
+                // So says one that has not entered.
+                Some(next) if next.contains(&(rank, false)) => ends.push((rank, false)),
+                Some(next) => open.extend(next),
+            }
+        }
+        ends.sort_unstable();
+        // Ranks that all wait for each other leave no end: then what is known at first hand counts.
+        if ends.is_empty() { missing } else { ends }
+    }
+}
+
+/// An answer, as it travels.
+pub(crate) fn encode(missing: &Missing) -> Vec<u8> {
+    let word = |(rank, entered): &(Rank, bool)| u64::from(rank.0) << 1 | u64::from(*entered);
+    missing.iter().flat_map(|missing| word(missing).to_le_bytes()).collect()
+}
+
+/// The answer in `payload`; ranks outside a world of `world` are left out.
+pub(crate) fn decode(payload: &Buffer, world: u32) -> Missing {
+    let missing = |word: &u64| (Rank((word >> 1) as u32), word & 1 == 1);
+    payload.elements().iter().map(missing).filter(|(rank, _)| rank.0 < world).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_answers_lead_to_the_rank_that_has_not_entered() {
+        let mut inquiry = Inquiry::default();
+        let missing = vec![(Rank(0), true)];
+        assert_eq!(inquiry.ask(&missing), [Rank(0)]);
+        assert_eq!(inquiry.answered(Rank(0), vec![(Rank(2), true)]), [Rank(2)]);
+        assert_eq!(inquiry.conclude(missing.clone()), [(Rank(2), true)]);
+        assert_eq!(inquiry.answered(Rank(2), vec![(Rank(3), false), (Rank(0), true)]), [Rank(3)]);
+        assert_eq!(inquiry.conclude(missing.clone()), [(Rank(3), false)]);
+        inquiry.answered(Rank(3), vec![(Rank(3), false)]);
+        assert_eq!(inquiry.conclude(missing.clone()), [(Rank(3), false)]);
+        inquiry.answered(Rank(3), vec![]);
+        assert_eq!(inquiry.conclude(missing), [(Rank(3), true)]);
+    }
+
+    #[test]
+    fn without_an_end_the_first_hand_counts() {
+        let mut inquiry = Inquiry::default();
+        let missing = vec![(Rank(0), true)];
+        inquiry.ask(&missing);
+        inquiry.answered(Rank(0), vec![(Rank(1), true)]);
+        inquiry.answered(Rank(1), vec![(Rank(0), true)]);
+        assert_eq!(inquiry.conclude(missing.clone()), missing);
+        assert_eq!(inquiry.answered(Rank(7), vec![(Rank(6), false)]), []);
+    }
+
+    #[test]
+    fn an_answer_survives_the_wire() {
+        let missing = vec![(Rank(0), true), (Rank(3), false)];
+        let buffer = crate::buffer::Pool::default().copy(std::iter::once(&encode(&missing)[..]));
+        assert_eq!(decode(&buffer, 4), missing);
+        assert_eq!(decode(&buffer, 3), [(Rank(0), true)]);
+    }
+}
