@@ -39,6 +39,12 @@ number_id!(
     LogicalShard(u32), "shard "
 );
 
+/// What the processes of one host have in common: those with equal keys can share memory and reach each other over
+/// loopback. Made by [`crate::net::host_key`].
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct HostKey(pub String);
+
 macro_rules! parse_prefixed {
     ($name:ident, $prefix:literal) => {
         impl std::str::FromStr for $name {

@@ -10,8 +10,8 @@ use crate::session::{self, Environment, SessionHandle};
 use anyhow::{Context, Result, bail};
 use lockstep_common::http::{self, Readiness};
 use lockstep_common::net::{
-    Exchange, Identity, NetError, Role, bind, bind_as, client_config, connect, local_addresses, resolve,
-    server_config,
+    Exchange, Identity, NetError, Role, bind, bind_as, client_config, connect, host_key, interface_addresses,
+    resolve, server_config,
 };
 use lockstep_common::wire::{
     FrameError, FromWorker, Outcome, Register, Request, Response, StopMode, ToWorker, read_frame, write_frame,
@@ -241,13 +241,14 @@ impl Agent {
         let config = client_config(&self.identity)?;
         let connection =
             connect(&self.endpoint, &config, &addresses, &Role::Coordinator.server_name()).await?;
-        let port = self.endpoint.local_addr().map_or(0, |a| a.port());
-        let own = local_addresses(connection.remote_address(), port);
+        let bound = self.endpoint.local_addr().unwrap_or(self.args.listen);
         let register = Register {
             host: identity::host_name(),
             device: self.args.device.to_string(),
             threads: self.threads,
-            addresses: if self.args.advertise.is_empty() { own } else { self.args.advertise.clone() },
+            host_key: host_key(),
+            addresses: interface_addresses(bound, connection.remote_address()),
+            advertised: self.args.advertise.clone(),
             metrics: self.metrics_address,
             running: self.current.as_ref().and_then(SessionHandle::running),
         };
@@ -295,11 +296,11 @@ impl Agent {
                     Some(Err(error)) => break Err(error),
                     None => break Err(FrameError::Closed),
                 },
-                report = self.feed.next() => {
-                    if let Err(error) = write_frame(&mut send, &report).await {
+                outgoing = self.feed.next() => {
+                    if let Err(error) = write_frame(&mut send, outgoing.message()).await {
                         break Err(error);
                     }
-                    self.feed.sent();
+                    self.feed.sent(&outgoing);
                 }
             }
         };

@@ -71,7 +71,7 @@ pub(crate) struct JoinArgs {
     /// The UDP address that other workers connect to; port 0 takes a free one.
     #[arg(long, default_value = "0.0.0.0:0")]
     pub(crate) listen: SocketAddr,
-    /// An address under which other workers reach this one, if not the one that faces the coordinator.
+    /// An address under which other workers reach this one, instead of those of its interfaces.
     #[arg(long)]
     pub(crate) advertise: Vec<SocketAddr>,
     /// Serve Prometheus metrics on this address.

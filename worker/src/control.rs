@@ -40,6 +40,25 @@ struct Queue {
     reports: VecDeque<FromWorker>,
     /// How many of them have been sent in this session.
     sent: usize,
+    /// What is worth telling only while it is new.
+    news: Option<FromWorker>,
+}
+
+/// A message to the coordinator.
+pub(crate) enum Outgoing {
+    /// One that the coordinator says it has heard.
+    Report(FromWorker),
+    /// One that it does not.
+    News(FromWorker),
+}
+
+impl Outgoing {
+    /// The message itself.
+    pub(crate) fn message(&self) -> &FromWorker {
+        match self {
+            Self::Report(message) | Self::News(message) => message,
+        }
+    }
 }
 
 /// The agent's end: what it publishes and what it sends.
@@ -58,24 +77,27 @@ pub(crate) fn channel(runtime: Handle) -> (Control, ControlFeed) {
 }
 
 impl ControlFeed {
-    /// The oldest report that is not sent yet; it counts as such until [`Self::sent`].
-    pub(crate) async fn next(&self) -> FromWorker {
+    /// The news, or else the oldest report that is not sent yet; that counts as such until [`Self::sent`].
+    pub(crate) async fn next(&self) -> Outgoing {
         loop {
             let added = self.outbox.added.notified();
             let next = {
-                let queue = self.outbox.queue.lock();
-                queue.reports.get(queue.sent).cloned()
+                let mut queue = self.outbox.queue.lock();
+                let news = queue.news.take().map(Outgoing::News);
+                news.or_else(|| queue.reports.get(queue.sent).cloned().map(Outgoing::Report))
             };
-            if let Some(report) = next {
-                return report;
+            if let Some(outgoing) = next {
+                return outgoing;
             }
             added.await;
         }
     }
 
-    /// The report that [`Self::next`] returned has been sent.
-    pub(crate) fn sent(&self) {
-        self.outbox.queue.lock().sent += 1;
+    /// What [`Self::next`] returned has been sent.
+    pub(crate) fn sent(&self, outgoing: &Outgoing) {
+        if matches!(outgoing, Outgoing::Report(_)) {
+            self.outbox.queue.lock().sent += 1;
+        }
     }
 
     /// The coordinator has taken care of the `reports` oldest of those sent.
@@ -86,9 +108,11 @@ impl ControlFeed {
         queue.sent -= heard;
     }
 
-    /// A new session begins: what was not heard in the old one is sent again.
+    /// A new session begins: what was not heard in the old one is sent again. News from before it is none.
     pub(crate) fn restart(&self) {
-        self.outbox.queue.lock().sent = 0;
+        let mut queue = self.outbox.queue.lock();
+        queue.sent = 0;
+        queue.news = None;
     }
 
     /// Whether the coordinator has taken care of everything.
@@ -108,6 +132,15 @@ impl Control {
         queue.reports.push_back(report);
         drop(queue);
         self.outbox.added.notify_one();
+    }
+
+    /// Tells the coordinator what counts only while it is new: it is not kept while the coordinator is away, and takes
+    /// the place of older news that is still on the way.
+    pub(crate) fn tell_news(&self, news: FromWorker) {
+        if self.is_connected() {
+            self.outbox.queue.lock().news = Some(news);
+            self.outbox.added.notify_one();
+        }
     }
 
     /// Whether the coordinator is there, as far as this worker knows.

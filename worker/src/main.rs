@@ -4,6 +4,7 @@ mod agent;
 mod cli;
 mod control;
 mod data;
+mod flight;
 mod identity;
 mod mesh;
 mod metrics;

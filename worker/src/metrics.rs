@@ -10,6 +10,7 @@ use prometheus::{
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 #[derive(Clone)]
 pub(crate) struct Metrics(Arc<Inner>);
@@ -21,6 +22,7 @@ struct Inner {
     phase_seconds: HistogramVec,
     loss: Gauge,
     collective_bytes: IntCounterVec,
+    collective_wait: Gauge,
     stale_frames: IntCounter,
     generation: IntGauge,
     workers: IntGauge,
@@ -52,6 +54,10 @@ impl Metrics {
                     "Bytes of collectives sent to and received from peers",
                 ),
                 &["direction"],
+            )?,
+            collective_wait: Gauge::new(
+                "lockstep_collective_wait_seconds",
+                "How long the oldest collective has been in flight; 0 if there is none",
             )?,
             stale_frames: IntCounter::new(
                 "lockstep_stale_messages_total",
@@ -85,6 +91,7 @@ impl Metrics {
         r.register(Box::new(inner.phase_seconds.clone()))?;
         r.register(Box::new(inner.loss.clone()))?;
         r.register(Box::new(inner.collective_bytes.clone()))?;
+        r.register(Box::new(inner.collective_wait.clone()))?;
         r.register(Box::new(inner.stale_frames.clone()))?;
         r.register(Box::new(inner.generation.clone()))?;
         r.register(Box::new(inner.workers.clone()))?;
@@ -128,6 +135,11 @@ impl Metrics {
         bytes("sent").inc_by(now.bytes_sent.saturating_sub(before.bytes_sent));
         bytes("received").inc_by(now.bytes_received.saturating_sub(before.bytes_received));
         self.0.stale_frames.inc_by(now.stale_frames.saturating_sub(before.stale_frames));
+    }
+
+    /// How long the oldest collective has been in flight.
+    pub(crate) fn collective_wait(&self, wait: Duration) {
+        self.0.collective_wait.set(wait.as_secs_f64());
     }
 
     /// What the shard cache has seen since this worker started.

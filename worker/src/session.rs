@@ -5,6 +5,7 @@ use crate::control::Control;
 use crate::data::batch::Decoder;
 use crate::data::loader::{Loader, Timetable};
 use crate::data::source;
+use crate::flight::{SharedGroup, Watch};
 use crate::mesh::Mesh;
 use crate::metrics::Metrics;
 use crate::report::Reporter;
@@ -56,7 +57,7 @@ struct Shared {
     abort: Notify,
     step: AtomicU64,
     /// The group to wake when the session is told to leave at once.
-    group: Mutex<Option<Group>>,
+    group: SharedGroup,
 }
 
 /// The agent's handle on a session.
@@ -199,6 +200,11 @@ fn run_typed<T: Number>(
     if shared.aborted.load(Ordering::Relaxed) {
         return Err(TrainError::Aborted);
     }
+    let watch = (assignment.peers.len() > 1).then(|| {
+        let (control, metrics) = (&environment.control, &environment.metrics);
+        let of = (assignment.job, assignment.generation);
+        Watch::start(&environment.runtime, control, metrics, of, shared.clone(), |shared| &shared.group)
+    });
     let result = Session::begin(environment, assignment, job, shared.clone(), group.clone(), prepared)
         .and_then(|mut session| {
             let outcome = session.train();
@@ -210,6 +216,9 @@ fn run_typed<T: Number>(
             TrainError::Collective(cause) => cause.clone(),
             other => CollectiveError::Aborted(other.to_string()),
         });
+        if let Some(watch) = watch {
+            watch.failed(&group);
+        }
     }
     result
 }

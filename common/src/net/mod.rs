@@ -12,7 +12,7 @@ mod pinned;
 mod request;
 mod reset;
 
-pub use address::{local_addresses, resolve};
+pub use address::{facing, host_key, interface_addresses, resolve};
 pub use authority::{Authority, Identity, Role, SigningRequest, peer_role};
 pub use endpoint::{ALPN, bind, bind_as, client_config, enrolment_config, server_config};
 pub use request::{Exchange, connect, explain};

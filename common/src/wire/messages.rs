@@ -3,11 +3,12 @@
 //! A client opens one bidirectional stream per [`Request`]; the coordinator answers with [`Response`]s on it. A
 //! worker's [`Request::Session`] stays open and carries [`FromWorker`] one way and [`ToWorker`] the other.
 
-use crate::ids::{Generation, JobId, Rank, WorkerId};
+use super::flight::{FlightReport, FlightSummary};
+use crate::ids::{Generation, HostKey, JobId, Rank, WorkerId};
 use crate::placement::Placement;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 /// What a join token is good for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -199,12 +200,56 @@ pub struct Register {
     pub device: String,
     /// Threads that compute at a time.
     pub threads: u32,
-    /// Where other workers can reach it, best first.
-    pub addresses: Vec<SocketAddr>,
+    /// What it has in common with the other workers of its host; `None` if that cannot be told.
+    pub host_key: Option<HostKey>,
+    /// Where it listens, by interface, best first; at most [`MAX_ADDRESSES`].
+    pub addresses: Vec<InterfaceAddress>,
+    /// What other workers are to use instead, best first; at most [`MAX_ADDRESSES`].
+    pub advertised: Vec<SocketAddr>,
     /// Where its metrics are served, if they are.
     pub metrics: Option<SocketAddr>,
     /// The job that it is in the middle of, if any.
     pub running: Option<Running>,
+}
+
+impl Register {
+    /// Where it wants to be reached, best first.
+    pub fn offered(&self) -> Vec<SocketAddr> {
+        match self.advertised.is_empty() {
+            true => self.addresses.iter().map(|a| a.address).collect(),
+            false => self.advertised.clone(),
+        }
+    }
+}
+
+/// More addresses than a host has.
+pub const MAX_ADDRESSES: usize = 64;
+
+/// An address at which a worker listens, and the network around it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceAddress {
+    /// The address.
+    pub address: SocketAddr,
+    /// The name of the interface that has it.
+    pub interface: String,
+    /// How many leading bits of it the hosts of its subnet share.
+    pub prefix_bits: u8,
+}
+
+impl InterfaceAddress {
+    /// Whether `other` lies in this address's subnet.
+    pub fn subnet_has(&self, other: IpAddr) -> bool {
+        let prefix = u32::from(self.prefix_bits);
+        match (self.address.ip().to_canonical(), other.to_canonical()) {
+            (IpAddr::V4(own), IpAddr::V4(other)) => {
+                (own.to_bits() ^ other.to_bits()).leading_zeros() >= prefix
+            }
+            (IpAddr::V6(own), IpAddr::V6(other)) => {
+                (own.to_bits() ^ other.to_bits()).leading_zeros() >= prefix
+            }
+            _ => false,
+        }
+    }
 }
 
 /// What a worker that comes back is in the middle of.
@@ -288,7 +333,9 @@ pub struct Peer {
     pub worker: WorkerId,
     /// Its host's name, for messages.
     pub host: String,
-    /// Where it can be reached, best first.
+    /// What it has in common with the other ranks of its host; `None` if that cannot be told.
+    pub host_key: Option<HostKey>,
+    /// Where the rank that is told this can reach it, best first.
     pub addresses: Vec<SocketAddr>,
 }
 
@@ -346,6 +393,16 @@ pub enum FromWorker {
         generation: Generation,
         /// The line.
         line: String,
+    },
+    /// Where this rank's collectives are. It is news, not a report: the coordinator does not say that it has heard it,
+    /// and it is never sent again.
+    Flight {
+        /// The job.
+        job: JobId,
+        /// The worker's generation.
+        generation: Generation,
+        /// Its collectives.
+        report: FlightReport,
     },
     /// The worker is done with a generation.
     Ended {
@@ -482,6 +539,8 @@ pub struct JobSummary {
     pub age_s: u64,
     /// Estimated seconds to its end, while it runs.
     pub eta_s: Option<u64>,
+    /// What its ranks wait for, or waited for when its last generation failed; only in the answer to `Status`.
+    pub flight: Option<FlightSummary>,
 }
 
 /// A worker as lists show it.

@@ -1,5 +1,6 @@
 //! The state machine: events in, actions out.
 
+use crate::addresses::{pairing, routes};
 use crate::generation::{Live, MemberState};
 use crate::jobs::{Job, Phase};
 use crate::record::{Ending, JobRecord, WorkerRecord};
@@ -7,7 +8,7 @@ use crate::workers::{WorkerView, Workers};
 use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
 use lockstep_common::placement::Placement;
 use lockstep_common::wire::{
-    Assignment, FromWorker, JobState, Outcome, Peer, Resumption, StopMode, ToWorker,
+    Assignment, FlightSummary, FromWorker, JobState, Outcome, Peer, Resumption, StopMode, ToWorker,
 };
 use std::collections::{BTreeMap, VecDeque};
 
@@ -128,6 +129,8 @@ impl Core {
             for member in &live.members {
                 core.workers.engage(member.worker, (job.record.id, live.generation));
             }
+            let hosts = live.members.iter().map(|m| (m.worker, core.workers.host(m.worker).to_owned()));
+            job.begin_flight(live.generation, hosts.collect());
             job.phase = Phase::Live(live);
         }
         core.schedule();
@@ -158,6 +161,11 @@ impl Core {
     /// All workers that ever enrolled.
     pub fn workers(&self) -> impl Iterator<Item = WorkerView<'_>> {
         self.workers.views()
+    }
+
+    /// What a job's ranks wait for, or waited for when its last membership failed, if they have told.
+    pub fn flight(&self, id: JobId, now_ms: u64) -> Option<FlightSummary> {
+        self.jobs.get(&id)?.flight(now_ms)
     }
 
     /// Messages that were ignored because their membership was over.
@@ -203,6 +211,7 @@ impl Core {
             FromWorker::Steps { job, generation, .. }
             | FromWorker::Metrics { job, generation, .. }
             | FromWorker::Log { job, generation, .. }
+            | FromWorker::Flight { job, generation, .. }
             | FromWorker::Ended { job, generation, .. } => (*job, *generation),
         };
         if !self.is_current(worker, job, generation) {
@@ -227,6 +236,14 @@ impl Core {
             }
             FromWorker::Ended { outcome, .. } => {
                 self.handle_ended(worker, (job, generation), outcome, now_ms)
+            }
+            FromWorker::Flight { report, .. } => {
+                if let Some(known) = self.jobs.get_mut(&job)
+                    && let Some(rank) = known.live().and_then(|l| l.rank_of(worker))
+                    && let Some(board) = &mut known.flight
+                {
+                    board.handle_report(rank, report, now_ms);
+                }
             }
             FromWorker::Log { .. } | FromWorker::Leaving => {}
         }
@@ -341,7 +358,13 @@ impl Core {
             step.map_or_else(|| "the initial weights".to_owned(), |s| format!("the checkpoint of step {s}"));
         let line = format!("{generation} starts from {from} on {}", names.join(", "));
         job.phase = Phase::Live(Live::new(generation, &workers, &MemberState::Present));
+        let hosts = workers.iter().map(|w| (*w, self.workers.host(*w).to_owned()));
+        job.begin_flight(generation, hosts.collect());
         self.log(id, line);
+        if workers.len() > 1 {
+            let named = names.into_iter().zip(workers.iter().map(|w| self.workers.register(*w)));
+            pairing(&named.collect::<Vec<_>>()).into_iter().for_each(|line| self.log(id, line));
+        }
         self.persist(id);
         let resume = step.map_or(Resumption::Fresh, |step| Resumption::Checkpoint { step });
         for assignment in self.assignments(id, generation, &workers, resume) {
@@ -381,21 +404,24 @@ impl Core {
     ) -> Vec<Assignment> {
         let Some(record) = self.job(id) else { return Vec::new() };
         let ranked = || workers.iter().zip(0..).map(|(w, r)| (*w, Rank(r)));
-        let peers: Vec<_> = ranked()
-            .map(|(worker, rank)| Peer {
+        let register = |worker| self.workers.register(worker);
+        let peer = |from: WorkerId, to: WorkerId, rank| {
+            let routes = register(from).zip(register(to)).map(|(from, to)| routes(from, to));
+            Peer {
                 rank,
-                worker,
-                host: self.workers.host(worker).to_owned(),
-                addresses: self.workers.register(worker).map(|r| r.addresses.clone()).unwrap_or_default(),
-            })
-            .collect();
+                worker: to,
+                host: self.workers.host(to).to_owned(),
+                host_key: register(to).and_then(|r| r.host_key.clone()),
+                addresses: routes.unwrap_or_default().into_iter().map(|route| route.address).collect(),
+            }
+        };
         ranked()
-            .map(|(_, rank)| Assignment {
+            .map(|(worker, rank)| Assignment {
                 job: id,
                 generation,
                 rank,
                 placement: Placement::even(record.logical_shards, workers.len() as u32),
-                peers: peers.clone(),
+                peers: ranked().map(|(to, rank)| peer(worker, to, rank)).collect(),
                 file: record.file.clone(),
                 toml: record.toml.clone(),
                 datasets: record.datasets.clone(),

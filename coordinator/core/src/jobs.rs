@@ -1,10 +1,11 @@
 //! A job in the core, and what an operator can ask of it.
 
 use crate::core::{Action, Core};
+use crate::flight::Board;
 use crate::generation::Live;
 use crate::record::{Ending, JobRecord, NewJob};
-use lockstep_common::ids::{JobId, WorkerId};
-use lockstep_common::wire::{JobState, StepRecord, StopMode};
+use lockstep_common::ids::{Generation, JobId, WorkerId};
+use lockstep_common::wire::{FlightSummary, JobState, StepRecord, StopMode};
 use thiserror::Error;
 
 /// Why a command was refused.
@@ -45,11 +46,15 @@ pub(crate) struct Job {
     pub(crate) phase: Phase,
     /// Seconds a step, a moving average.
     pub(crate) pace_s: Option<f64>,
+    /// Where the collectives of the newest membership are.
+    pub(crate) flight: Option<Board>,
+    /// Where they were when the membership before it failed, until the job steps again.
+    pub(crate) failed_flight: Option<Board>,
 }
 
 impl Job {
     pub(crate) fn new(record: JobRecord) -> Self {
-        Self { record, phase: Phase::Idle, pace_s: None }
+        Self { record, phase: Phase::Idle, pace_s: None, flight: None, failed_flight: None }
     }
 
     pub(crate) fn live(&self) -> Option<&Live> {
@@ -63,6 +68,24 @@ impl Job {
         match &mut self.phase {
             Phase::Live(live) => Some(live),
             _ => None,
+        }
+    }
+
+    /// A membership of `members`, with their hosts, is at work.
+    pub(crate) fn begin_flight(&mut self, generation: Generation, members: Vec<(WorkerId, String)>) {
+        let old = self.flight.replace(Board::new(generation, members));
+        self.failed_flight = old.filter(Board::has_failed).or(self.failed_flight.take());
+    }
+
+    /// What the job waits for, or waited for when it failed last.
+    pub(crate) fn flight(&self, now_ms: u64) -> Option<FlightSummary> {
+        let summary = |board: &Option<Board>| board.as_ref()?.summary(now_ms);
+        let (newest, failed) = (summary(&self.flight), summary(&self.failed_flight));
+        match newest {
+            Some(newest) if failed.is_none() || !newest.waiting.is_empty() || newest.failure.is_some() => {
+                Some(newest)
+            }
+            _ => failed,
         }
     }
 
@@ -81,6 +104,7 @@ impl Job {
     pub(crate) fn step_done(&mut self, step: &StepRecord) {
         /// About 50 steps back count for the estimate of the end.
         const NEWEST_WEIGHT: f64 = 0.02;
+        self.failed_flight = None;
         self.record.step = step.step;
         self.record.epoch = step.epoch;
         self.record.total_steps = step.total_steps;

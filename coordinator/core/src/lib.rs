@@ -5,16 +5,20 @@
 //! behind it are carried out. The time is an argument, in milliseconds of a clock that never runs backwards. The
 //! core knows neither sockets, files, clocks nor randomness, so that any sequence of events can be tried on it.
 
+mod addresses;
 mod core;
 mod decide;
+mod flight;
 mod generation;
 mod jobs;
 mod presence;
 mod record;
 mod recovery;
+mod words;
 mod workers;
 
 pub use crate::core::{Action, Config, Core, Reception, Restored};
+pub use addresses::{Route, Way, routes};
 pub use decide::{Decision, WaitReason, Waiting, decide};
 pub use jobs::CommandError;
 pub use record::{Ending, JobRecord, NewJob, WorkerRecord};

@@ -103,8 +103,9 @@ impl Core {
 
     /// Time passes: who has been away or deaf for too long is lost.
     pub fn handle_tick(&mut self, now_ms: u64) {
-        let (mut lost, mut dismissed) = (Vec::new(), Vec::new());
-        for (id, job) in &self.jobs {
+        let (mut lost, mut dismissed, mut waits) = (Vec::new(), Vec::new(), Vec::new());
+        for (id, job) in &mut self.jobs {
+            waits.extend(job.flight.as_mut().and_then(|board| Some((*id, board.poll_log(now_ms)?))));
             let Some(live) = job.live() else { continue };
             let engagement = (*id, live.generation);
             let deaf = live.abort_by_ms.is_some_and(|by| by <= now_ms);
@@ -120,6 +121,9 @@ impl Core {
                     _ => {}
                 }
             }
+        }
+        for (id, line) in waits {
+            self.log(id, line);
         }
         for worker in dismissed {
             let reason = "it did not stop when told to; start it again".to_owned();

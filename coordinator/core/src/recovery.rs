@@ -14,6 +14,11 @@ impl Core {
     pub(crate) fn begin_ending(&mut self, id: JobId, ending: Ending, mode: StopMode, now_ms: u64) {
         let abort_by_ms = now_ms + self.config.abort_ms;
         let Some(job) = self.jobs.get_mut(&id) else { return };
+        if let (Ending::Recover { planned: false, .. } | Ending::Fail { .. }, Some(board)) =
+            (&ending, &mut job.flight)
+        {
+            board.handle_failure(now_ms);
+        }
         let record = &mut job.record;
         if record.ending.as_ref().is_none_or(|old| ending.outweighs(old)) {
             match &ending {
@@ -61,6 +66,9 @@ impl Core {
         let Some(verdict) = job.live().and_then(|live| verdict(&job.record, &live.members)) else { return };
         job.phase = Phase::Idle;
         job.pace_s = None;
+        if matches!(verdict, Verdict::Finished | Verdict::Cancelled | Verdict::Paused) {
+            (job.flight, job.failed_flight) = (None, None);
+        }
         let record = &mut job.record;
         record.members.clear();
         record.ending = None;
@@ -135,6 +143,7 @@ impl Core {
         let generation = Generation(job.record.generation.0 + 1);
         job.record.generation = generation;
         job.record.reason = format!("starts on {} workers", workers.len());
+        let workers = self.workers.by_host(workers);
         for &worker in &workers {
             self.workers.engage(worker, (id, generation));
         }

@@ -87,6 +87,17 @@ impl Workers {
         self.0.get(&id).map_or("?", Worker::host)
     }
 
+    /// The same workers, those of one host side by side, so that a reduction can go through each host once. Hosts keep
+    /// the order of their first workers.
+    pub(crate) fn by_host(&self, workers: Vec<WorkerId>) -> Vec<WorkerId> {
+        let key = |id: &WorkerId| self.register(*id)?.host_key.as_ref();
+        let first_of_host = |id| key(id).and_then(|host| workers.iter().position(|w| key(w) == Some(host)));
+        let place = |(index, id)| (first_of_host(id).unwrap_or(index), *id);
+        let mut placed: Vec<_> = workers.iter().enumerate().map(place).collect();
+        placed.sort_by_key(|(place, _)| *place);
+        placed.into_iter().map(|(_, id)| id).collect()
+    }
+
     pub(crate) fn engaged(&self, id: WorkerId) -> Option<(JobId, Generation)> {
         self.0.get(&id)?.engaged
     }

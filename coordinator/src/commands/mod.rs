@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod dataset;
+mod flight;
 mod queue;
 
 mod serve;

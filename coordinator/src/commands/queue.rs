@@ -1,5 +1,6 @@
 //! Commands on a running coordinator's queue.
 
+use super::flight;
 use crate::client::Client;
 use crate::data_dir::DataDir;
 use crate::output::{duration, hint, say, say_json, table};
@@ -8,7 +9,7 @@ use lockstep_common::ids::{JobId, WorkerId};
 use lockstep_common::net::NetError;
 use lockstep_common::wire::{FrameError, JobSummary, Request, Response, WorkerSummary};
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -29,6 +30,7 @@ pub(crate) struct JobReport<'a> {
     workers: Vec<String>,
     age_s: u64,
     eta_s: Option<u64>,
+    flight: Option<Value>,
 }
 
 impl<'a> JobReport<'a> {
@@ -48,6 +50,7 @@ impl<'a> JobReport<'a> {
             workers: job.workers.iter().map(WorkerId::to_string).collect(),
             age_s: job.age_s,
             eta_s: job.eta_s,
+            flight: job.flight.as_ref().map(flight::json),
         }
     }
 }
@@ -119,8 +122,14 @@ pub(super) async fn status(dir: &DataDir, job: JobId, json: bool) -> Result<()> 
         ("age", duration(job.age_s)),
         ("left", job.eta_s.map(duration).unwrap_or_default()),
     ];
+    if let Some(flight) = &job.flight {
+        rows.extend(flight::rows(flight));
+    }
     rows.retain(|(_, value)| !value.is_empty());
     table(&rows.into_iter().map(|(name, value)| vec![format!("  {name}"), value]).collect::<Vec<_>>());
+    if let Some(flight) = job.flight.as_ref().filter(|f| !f.waiting.is_empty()) {
+        table(&flight::table(flight));
+    }
     hint(format_args!("`coordinator logs {}` shows its log", job.id));
     Ok(())
 }

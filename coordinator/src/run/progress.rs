@@ -143,6 +143,7 @@ mod tests {
             checkpoint: None,
             age_s: 9,
             eta_s: Some(65),
+            flight: None,
         };
         let (place, figures) = describe(&job, Some(2), Some(1234.5));
         assert_eq!(place, "epoch 1/2 | step 120/938");

@@ -353,6 +353,12 @@ impl Hub {
         folder.append_steps(generation, new)
     }
 
+    /// A worker has said something that is never repeated and need not be kept.
+    pub(crate) fn hear_news(&mut self, worker: WorkerId, message: FromWorker) {
+        let now_ms = self.now_ms();
+        self.core.handle_message(worker, message, now_ms);
+    }
+
     /// A worker has said something.
     pub(crate) fn hear(&mut self, worker: WorkerId, message: FromWorker) {
         let now_ms = self.now_ms();
@@ -369,7 +375,7 @@ impl Hub {
                 self.log(*job, &format!("{worker}: {line}"));
                 Ok(())
             }
-            FromWorker::Ended { .. } | FromWorker::Leaving => Ok(()),
+            FromWorker::Ended { .. } | FromWorker::Leaving | FromWorker::Flight { .. } => Ok(()),
         };
         self.note_written(written);
     }

@@ -26,9 +26,7 @@ use lockstep_common::dataset::{self, DatasetError};
 use lockstep_common::durable::FileError;
 use lockstep_common::http::{HttpError, Readiness, process_registry};
 use lockstep_common::ids::{JobId, WorkerId};
-use lockstep_common::net::{
-    Authority, Identity, NetError, Role, bind_as, explain, local_addresses, server_config,
-};
+use lockstep_common::net::{Authority, Identity, NetError, Role, bind_as, explain, facing, server_config};
 use lockstep_common::wire::{JobState, Refusal};
 use lockstep_core::{Config, Core, Ending, JobRecord, Restored};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -297,8 +295,7 @@ fn advertised(bound: SocketAddr) -> SocketAddr {
     if !bound.ip().is_unspecified() {
         return bound;
     }
-    let loopback = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), bound.port());
-    local_addresses(ELSEWHERE, bound.port()).first().copied().unwrap_or(loopback)
+    SocketAddr::new(facing(ELSEWHERE).unwrap_or(Ipv4Addr::LOCALHOST.into()), bound.port())
 }
 
 async fn accept(endpoint: quinn::Endpoint, shared: Arc<Shared>) {

@@ -38,7 +38,7 @@ pub(super) async fn answer(call: &mut Call, request: Request) -> Result<(), Stop
         }
         Request::Status { job } => {
             let dir = shared.dir.clone();
-            let known = move |hub: &Hub| hub.core.job(job).map(|record| hub.job_summary(&dir, record));
+            let known = move |hub: &Hub| hub.core.job(job).map(|record| hub.job_status(&dir, record));
             Response::Jobs(vec![shared.hub.look(known).await?.ok_or_else(|| unknown(job))?])
         }
         Request::Logs { job, follow, from } => return logs(call, job, follow, from).await,

@@ -3,12 +3,14 @@
 use super::refuse;
 use super::requests::{Call, Stop};
 use lockstep_common::ids::WorkerId;
-use lockstep_common::wire::{FromWorker, Register, Response, ToWorker, read_frame, write_frame};
+use lockstep_common::wire::{
+    FromWorker, MAX_ADDRESSES, Register, Response, ToWorker, read_frame, write_frame,
+};
 use quinn::Connection;
 use tokio::sync::mpsc;
 
-/// More addresses than a host has.
-const MAX_ADDRESSES: usize = 64;
+/// The longest name of a host, a device or an interface.
+const MAX_NAME_BYTES: usize = 255;
 
 /// Runs a session until the worker or its connection ends.
 pub(super) async fn run(
@@ -17,7 +19,7 @@ pub(super) async fn run(
     register: Register,
     connection: Connection,
 ) -> Result<(), Stop> {
-    if register.addresses.len() > MAX_ADDRESSES || register.host.len() > 255 || register.device.len() > 255 {
+    if !is_bounded(&register) {
         return Err(refuse("malformed", "the worker's introduction is too long").into());
     }
     let hub = call.shared.hub.clone();
@@ -43,6 +45,12 @@ pub(super) async fn run(
         let reports_in = async {
             loop {
                 let report: FromWorker = read_frame(recv).await?;
+                if matches!(report, FromWorker::Flight { .. }) {
+                    // Only the newest counts, and it is of use while the store cannot be written too: a refusal for
+                    // that reason changes nothing.
+                    let _ = hub.call(move |hub| hub.hear_news(worker, report)).await;
+                    continue;
+                }
                 // As long as the store cannot be written, the worker neither hears of this report nor gets rid of more.
                 hub.settle(move |hub| hub.hear(worker, report)).await?;
                 // The receiver lives as long as this loop.
@@ -68,4 +76,12 @@ pub(super) async fn run(
         }
     }
     result
+}
+
+fn is_bounded(register: &Register) -> bool {
+    let interfaces = register.addresses.iter().map(|a| a.interface.as_str());
+    let key = register.host_key.as_ref().map(|key| key.0.as_str());
+    let mut names = interfaces.chain(key).chain([register.host.as_str(), register.device.as_str()]);
+    register.addresses.len().max(register.advertised.len()) <= MAX_ADDRESSES
+        && names.all(|name| name.len() <= MAX_NAME_BYTES)
 }

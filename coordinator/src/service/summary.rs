@@ -10,7 +10,7 @@ use lockstep_core::JobRecord;
 const MAX_REASON_BYTES: usize = 4 << 10;
 
 impl Hub {
-    /// A job as lists and `status` show it.
+    /// A job as lists show it.
     pub(crate) fn job_summary(&self, dir: &DataDir, job: &JobRecord) -> JobSummary {
         let folder =
             |step| dir.job(job.id).checkpoints().join(format!("step-{step:012}")).display().to_string();
@@ -29,7 +29,13 @@ impl Hub {
             checkpoint: job.checkpoint.map(folder),
             age_s: self.now_ms().saturating_sub(job.submitted_ms) / 1000,
             eta_s: self.core.eta_s(job.id).map(|s| s.ceil() as u64),
+            flight: None,
         }
+    }
+
+    /// A job as `status` shows it: with what its ranks wait for.
+    pub(crate) fn job_status(&self, dir: &DataDir, job: &JobRecord) -> JobSummary {
+        JobSummary { flight: self.core.flight(job.id, self.now_ms()), ..self.job_summary(dir, job) }
     }
 
     /// All jobs.
@@ -48,7 +54,7 @@ impl Hub {
                 device: w.register.map(|r| r.device.clone()).unwrap_or_default(),
                 state: w.activity.as_str().to_owned(),
                 job: w.engaged.map(|(job, _)| job),
-                addresses: w.register.map(|r| r.addresses.clone()).unwrap_or_default(),
+                addresses: w.register.map(|r| r.offered()).unwrap_or_default(),
                 metrics: w.register.and_then(|r| r.metrics),
                 silent_s: now_ms.saturating_sub(w.heard_ms) / 1000,
             })

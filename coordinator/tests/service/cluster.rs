@@ -185,7 +185,9 @@ impl Cluster {
             host: "host".to_owned(),
             device: "cpu".to_owned(),
             threads: 1,
-            addresses: vec![loopback()],
+            host_key: None,
+            addresses: Vec::new(),
+            advertised: vec![loopback()],
             metrics: None,
             running,
         };

@@ -284,6 +284,10 @@ impl<T: Element> Collective for Chunked<T> {
         (self.fail)(error);
     }
 
+    fn describe(&self) -> (u8, u64) {
+        (self.task.signature, (self.geometry.len * size_of::<T>()) as u64)
+    }
+
     fn missing(&self) -> Vec<(Rank, bool)> {
         let state = self.state.lock();
         let missing = |&party: &usize| {

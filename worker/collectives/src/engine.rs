@@ -5,6 +5,7 @@
 
 use crate::buffer::{Buffer, Pool};
 use crate::error::CollectiveError;
+use crate::flight::{Entry, Flight, FlightSnapshot, Ticket, Waiting};
 use crate::frame::{Header, Stage};
 use crate::inquiry::{self, Inquiry};
 use crate::numbers::Numbers;
@@ -52,6 +53,9 @@ pub(crate) trait Collective: Send + Sync {
 
     /// The ranks that still have to send something, and whether they have sent a part.
     fn missing(&self) -> Vec<(Rank, bool)>;
+
+    /// The signature that goes with its frames, and the bytes of this rank's part, for the flight record.
+    fn describe(&self) -> (u8, u64);
 }
 
 /// What a group has moved so far.
@@ -79,6 +83,7 @@ pub(crate) struct Engine {
     /// The ranks of this host, once this rank shares memory with them.
     near: OnceLock<Arc<Neighbours>>,
     pool: Pool,
+    flight: Flight,
     state: Mutex<State>,
     early_space: Arc<Notify>,
     bytes_sent: AtomicU64,
@@ -99,6 +104,7 @@ struct State {
 
 struct InFlight {
     started: Instant,
+    ticket: Ticket,
     collective: Arc<dyn Collective>,
 }
 
@@ -129,6 +135,7 @@ impl Engine {
             transport,
             near: OnceLock::new(),
             pool: Pool::default(),
+            flight: Flight::new(),
             state: Mutex::new(State {
                 failed: None,
                 in_flight: HashMap::new(),
@@ -200,6 +207,25 @@ impl Engine {
             seconds: Duration::from_nanos(self.nanoseconds.load(Relaxed)).as_secs_f64(),
             stale_frames: self.stale_frames.load(Relaxed),
         }
+    }
+
+    /// The flight record as it is now.
+    pub(crate) fn flight(&self) -> FlightSnapshot {
+        let (failure, in_flight) = {
+            let state = self.state.lock();
+            (state.failed.clone(), state.in_flight.iter().map(|(tag, e)| e.waiting(*tag)).collect())
+        };
+        self.flight.snapshot(in_flight, failure)
+    }
+
+    /// For how long the oldest collective has been in flight.
+    pub(crate) fn oldest_wait(&self) -> Option<Duration> {
+        self.state.lock().in_flight.values().map(|entry| entry.started.elapsed()).max()
+    }
+
+    /// How many collectives have been entered and have ended so far.
+    pub(crate) fn flight_events(&self) -> u64 {
+        self.flight.events()
     }
 
     /// A frame arrived from `from`.
@@ -350,7 +376,10 @@ impl Engine {
             if state.in_flight.contains_key(&tag) {
                 return Err(CollectiveError::TagInUse(tag));
             }
-            let entry = InFlight { started: Instant::now(), collective: collective.clone() };
+            let started = Instant::now();
+            let (signature, bytes) = collective.describe();
+            let ticket = self.flight.enter(Entry { tag, signature, bytes, entered: started });
+            let entry = InFlight { started, ticket, collective: collective.clone() };
             state.in_flight.insert(tag, entry);
             let early = state.early.remove(&tag).unwrap_or_default();
             for (header, payload) in &early {
@@ -414,6 +443,7 @@ impl Engine {
             std::mem::take(&mut state.in_flight)
         };
         tracing::debug!(rank = self.rank.0, generation = self.generation.0, %error, "group ends");
+        self.flight.fail(in_flight.iter().map(|(tag, entry)| entry.waiting(*tag)).collect());
         for entry in in_flight.values() {
             entry.collective.fail(&error);
         }
@@ -457,7 +487,9 @@ impl Engine {
                 };
                 if let Some(entry) = entry {
                     self.collectives.fetch_add(1, Relaxed);
-                    self.nanoseconds.fetch_add(entry.started.elapsed().as_nanos() as u64, Relaxed);
+                    let ended = Instant::now();
+                    self.flight.complete(entry.ticket, ended);
+                    self.nanoseconds.fetch_add((ended - entry.started).as_nanos() as u64, Relaxed);
                 }
                 publish();
                 self.wake_waiter();
@@ -471,6 +503,14 @@ impl Drop for Engine {
     fn drop(&mut self) {
         self.early_space.notify_waiters();
         self.leave();
+    }
+}
+
+impl InFlight {
+    fn waiting(&self, tag: Tag) -> Waiting {
+        let (signature, bytes) = self.collective.describe();
+        let missing = self.collective.missing();
+        Waiting::new(Entry { tag, signature, bytes, entered: self.started }, missing)
     }
 }
 

@@ -168,6 +168,10 @@ impl Collective for Gather {
         (self.fail)(error);
     }
 
+    fn describe(&self) -> (u8, u64) {
+        (self.signature, self.mine.as_ref().map_or(0, |mine| mine.len() as u64))
+    }
+
     fn missing(&self) -> Vec<(Rank, bool)> {
         let state = self.state.lock();
         if state.missing == 0 {

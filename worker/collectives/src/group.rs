@@ -3,6 +3,7 @@
 use crate::chunked::{Chunked, Finish, Parties, Task, chunk};
 use crate::engine::{Collective, Engine, NEAR_SMALL_BYTES, Stats};
 use crate::error::CollectiveError;
+use crate::flight::FlightSnapshot;
 use crate::gather::{self, Expect, Fail, Gather, SMALL_BYTES};
 use crate::local;
 use crate::numbers::Numbers;
@@ -22,10 +23,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Signatures of the collectives that move plain bytes. Reductions have `0x0o_t`: operation, element type.
-const GATHER: u8 = 0x80;
-const BROADCAST: u8 = 0x81;
+pub(crate) const GATHER: u8 = 0x80;
+pub(crate) const BROADCAST: u8 = 0x81;
 /// Marks the signature of a reduction whose result is scattered.
-const SCATTER: u8 = 0x40;
+pub(crate) const SCATTER: u8 = 0x40;
 
 /// One rank of one generation of one job, and its connections to the others.
 ///
@@ -177,6 +178,22 @@ impl Group {
     /// What this rank has moved so far.
     pub fn stats(&self) -> Stats {
         self.engine.stats()
+    }
+
+    /// The flight record: what is in flight on this rank and who is missing there, and what has ended.
+    pub fn flight(&self) -> FlightSnapshot {
+        self.engine.flight()
+    }
+
+    /// For how long the oldest collective has been in flight on this rank; `None` if there is none.
+    pub fn oldest_wait(&self) -> Option<Duration> {
+        self.engine.oldest_wait()
+    }
+
+    /// How many times this rank has entered a collective or one has ended. A number that stays the same says that it
+    /// gets nowhere.
+    pub fn flight_events(&self) -> u64 {
+        self.engine.flight_events()
     }
 
     /// The first cause of the group's end, if it has ended.

@@ -22,6 +22,7 @@ mod buffer;
 mod chunked;
 mod engine;
 mod error;
+mod flight;
 mod frame;
 mod gather;
 mod group;
@@ -40,6 +41,7 @@ pub mod tree;
 
 pub use engine::Stats;
 pub use error::CollectiveError;
+pub use flight::{FlightSnapshot, Past, Waiting};
 pub use group::Group;
 pub use numbers::Numbers;
 pub use op::{Element, ReduceOp};

@@ -99,6 +99,18 @@ impl ReduceOp {
         op << 4 | T::CODE
     }
 
+    /// The word for an operation's code.
+    pub(crate) fn word(code: u8) -> &'static str {
+        match code {
+            0 => "sum",
+            1 => "moments",
+            2 => "average",
+            4 => "scattered sum",
+            6 => "scattered average",
+            _ => "unknown operation",
+        }
+    }
+
     /// Why `len` elements of `T` cannot be reduced this way, if so.
     pub(crate) fn refuse<T: Element>(self, len: usize) -> Option<String> {
         match self {

@@ -141,7 +141,9 @@ impl World {
             host: format!("host{worker}"),
             device: "cpu".to_owned(),
             threads: 1,
+            host_key: None,
             addresses: Vec::new(),
+            advertised: Vec::new(),
             metrics: None,
             running,
         };

@@ -520,6 +520,10 @@ impl<T: Element> Collective for HostReduction<T> {
         (self.fail)(error);
     }
 
+    fn describe(&self) -> (u8, u64) {
+        (self.task.signature, (self.len * size_of::<T>()) as u64)
+    }
+
     fn missing(&self) -> Vec<(Rank, bool)> {
         let (silent, busy, upper) = {
             let state = self.state.lock();
