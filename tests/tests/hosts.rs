@@ -1,10 +1,11 @@
-//! Several hosts: network namespaces joined by a bridge, each with an address of its own.
+//! Several hosts: network namespaces joined by bridges, each with addresses of its own.
 
 use lockstep_tests::job::Job;
 use lockstep_tests::place::{Place, Report};
 use lockstep_tests::process::{Process, command};
 use lockstep_tests::wait::until;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The hosts' namespaces; dropping them takes them down.
 struct Hosts {
@@ -12,28 +13,45 @@ struct Hosts {
 }
 
 impl Hosts {
-    /// Hosts 10.99.0.1, 10.99.0.2, ...; the first one also carries the bridge. `None` where that is not allowed.
-    fn new(count: usize) -> Option<Self> {
-        let prefix = format!("lks{}", std::process::id());
+    /// Hosts without a network. `None` where that is not allowed.
+    fn apart(count: usize) -> Option<Self> {
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let prefix = format!("lks{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
         let hosts = Self { names: (1..=count).map(|n| format!("{prefix}h{n}")).collect() };
         for name in &hosts.names {
             ip(&["netns", "add", name]).then_some(())?;
             hosts.inside(name, &["link", "set", "lo", "up"]).then_some(())?;
         }
-        let first = &hosts.names[0];
-        hosts.inside(first, &["link", "add", "br0", "type", "bridge"]).then_some(())?;
-        hosts.inside(first, &["addr", "add", "10.99.0.1/24", "dev", "br0"]).then_some(())?;
-        hosts.inside(first, &["link", "set", "br0", "up"]).then_some(())?;
-        for (n, name) in hosts.names.iter().enumerate().skip(1) {
-            let port = format!("port{n}");
-            let pair = ["link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", name];
-            hosts.inside(first, &pair).then_some(())?;
-            hosts.inside(first, &["link", "set", &port, "master", "br0", "up"]).then_some(())?;
-            let address = format!("10.99.0.{}/24", n + 1);
-            hosts.inside(name, &["addr", "add", &address, "dev", "eth0"]).then_some(())?;
-            hosts.inside(name, &["link", "set", "eth0", "up"]).then_some(())?;
+        Some(hosts)
+    }
+
+    /// Hosts 10.99.0.1, 10.99.0.2, ...; the first one also carries the bridge. `None` where that is not allowed.
+    fn new(count: usize) -> Option<Self> {
+        let hosts = Self::apart(count)?;
+        hosts.bridge("br0", "10.99.0.1/24")?;
+        for n in 2..=count {
+            hosts.link(n, "br0", "eth0", &format!("10.99.0.{n}/24"))?;
         }
         Some(hosts)
+    }
+
+    /// A bridge on the first host, with an address there.
+    fn bridge(&self, name: &str, address: &str) -> Option<()> {
+        let first = &self.names[0];
+        self.inside(first, &["link", "add", name, "type", "bridge"]).then_some(())?;
+        self.inside(first, &["addr", "add", address, "dev", name]).then_some(())?;
+        self.inside(first, &["link", "set", name, "up"]).then_some(())
+    }
+
+    /// Plugs host `n` into a bridge.
+    fn link(&self, n: usize, bridge: &str, interface: &str, address: &str) -> Option<()> {
+        let (first, name) = (&self.names[0], &self.names[n - 1]);
+        let port = format!("p{n}{bridge}");
+        let pair = ["link", "add", &port, "type", "veth", "peer", "name", interface, "netns", name];
+        self.inside(first, &pair).then_some(())?;
+        self.inside(first, &["link", "set", &port, "master", bridge, "up"]).then_some(())?;
+        self.inside(name, &["addr", "add", address, "dev", interface]).then_some(())?;
+        self.inside(name, &["link", "set", interface, "up"]).then_some(())
     }
 
     fn inside(&self, name: &str, args: &[&str]) -> bool {
@@ -111,4 +129,73 @@ fn a_job_over_three_hosts_gives_the_digest_of_a_local_run() {
     for address in ["10.99.0.2", "10.99.0.3"] {
         assert!(workers.contains(address), "{address} is not in {workers}");
     }
+}
+
+#[test]
+fn ranks_meet_in_the_subnet_that_they_share_or_where_they_advertise() {
+    let Some(hosts) = Hosts::apart(3) else {
+        println!("skipped: network namespaces need root and iproute2");
+        return;
+    };
+    // Each worker's host faces the coordinator in a subnet of its own, from which nothing leads to the other one.
+    for (bridge, address) in [("br2", "10.92.0.1/24"), ("br3", "10.93.0.1/24"), ("br9", "10.99.0.1/24")] {
+        hosts.bridge(bridge, address).expect("a bridge");
+    }
+    for (n, facing) in [(2, "br2"), (3, "br3")] {
+        hosts.link(n, facing, "eth0", &format!("10.9{n}.0.{n}/24")).expect("a link");
+        hosts.link(n, "br9", "eth1", &format!("10.99.0.{n}/24")).expect("a link");
+    }
+    // Only host 2 knows of this one.
+    assert!(hosts.inside(&hosts.names[2], &["addr", "add", "10.77.0.3/32", "dev", "eth1"]));
+    assert!(hosts.inside(&hosts.names[1], &["route", "add", "10.77.0.3/32", "dev", "eth1"]));
+
+    let place = Place::new();
+    let operator = |args: &[&str]| {
+        let mut command = place.command();
+        command.args(args);
+        Process::start(hosts.on(1, &command)).wait()
+    };
+    let mut serve = place.command();
+    serve.args(["serve", "--listen", "0.0.0.0:7777", "--http", "127.0.0.1:7778"]);
+    let mut coordinator = Process::start(hosts.on(1, &serve));
+    coordinator.until("serving", || operator(&["jobs"]).status.success().then_some(()));
+    let join = |n: usize, folder: &str, options: &[&str]| {
+        let token = operator(&["token", "new"]).ok().stdout.trim().to_owned();
+        let before = operator(&["workers", "--json"]).ok().stdout.matches("idle").count();
+        let mut worker = command("worker");
+        worker.args(["join", "--coordinator", &format!("10.9{n}.0.1:7777"), "--threads", "1", "--data-dir"]);
+        worker.arg(place.file(folder)).args(options).env("LOCKSTEP_TOKEN", token);
+        let mut worker = Process::start(hosts.on(n, &worker));
+        worker.until("being there", || {
+            let now = operator(&["workers", "--json"]).ok().stdout.matches("idle").count();
+            (now > before).then_some(())
+        });
+        worker
+    };
+    let run = |job: &str| {
+        let path = place.job_file(Job { steps: 5, min_workers: 2, ..Job::default() });
+        operator(&["submit", &path.to_string_lossy()]).ok();
+        until("the job's end", || {
+            let text = operator(&["status", job, "--json"]).ok().stdout;
+            let report: Report = serde_json::from_str(&text).expect("a status");
+            assert_ne!(report.state, "failed", "{report:?}");
+            (report.state == "finished").then_some(())
+        });
+        place.log(job)
+    };
+
+    let _second = join(2, "host-2", &["--listen", "0.0.0.0:7702"]);
+    let third = join(3, "host-3", &["--listen", "0.0.0.0:7703"]);
+    let log = run("j1");
+    for expected in
+        ["10.99.0.2:7702 (eth1, subnet shared with rank 1)", "10.99.0.3:7703 (eth1, subnet shared with rank 0)"]
+    {
+        assert!(log.contains(expected), "{expected:?} is not in\n{log}");
+    }
+
+    third.signal(libc::SIGTERM);
+    third.wait().ok();
+    let _third = join(3, "host-3", &["--listen", "0.0.0.0:7703", "--advertise", "10.77.0.3:7703"]);
+    let log = run("j2");
+    assert!(log.contains(" at 10.77.0.3:7703 (advertised)"), "{log}");
 }

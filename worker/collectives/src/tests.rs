@@ -200,3 +200,34 @@ fn wrong_calls_are_refused_and_leave_the_group_intact() {
     let error = idle[0].all_reduce(tag(), vec![vec![1f32]], ReduceOp::Sum).err().unwrap();
     assert!(error.to_string().contains("rank 1 owns no logical shard"));
 }
+
+#[test]
+fn the_flight_record_says_who_is_missing_and_keeps_it_after_a_failure() {
+    let groups = groups(3, TIMEOUT);
+    let pending: Vec<_> = groups[..2].iter().map(start).collect();
+    let waits = loop {
+        // Rank 1's part is on its way.
+        let snapshot = groups[0].flight();
+        if snapshot.in_flight[0].missing.len() == 1 {
+            break snapshot;
+        }
+    };
+    assert_eq!(waits.in_flight[0].missing, [(Rank(2), false)]);
+    assert_eq!((waits.in_flight[0].signature.as_str(), waits.in_flight[0].bytes), ("sum of f32", 8));
+    assert!(waits.last.is_empty() && groups[0].oldest_wait().is_some());
+    assert_eq!(groups[0].flight_events(), 1);
+    start(&groups[2]).wait().unwrap();
+    pending.iter().for_each(|pending| drop(pending.wait().unwrap()));
+    let done = groups[0].flight();
+    assert!(done.in_flight.is_empty() && done.last[0].completed && done.last[0].tag == tag());
+    assert_eq!((groups[0].oldest_wait(), groups[0].flight_events()), (None, 2));
+
+    let next = Tag::new(8, 0, TagKind::Barrier);
+    let barrier = groups[0].barrier(next).unwrap();
+    groups[1].abort(CollectiveError::Aborted("enough".to_owned()));
+    barrier.wait().unwrap_err();
+    let failed = groups[0].flight();
+    assert!(failed.failure.is_some() && failed.in_flight[0].tag == next, "{failed:?}");
+    assert_eq!(failed.in_flight[0].missing.len(), 2);
+    assert!(!failed.last[0].completed && failed.last[1].completed);
+}

@@ -1,7 +1,7 @@
 //! A cluster around the core: a shell that keeps records and delivers messages, with verbs for what goes wrong.
 
-use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
-use lockstep_common::wire::{FromWorker, JobState, Outcome, Register, Running, StepRecord, ToWorker};
+use lockstep_common::ids::{Generation, HostKey, JobId, Rank, WorkerId};
+use lockstep_common::wire::{FlightReport, FromWorker, InterfaceAddress, JobState, Outcome, Register, Running, StepRecord, ToWorker};
 use lockstep_core::{Action, Config, Core, JobRecord, NewJob, Restored, WorkerRecord};
 use std::collections::BTreeMap;
 
@@ -35,6 +35,19 @@ pub(crate) fn job(min: u32, max: u32) -> NewJob {
 
 pub(crate) fn finished(digest: &str) -> Outcome {
     Outcome::Finished { weights_digest: digest.to_owned(), step: 100, epoch: 1, metrics: BTreeMap::new() }
+}
+
+fn introduction(worker: u64) -> Register {
+    Register {
+        host: format!("host{worker}"),
+        device: "cpu".to_owned(),
+        threads: 1,
+        host_key: None,
+        addresses: Vec::new(),
+        advertised: Vec::new(),
+        metrics: None,
+        running: None,
+    }
 }
 
 pub(crate) fn stopped(step: u64) -> Outcome {
@@ -136,17 +149,19 @@ impl World {
         self.register(worker, Some(running));
     }
 
+    /// The worker opens a session from a host whose only interface has this address, in 10.0.0.0/8.
+    pub(crate) fn connect_from(&mut self, worker: u64, ip: [u8; 4]) {
+        let interface = "eth0".to_owned();
+        let address = InterfaceAddress { address: (ip, 7).into(), interface, prefix_bits: 8 };
+        let key = HostKey(format!("{ip:?}"));
+        self.open(worker, Register { host_key: Some(key), addresses: vec![address], ..introduction(worker) });
+    }
+
     pub(crate) fn register(&mut self, worker: u64, running: Option<Running>) {
-        let register = Register {
-            host: format!("host{worker}"),
-            device: "cpu".to_owned(),
-            threads: 1,
-            host_key: None,
-            addresses: Vec::new(),
-            advertised: Vec::new(),
-            metrics: None,
-            running,
-        };
+        self.open(worker, Register { running, ..introduction(worker) });
+    }
+
+    fn open(&mut self, worker: u64, register: Register) {
         self.last_session += 1;
         self.sessions.insert(WorkerId(worker), self.last_session);
         self.core.handle_connected(WorkerId(worker), self.last_session, register, self.now_ms).unwrap();
@@ -181,6 +196,11 @@ impl World {
             worker,
             FromWorker::Steps { job, generation: Generation(generation), records: vec![record] },
         );
+    }
+
+    /// The worker tells where its collectives are.
+    pub(crate) fn fly(&mut self, worker: u64, job: JobId, generation: u64, report: FlightReport) {
+        self.say(worker, FromWorker::Flight { job, generation: Generation(generation), report });
     }
 
     /// Time passes.
