@@ -187,9 +187,10 @@ fn ranks_meet_in_the_subnet_that_they_share_or_where_they_advertise() {
     let _second = join(2, "host-2", &["--listen", "0.0.0.0:7702"]);
     let third = join(3, "host-3", &["--listen", "0.0.0.0:7703"]);
     let log = run("j1");
-    for expected in
-        ["10.99.0.2:7702 (eth1, subnet shared with rank 1)", "10.99.0.3:7703 (eth1, subnet shared with rank 0)"]
-    {
+    for expected in [
+        "10.99.0.2:7702 (eth1, subnet shared with rank 1)",
+        "10.99.0.3:7703 (eth1, subnet shared with rank 0)",
+    ] {
         assert!(log.contains(expected), "{expected:?} is not in\n{log}");
     }
 

@@ -35,8 +35,9 @@ fn ranks_of_one_host_are_neighbours_and_each_is_told_the_addresses_that_it_can_r
     let order: Vec<_> = starts.iter().map(|(worker, assignment)| (*worker, assignment.rank.0)).collect();
     assert_eq!(order, [(1, 0), (3, 1), (2, 2), (4, 3), (5, 4)]);
     let peers = &starts[0].1.peers;
-    let reached: Vec<_> = peers.iter().map(|p| p.addresses.iter().map(ToString::to_string).collect()).collect();
-    let (one, two): (Vec<String>, _) = (vec!["10.0.0.1:7".to_owned()], vec!["10.0.0.2:7".to_owned()]);
+    let reached: Vec<Vec<String>> =
+        peers.iter().map(|p| p.addresses.iter().map(ToString::to_string).collect()).collect();
+    let (one, two) = (vec!["10.0.0.1:7".to_owned()], vec!["10.0.0.2:7".to_owned()]);
     assert_eq!(reached, [one.clone(), one, two.clone(), two, vec![]]);
     assert!(peers[0].host_key.is_some() && peers[0].host_key == peers[1].host_key);
     assert!(peers[0].host_key != peers[2].host_key && peers[4].host_key.is_none());

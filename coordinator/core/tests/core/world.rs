@@ -1,7 +1,9 @@
 //! A cluster around the core: a shell that keeps records and delivers messages, with verbs for what goes wrong.
 
 use lockstep_common::ids::{Generation, HostKey, JobId, Rank, WorkerId};
-use lockstep_common::wire::{FlightReport, FromWorker, InterfaceAddress, JobState, Outcome, Register, Running, StepRecord, ToWorker};
+use lockstep_common::wire::{
+    FlightReport, FromWorker, InterfaceAddress, JobState, Outcome, Register, Running, StepRecord, ToWorker,
+};
 use lockstep_core::{Action, Config, Core, JobRecord, NewJob, Restored, WorkerRecord};
 use std::collections::BTreeMap;
 
