@@ -80,7 +80,8 @@ impl Agent {
     async fn start(args: JoinArgs) -> Result<()> {
         let base = args.data_dir.clone().map_or_else(default_home, Ok)?;
         let home = Home::claim(&base)?;
-        let enrolment = bind(args.listen, None)?;
+        // On a port of its own: a closed endpoint's socket lives on for a moment, in the way of the one below.
+        let enrolment = bind(SocketAddr::new(args.listen.ip(), 0), None)?;
         let identity = identity::obtain(&enrolment, &args.coordinator, args.token.as_deref(), &home).await;
         enrolment.wait_idle().await;
         drop(enrolment);

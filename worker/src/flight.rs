@@ -33,14 +33,13 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    /// Begins to watch. `shared` is looked into without waiting for it.
-    pub(crate) fn start<S: Send + Sync + 'static>(
+    /// Begins to watch.
+    pub(crate) fn start(
         runtime: &Handle,
         control: &Control,
         metrics: &Metrics,
         (job, generation): (JobId, Generation),
-        shared: Arc<S>,
-        group: impl Fn(&S) -> &SharedGroup + Send + 'static,
+        group: Arc<SharedGroup>,
     ) -> Self {
         let (tell, observe) = (control.clone(), metrics.clone());
         let task = runtime.spawn(async move {
@@ -49,7 +48,7 @@ impl Watch {
             loop {
                 looks.tick().await;
                 // It is locked while the group closes, which needs this thread to go on.
-                let seen = group(&shared).try_lock().and_then(|group| {
+                let seen = group.try_lock().and_then(|group| {
                     let group = group.as_ref()?;
                     let wait = group.oldest_wait().unwrap_or_default();
                     observe.collective_wait(wait);

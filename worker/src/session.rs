@@ -57,7 +57,7 @@ struct Shared {
     abort: Notify,
     step: AtomicU64,
     /// The group to wake when the session is told to leave at once.
-    group: SharedGroup,
+    group: Arc<SharedGroup>,
 }
 
 /// The agent's handle on a session.
@@ -120,7 +120,7 @@ pub(crate) fn start(
         aborted: AtomicBool::new(false),
         abort: Notify::new(),
         step: AtomicU64::new(0),
-        group: Mutex::new(None),
+        group: Arc::new(Mutex::new(None)),
     });
     let (ended, watch) = watch::channel(false);
     let (job, generation, rank) = (assignment.job, assignment.generation, assignment.rank);
@@ -203,7 +203,7 @@ fn run_typed<T: Number>(
     let watch = (assignment.peers.len() > 1).then(|| {
         let (control, metrics) = (&environment.control, &environment.metrics);
         let of = (assignment.job, assignment.generation);
-        Watch::start(&environment.runtime, control, metrics, of, shared.clone(), |shared| &shared.group)
+        Watch::start(&environment.runtime, control, metrics, of, shared.group.clone())
     });
     let result = Session::begin(environment, assignment, job, shared.clone(), group.clone(), prepared)
         .and_then(|mut session| {

@@ -41,7 +41,8 @@ fn ranks_of_one_host_are_neighbours_and_each_is_told_the_addresses_that_it_can_r
     assert_eq!(reached, [one.clone(), one, two.clone(), two, vec![]]);
     assert!(peers[0].host_key.is_some() && peers[0].host_key == peers[1].host_key);
     assert!(peers[0].host_key != peers[2].host_key && peers[4].host_key.is_none());
-    let line = "log j1 rank 2 (w2 on host2) at 10.0.0.2:7 (eth0, host shared with rank 3, subnet shared with ranks 0, 1)";
+    let line = "log j1 rank 2 (w2 on host2) at 10.0.0.2:7 (eth0, host shared with rank 3, subnet shared with ranks 0, 1, \
+                no subnet shared with rank 4)";
     assert!(world.trace.iter().any(|l| l == line), "{:#?}", world.trace);
 }
 
