@@ -232,13 +232,48 @@ pub struct CollectiveSpec {
     pub bucket_bytes: u64,
     /// After how many seconds without progress a collective is given up.
     pub timeout_s: f64,
+    /// The form in which gradients travel.
+    pub wire: WireFormat,
+    /// The rank of the approximation that `wire = "powersgd"` sends; 4 unless given.
+    pub wire_rank: Option<u32>,
+}
+
+impl CollectiveSpec {
+    /// The rank of the approximation that `wire = "powersgd"` sends.
+    pub fn approximation_rank(&self) -> u32 {
+        self.wire_rank.unwrap_or(4)
+    }
 }
 
 impl Default for CollectiveSpec {
     fn default() -> Self {
         // 25 MiB, the size that DDP made the field's default.
-        Self { backend: Backend::Auto, bucket_bytes: 25 << 20, timeout_s: 10.0 }
+        Self {
+            backend: Backend::Auto,
+            bucket_bytes: 25 << 20,
+            timeout_s: 10.0,
+            wire: WireFormat::F32,
+            wire_rank: None,
+        }
     }
+}
+
+/// The form in which gradients travel. All but the first lose some of their precision.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WireFormat {
+    /// The numbers that the network computes with.
+    #[default]
+    F32,
+    /// Rounded to 8 significant bits: half of the bytes.
+    Bf16,
+    /// 8-bit integers with a scale for each 64, and error feedback: a quarter of the bytes.
+    Int8,
+    /// A low-rank approximation of each matrix, with error feedback.
+    ///
+    /// Vogels, Karimireddy, Jaggi, "PowerSGD: practical low-rank gradient compression for distributed optimization",
+    /// 2019.
+    PowerSgd,
 }
 
 /// Which transport carries the collectives.

@@ -68,6 +68,33 @@ fn errors_name_file_line_and_nearest_name() {
 }
 
 #[test]
+fn wire_formats_are_checked_against_precision_and_rank() {
+    let good = format!("{GOOD}[collective]\nwire = \"powersgd\"\n");
+    let job = JobSpec::parse("tiny.toml", &good).unwrap();
+    assert_eq!((job.collective.wire, job.collective.approximation_rank()), (WireFormat::PowerSgd, 4));
+    let cases = [
+        ("wire = \"int9\"", "tiny.toml:21", "did you mean `int8`?"),
+        ("wire = \"int8\"\nwire_rank = 2", "tiny.toml:22: `wire_rank` is for `wire = \"powersgd\"`", ""),
+        ("wire = \"powersgd\"\nwire_rank = 0", "tiny.toml:22: `wire_rank` must be 1 to 64", ""),
+        ("wire = \"powersgd\"\nwire_rank = 65", "tiny.toml:22: `wire_rank` must be 1 to 64", ""),
+    ];
+    for (lines, start, part) in cases {
+        let text = format!("{GOOD}[collective]\n{lines}\n");
+        let message = JobSpec::parse("tiny.toml", &text).unwrap_err().to_string();
+        assert!(message.starts_with(start) && message.contains(part), "{message:?}");
+        assert_eq!(message.lines().count(), 1, "{message:?}");
+    }
+    for (wire, accepted) in [("f32", true), ("bf16", false), ("int8", false), ("powersgd", false)] {
+        let text = GOOD.replace("seed = 1", "seed = 1\nprecision = \"f64\"");
+        let parsed = JobSpec::parse("tiny.toml", &format!("{text}[collective]\nwire = \"{wire}\"\n"));
+        assert_eq!(parsed.is_ok(), accepted, "{wire}");
+        if let Err(error) = parsed {
+            assert!(error.to_string().starts_with("tiny.toml:22: a compressed `wire`"), "{error}");
+        }
+    }
+}
+
+#[test]
 fn caller_faults_point_at_the_value() {
     let e = JobSpec::fault("tiny.toml", GOOD, &["data", "train"], "unknown dataset".into());
     assert_eq!(e.to_string(), "tiny.toml:13: unknown dataset");

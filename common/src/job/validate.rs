@@ -1,6 +1,8 @@
 //! What a job file must satisfy beyond its types.
 
-use super::{JobSpec, ModelRole, ModelSpec, OptimizerSpec, ScheduleSpec, Task, catalogue};
+use super::{
+    JobSpec, ModelRole, ModelSpec, OptimizerSpec, Precision, ScheduleSpec, Task, WireFormat, catalogue,
+};
 use crate::suggest::did_you_mean;
 
 /// A value that is out of range, and where it stands.
@@ -58,6 +60,7 @@ pub(super) fn check(job: &JobSpec) -> Result<(), Fault> {
     require((0.5..=3600.0).contains(&job.collective.timeout_s), &["collective", "timeout_s"], || {
         format!("`timeout_s` is {}; it must be 0.5 to 3600 seconds", job.collective.timeout_s)
     })?;
+    check_wire(job)?;
     require(job.checkpoint.keep >= 1, &["checkpoint", "keep"], || "`keep` must be at least 1".to_owned())?;
     for (i, augment) in job.data.augment.iter().enumerate() {
         if let super::Augment::PadCrop { pixels } = augment {
@@ -67,6 +70,20 @@ pub(super) fn check(job: &JobSpec) -> Result<(), Fault> {
         }
     }
     Ok(())
+}
+
+fn check_wire(job: &JobSpec) -> Result<(), Fault> {
+    let (wire, rank) = (job.collective.wire, job.collective.wire_rank);
+    require(wire == WireFormat::F32 || job.precision == Precision::F32, &["collective", "wire"], || {
+        "a compressed `wire` carries 32-bit gradients, and this job has `precision = \"f64\"`; remove one of them"
+            .to_owned()
+    })?;
+    require(rank.is_none() || wire == WireFormat::PowerSgd, &["collective", "wire_rank"], || {
+        "`wire_rank` is for `wire = \"powersgd\"` only; remove it".to_owned()
+    })?;
+    require(rank.is_none_or(|r| (1..=64).contains(&r)), &["collective", "wire_rank"], || {
+        "`wire_rank` must be 1 to 64".to_owned()
+    })
 }
 
 fn check_length(job: &JobSpec) -> Result<(), Fault> {
