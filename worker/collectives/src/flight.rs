@@ -4,6 +4,7 @@
 //! (`cargo test --release -p lockstep-collectives -- --ignored recording --nocapture` measures it).
 
 use crate::error::CollectiveError;
+use crate::formats::Block8;
 use crate::group::{BROADCAST, GATHER};
 use crate::op::{Element, ReduceOp};
 use crate::tag::Tag;
@@ -189,6 +190,9 @@ fn words(signature: u8) -> String {
                 <f32 as Element>::CODE => <f32 as Element>::NAME,
                 <f64 as Element>::CODE => <f64 as Element>::NAME,
                 <i64 as Element>::CODE => <i64 as Element>::NAME,
+                <half::bf16 as Element>::CODE => <half::bf16 as Element>::NAME,
+                <half::f16 as Element>::CODE => <half::f16 as Element>::NAME,
+                <Block8 as Element>::CODE => <Block8 as Element>::NAME,
                 _ => "an unknown type",
             };
             format!("{} of {element}", ReduceOp::word(signature >> 4))

@@ -23,6 +23,7 @@ mod chunked;
 mod engine;
 mod error;
 mod flight;
+pub mod formats;
 mod frame;
 mod gather;
 mod group;

@@ -32,7 +32,7 @@ pub(crate) type MergeFn<T> = fn(&mut [T], &[T]);
 /// Divides every element by a number of leaves.
 pub(crate) type DivideFn<T> = fn(&mut [T], u32);
 
-/// A type that can be all-reduced: numbers, and the compressed forms of numbers.
+/// A type that can be all-reduced: numbers, and the compressed forms of [`crate::formats`].
 pub trait Element: Pod + Send + Sync + sealed::Sealed {
     /// Names the type on the wire.
     #[doc(hidden)]

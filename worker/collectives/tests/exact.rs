@@ -4,6 +4,7 @@
 
 mod support;
 
+use lockstep_collectives::formats::{Block8, bf16, f16};
 use lockstep_collectives::{Element, Group, ReduceOp, Tag, TagKind};
 use lockstep_common::ids::Rank;
 use lockstep_common::job::Reduction;
@@ -28,7 +29,10 @@ fn lengths() -> impl Strategy<Value = usize> {
 
 fn check_exact<T: Draw + Element + Bits>(placement: &Placement, len: usize, seed: u64, op: ReduceOp) {
     let leaves: Vec<Vec<T>> = (0..placement.shards()).map(|s| T::leaf(seed, s, len, op)).collect();
-    let expected = reference(&leaves, op);
+    let mut expected = reference(&leaves, op);
+    if op == ReduceOp::Average {
+        expected.iter_mut().for_each(|e| *e = e.divided(placement.shards()));
+    }
     let groups = Group::in_process(placement, Reduction::Exact, TIMEOUT).unwrap();
     let tag = Tag::new(1, 0, TagKind::Gradient);
     in_ranks(&groups, |group| {
@@ -43,11 +47,15 @@ proptest! {
 
     #[test]
     fn sums_equal_the_reference_tree_for_any_ownership(
-        placement in placement_strategy(12), len in lengths(), seed: u64, dtype in 0..3,
+        placement in placement_strategy(12), len in lengths(), seed: u64, dtype in 0..6, average: bool,
     ) {
+        let op = if average { ReduceOp::Average } else { ReduceOp::Sum };
         match dtype {
-            0 => check_exact::<f32>(&placement, len, seed, ReduceOp::Sum),
-            1 => check_exact::<f64>(&placement, len, seed, ReduceOp::Sum),
+            0 => check_exact::<f32>(&placement, len, seed, op),
+            1 => check_exact::<f64>(&placement, len, seed, op),
+            2 => check_exact::<bf16>(&placement, len, seed, op),
+            3 => check_exact::<f16>(&placement, len, seed, op),
+            4 => check_exact::<Block8>(&placement, len / 16, seed, op),
             _ => check_exact::<i64>(&placement, len, seed, ReduceOp::Sum),
         }
     }

@@ -4,6 +4,7 @@
 
 pub(crate) mod cluster;
 
+use lockstep_collectives::formats::{Block8, bf16, f16};
 use lockstep_collectives::{Element, Group, ReduceOp};
 use lockstep_common::placement::Placement;
 use lockstep_common::rng::Stream;
@@ -52,6 +53,8 @@ pub(crate) fn reference<T: Element + Draw>(leaves: &[Vec<T>], op: ReduceOp) -> V
 pub(crate) trait Draw: Sized {
     fn leaf(seed: u64, shard: u32, len: usize, op: ReduceOp) -> Vec<Self>;
     fn merge(left: &[Self], right: &[Self], op: ReduceOp) -> Vec<Self>;
+    /// For [`ReduceOp::Average`].
+    fn divided(self, by: u32) -> Self;
 }
 
 impl Draw for f64 {
@@ -73,7 +76,7 @@ impl Draw for f64 {
     }
 
     fn merge(left: &[f64], right: &[f64], op: ReduceOp) -> Vec<f64> {
-        if op == ReduceOp::Sum {
+        if op != ReduceOp::Moments {
             return left.iter().zip(right).map(|(l, r)| l + r).collect();
         }
         let (nl, nr) = (left[0], right[0]);
@@ -89,6 +92,10 @@ impl Draw for f64 {
         let m2 = (0..c).map(|i| left[1 + c + i] + (right[1 + c + i] + delta(i) * delta(i) * (nl * (nr / n))));
         std::iter::once(n).chain(mean).chain(m2).collect()
     }
+
+    fn divided(self, by: u32) -> Self {
+        self / f64::from(by)
+    }
 }
 
 impl Draw for f32 {
@@ -98,6 +105,10 @@ impl Draw for f32 {
 
     fn merge(left: &[f32], right: &[f32], _op: ReduceOp) -> Vec<f32> {
         left.iter().zip(right).map(|(l, r)| l + r).collect()
+    }
+
+    fn divided(self, by: u32) -> Self {
+        self / by as f32
     }
 }
 
@@ -109,6 +120,68 @@ impl Draw for i64 {
 
     fn merge(left: &[i64], right: &[i64], _op: ReduceOp) -> Vec<i64> {
         left.iter().zip(right).map(|(l, r)| l.wrapping_add(*r)).collect()
+    }
+
+    fn divided(self, by: u32) -> Self {
+        unreachable!("{by}: integers have no average")
+    }
+}
+
+macro_rules! draw_half {
+    ($half:ty) => {
+        impl Draw for $half {
+            fn leaf(seed: u64, shard: u32, len: usize, op: ReduceOp) -> Vec<Self> {
+                f64::leaf(seed, shard, len, op).into_iter().map(Self::from_f64).collect()
+            }
+
+            fn merge(left: &[Self], right: &[Self], _op: ReduceOp) -> Vec<Self> {
+                let sum = |(l, r): (&Self, &Self)| Self::from_f64(l.to_f64() + r.to_f64());
+                left.iter().zip(right).map(sum).collect()
+            }
+
+            fn divided(self, by: u32) -> Self {
+                Self::from_f32(self.to_f32() / by as f32)
+            }
+        }
+
+        impl Bits for $half {
+            fn bits(self) -> Option<u64> {
+                (!self.is_nan()).then_some(u64::from(self.to_bits()))
+            }
+        }
+    };
+}
+
+draw_half!(bf16);
+draw_half!(f16);
+
+/// The sum of two blocks has tests of its own; here it is about who adds which.
+impl Draw for Block8 {
+    fn leaf(seed: u64, shard: u32, len: usize, _op: ReduceOp) -> Vec<Self> {
+        let mut stream = Stream::new(seed, "leaf", &[u64::from(shard)]);
+        // Rarely NaN, since one makes a whole block NaN in every sum.
+        let mut draw = || if stream.below(4000) == 0 { f32::NAN } else { stream.normal() as f32 };
+        let values: Vec<f32> = (0..len * Self::LEN).map(|_| draw()).collect();
+        let mut blocks = vec![bytemuck::Zeroable::zeroed(); len];
+        Self::quantise(&values, &mut vec![0.0; values.len()], &mut blocks);
+        blocks
+    }
+
+    fn merge(left: &[Self], right: &[Self], _op: ReduceOp) -> Vec<Self> {
+        left.iter().zip(right).map(|(l, r)| l.plus(*r)).collect()
+    }
+
+    fn divided(self, by: u32) -> Self {
+        let mut words: [u32; 17] = bytemuck::cast(self);
+        words[0] = (f32::from_bits(words[0]) / by as f32).to_bits();
+        bytemuck::cast(words)
+    }
+}
+
+impl Bits for Block8 {
+    fn bits(self) -> Option<u64> {
+        let fold = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3);
+        Some(bytemuck::bytes_of(&self).iter().fold(0xcbf2_9ce4_8422_2325, fold))
     }
 }
 
