@@ -25,6 +25,8 @@ pub struct Job {
     pub min_workers: u32,
     /// The most workers.
     pub max_workers: u32,
+    /// The form in which gradients travel.
+    pub wire: &'static str,
 }
 
 impl Default for Job {
@@ -41,6 +43,7 @@ impl Default for Job {
             keep: 3,
             min_workers: 1,
             max_workers: 4,
+            wire: "f32",
         }
     }
 }
@@ -48,7 +51,7 @@ impl Default for Job {
 impl std::fmt::Display for Job {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { name, steps, global_batch, logical_shards, precision, batch_norm, width, .. } = self;
-        let Self { every_steps, keep, min_workers, max_workers, .. } = self;
+        let Self { every_steps, keep, min_workers, max_workers, wire, .. } = self;
         write!(
             f,
             r#"name = "{name}"
@@ -84,6 +87,7 @@ max = {max_workers}
 
 [collective]
 bucket_bytes = 4096
+wire = "{wire}"
 
 [checkpoint]
 every_steps = {every_steps}

@@ -61,6 +61,16 @@ fn a_killed_run_resumes_on_another_number_of_workers() {
     assert_eq!(again(&place, &job, 3).0.digest(), undisturbed(&job));
 }
 
+/// What the shards keep of their gradients goes with the checkpoint.
+#[test]
+fn a_killed_run_with_lossy_wires_resumes_on_another_number_of_workers() {
+    for wire in ["int8", "powersgd"] {
+        let job = Job { wire, ..long() };
+        let place = killed(&job);
+        assert_eq!(again(&place, &job, 3).0.digest(), undisturbed(&job), "{wire}");
+    }
+}
+
 #[test]
 fn a_damaged_checkpoint_is_refused_by_name_and_the_previous_good_one_used() {
     let job = long();

@@ -31,6 +31,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
+use tch::Tensor;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
 
@@ -260,6 +261,8 @@ struct Session<'a, T> {
 struct Prepared<T> {
     plan: Arc<TaskPlan>,
     replica: Replica,
+    /// What the wires kept, if it is a checkpoint from which this generation goes on.
+    wires: Option<Option<BTreeMap<String, Tensor>>>,
     timetable: Timetable,
     total_steps: u64,
     loader: Loader,
@@ -299,17 +302,19 @@ impl<T: Number> Prepared<T> {
 
         let mut replica = Replica::new(&plan, T::KIND, device)?;
         let mut metrics = BTreeMap::new();
+        let mut wires = None;
         if let Resumption::Checkpoint { step } = assignment.resume {
             let (job, generation) = (assignment.job, assignment.generation);
-            let manifest = checkpoint::restore(control, job, generation, step, &plan, &mut replica)?;
+            let (manifest, kept) = checkpoint::restore(control, job, generation, step, &plan, &mut replica)?;
             metrics = manifest.info.metrics;
+            wires = Some(kept);
         }
         shared.step.store(replica.step, Ordering::Relaxed);
         let train = decoder(train, job.data.augment.clone())?;
         let shards = assignment.placement.range(assignment.rank);
         let loader = Loader::start(train, timetable.clone(), shards, replica.step..total_steps)?;
         loader.warm_up(&shared.aborted)?;
-        Ok(Self { plan, replica, timetable, total_steps, loader, test, metrics })
+        Ok(Self { plan, replica, wires, timetable, total_steps, loader, test, metrics })
     }
 }
 
@@ -322,7 +327,7 @@ impl<'a, T: Number> Session<'a, T> {
         group: Group,
         prepared: Prepared<T>,
     ) -> Result<Self, TrainError> {
-        let Prepared { plan, replica, timetable, total_steps, loader, test, metrics } = prepared;
+        let Prepared { plan, replica, wires, timetable, total_steps, loader, test, metrics } = prepared;
         let control = &environment.control;
         let observed = environment.metrics.clone();
         let checkpoints = Checkpointer::new(
@@ -331,11 +336,15 @@ impl<'a, T: Number> Session<'a, T> {
             assignment.generation,
             Arc::new(move |seconds| observed.checkpoint(seconds)),
         );
+        let trainer = Trainer::<T>::new(job, plan, group, replica, environment.threads)?;
+        if let Some(wires) = wires {
+            trainer.restore_wires(wires.as_ref())?;
+        }
         Ok(Self {
             environment,
             assignment,
             shared,
-            trainer: Trainer::<T>::new(job, plan, group, replica, environment.threads)?,
+            trainer,
             timetable,
             total_steps,
             loader,
@@ -453,6 +462,7 @@ impl<'a, T: Number> Session<'a, T> {
 
     /// Begins a checkpoint. One that is not `needed` is left out while the one before is on its way.
     fn store(&mut self, step: u64, needed: bool) -> Result<(), TrainError> {
+        let wires = self.trainer.wire_state()?;
         if !self.is_first() {
             return Ok(());
         }
@@ -492,7 +502,7 @@ impl<'a, T: Number> Session<'a, T> {
                 self.reporter.log(format!("a checkpoint could not be stored, training goes on: {error}"));
             }
         }
-        self.checkpoints.begin(&self.trainer.replica, &self.trainer.plan, info)
+        self.checkpoints.begin(&self.trainer.replica, &self.trainer.plan, wires, info)
     }
 
     /// Waits for the last checkpoint, reports what is left to report.

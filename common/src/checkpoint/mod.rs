@@ -3,6 +3,8 @@
 //! A checkpoint is a folder `step-000000001200` with
 //! - `weights.safetensors`: parameters and buffers under their full names,
 //! - `optimizer.safetensors`: optimizer state under `<optimizer>/<state>/<parameter>`,
+//! - `wire.safetensors`, of jobs whose wire format is lossy and keeps what it loses: that, under
+//!   `<network>/feedback/<parameter>` for each logical shard, and `<network>/warm-start/<parameter>`,
 //! - `manifest.json`: where the job was, and the size and BLAKE3 hash of every file.
 //!
 //! Every random stream is keyed by (seed, purpose, coordinates), so the seed and the step are the position of
@@ -27,6 +29,8 @@ use std::path::PathBuf;
 pub const WEIGHTS_FILE: &str = "weights.safetensors";
 /// The file of the optimizers' states.
 pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+/// The file of what lossy wire formats have kept back, where a job has one.
+pub const WIRE_FILE: &str = "wire.safetensors";
 /// The file that vouches for the others.
 pub const MANIFEST_FILE: &str = "manifest.json";
 

@@ -5,8 +5,9 @@
 //! changes no bit of the result, only when things are sent, so the order is learnt from the first backward pass.
 
 use super::Number;
+use super::compress::{Arriving, Span, Wire};
 use super::error::TrainError;
-use lockstep_collectives::{CollectiveError, Group, Numbers, Pending, ReduceOp, Tag, TagKind};
+use lockstep_collectives::{CollectiveError, Group, Numbers, Tag, TagKind};
 use lockstep_nn::NnError;
 use lockstep_nn::vars::Vars;
 use parking_lot::Mutex;
@@ -63,6 +64,12 @@ impl BucketPlan {
         Self { places, lengths, members }
     }
 
+    /// Where the parameters of `bucket` lie in it.
+    fn spans(&self, bucket: u32) -> Vec<Span> {
+        let own = self.places.iter().enumerate().filter(|(_, place)| place.bucket == bucket as usize);
+        own.map(|(parameter, p)| Span { parameter, range: p.offset..p.offset + p.elements }).collect()
+    }
+
     /// How many parameters there are.
     pub(crate) fn parameters(&self) -> usize {
         self.places.len()
@@ -71,7 +78,7 @@ impl BucketPlan {
 
 /// Sends a full bucket towards the other ranks.
 pub(crate) type Launch<T> =
-    dyn Fn(u32, Vec<Numbers<T>>) -> Result<Pending<Numbers<T>>, CollectiveError> + Send + Sync;
+    dyn Fn(u32, Vec<Numbers<T>>) -> Result<Box<dyn Arriving>, CollectiveError> + Send + Sync;
 
 /// The gradients of one phase.
 pub(crate) struct GradientBuckets<T> {
@@ -89,7 +96,7 @@ struct Bucket<T> {
     /// Per owned shard; emptied when the bucket is sent.
     leaves: Vec<Mutex<Option<Numbers<T>>>>,
     missing: AtomicUsize,
-    pending: Mutex<Option<Pending<Numbers<T>>>>,
+    pending: Mutex<Option<Box<dyn Arriving>>>,
 }
 
 impl<T: Number> GradientBuckets<T> {
@@ -111,12 +118,20 @@ impl<T: Number> GradientBuckets<T> {
         Self { plan, buckets, delivered, order: Mutex::default(), launch }
     }
 
-    /// Buckets that are all-reduced over `group` as `phase` of `step`.
-    pub(crate) fn for_group(plan: Arc<BucketPlan>, group: Group, step: u64, phase: u16) -> Self {
+    /// Buckets that are all-reduced over `group` as `phase` of `step`, in the form that `wire` gives them.
+    pub(crate) fn for_group(
+        plan: Arc<BucketPlan>,
+        wire: Arc<dyn Wire<T>>,
+        group: Group,
+        step: u64,
+        phase: u16,
+    ) -> Self {
         let owned = group.placement().range(group.rank()).len();
         let allocator = group.clone();
+        let packed = plan.clone();
         let launch = move |bucket, leaves| {
-            group.all_reduce(Tag::new(step, phase, TagKind::Gradient).index(bucket), leaves, ReduceOp::Sum)
+            let tag = Tag::new(step, phase, TagKind::Gradient).index(bucket);
+            wire.clone().send(&group, tag, packed.spans(bucket), leaves)
         };
         Self::new(plan, owned, |len| allocator.numbers(len), Box::new(launch))
     }
@@ -159,13 +174,19 @@ impl<T: Number> GradientBuckets<T> {
 
     /// The reduced gradients by parameter name, once they are there.
     pub(crate) fn wait(&self, device: Device) -> Result<Vec<(String, Tensor)>, TrainError> {
-        let mut flat = Vec::with_capacity(self.buckets.len());
+        let mut arriving = Vec::with_capacity(self.buckets.len());
         for (index, bucket) in self.buckets.iter().enumerate() {
             let pending = bucket.pending.lock().take();
-            let pending = pending
-                .ok_or_else(|| TrainError::Fatal(format!("gradient bucket {index} was never sent")))?;
-            flat.push(Tensor::f_from_slice(pending.wait()?.as_slice())?.f_to_device(device)?);
+            arriving.push(
+                pending
+                    .ok_or_else(|| TrainError::Fatal(format!("gradient bucket {index} was never sent")))?,
+            );
         }
+        arriving.iter_mut().try_for_each(|bucket| bucket.advance())?;
+        let flat = arriving
+            .into_iter()
+            .map(|bucket| Ok(bucket.wait()?.f_to_device(device)?))
+            .collect::<Result<Vec<Tensor>, TrainError>>()?;
         self.plan
             .places
             .iter()

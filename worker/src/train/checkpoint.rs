@@ -5,8 +5,8 @@ use super::replica::{RawTensors, Replica, tensor_bytes};
 use crate::control::Control;
 use crate::tasks::TaskPlan;
 use lockstep_common::checkpoint::{
-    CheckpointFiles, CheckpointInfo, CheckpointManifest, OPTIMIZER_FILE, WEIGHTS_FILE, decode_tensors,
-    encode_tensors,
+    CheckpointFiles, CheckpointInfo, CheckpointManifest, OPTIMIZER_FILE, WEIGHTS_FILE, WIRE_FILE,
+    decode_tensors, encode_tensors,
 };
 use lockstep_common::ids::{Generation, JobId};
 use lockstep_common::wire::{CheckpointHead, FileHead};
@@ -37,11 +37,12 @@ impl Checkpointer {
         Self { control, job, generation, observe, writing: None }
     }
 
-    /// Copies the replica's state and begins to store it. [`Self::finish`] the previous one first.
+    /// Copies the replica's state and begins to store it, and `wires`, which all ranks have brought together. [`Self::finish`] the previous one first.
     pub(crate) fn begin(
         &mut self,
         replica: &Replica,
         plan: &TaskPlan,
+        wires: Option<RawTensors>,
         info: CheckpointInfo,
     ) -> Result<(), TrainError> {
         let start = Instant::now();
@@ -50,10 +51,13 @@ impl Checkpointer {
             (self.control.clone(), self.job, self.generation, self.observe.clone());
         let write = move || {
             let step = info.step;
-            let files = vec![
+            let mut files = vec![
                 (WEIGHTS_FILE.to_owned(), pack(&weights)?),
                 (OPTIMIZER_FILE.to_owned(), pack(&optimizer)?),
             ];
+            if let Some(wires) = wires {
+                files.push((WIRE_FILE.to_owned(), pack(&wires)?));
+            }
             let packed = CheckpointFiles::new(info, files).and_then(CheckpointFiles::into_parts);
             let all = packed.map_err(|e| TrainError::Fatal(e.to_string()))?;
             let heads =
@@ -100,7 +104,8 @@ fn pack(tensors: &RawTensors) -> Result<Vec<u8>, TrainError> {
         .map_err(|e| TrainError::Fatal(format!("cannot pack the checkpoint: {e}")))
 }
 
-/// Fetches the checkpoint after `step` and takes it over.
+/// Fetches the checkpoint after `step` and takes it over, but for what the wires kept, which is handed back: the ranks
+/// share that out once they are connected.
 pub(crate) fn restore(
     control: &Control,
     job: JobId,
@@ -108,7 +113,7 @@ pub(crate) fn restore(
     step: u64,
     plan: &TaskPlan,
     replica: &mut Replica,
-) -> Result<CheckpointManifest, TrainError> {
+) -> Result<(CheckpointManifest, Option<BTreeMap<String, Tensor>>), TrainError> {
     let refused =
         |what: String| TrainError::Fatal(format!("the checkpoint of step {step} is of no use: {what}"));
     let files = CheckpointFiles::from_parts(control.checkpoint(job, generation, step)?)
@@ -125,5 +130,6 @@ pub(crate) fn restore(
     replica
         .restore(plan, files.manifest.info.step, &weights, &optimizer)
         .map_err(|e| refused(e.to_string()))?;
-    Ok(files.manifest)
+    let wires = files.file(WIRE_FILE).map(|_| tensors(WIRE_FILE)).transpose()?;
+    Ok((files.manifest, wires))
 }

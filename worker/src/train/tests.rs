@@ -2,7 +2,7 @@
 
 use super::Number;
 use super::evaluate::evaluate;
-use super::replica::Replica;
+use super::replica::{RawTensors, Replica};
 use super::trainer::Trainer;
 use crate::data::batch::Decoder;
 use crate::data::loader::{Loader, Timetable};
@@ -18,7 +18,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
-use tch::Device;
+use tch::{Device, Tensor};
 
 /// 70 images of 8 × 8 and their labels: an epoch of nine batches of 8, the last of them uneven.
 fn write_idx(folder: &Path) {
@@ -47,10 +47,34 @@ struct Outcome {
     digest: String,
     losses: Vec<f64>,
     evaluation: BTreeMap<String, f64>,
+    saved: Saved,
+}
+
+/// What a checkpoint has.
+struct Saved {
+    step: u64,
+    weights: RawTensors,
+    optimizer: RawTensors,
+    wires: Option<RawTensors>,
+}
+
+fn unpacked(tensors: &RawTensors) -> BTreeMap<String, Tensor> {
+    tensors.iter().map(|(name, raw)| (name.clone(), raw.to_tensor().unwrap())).collect()
 }
 
 /// Trains `job` on `ranks` ranks; all of them must agree.
 fn train<T: Number>(job: &JobSpec, ranks: u32, threads: usize) -> Outcome {
+    train_part::<T>(job, ranks, threads, None, None)
+}
+
+/// The same from `saved` on, up to the step `until`.
+fn train_part<T: Number>(
+    job: &JobSpec,
+    ranks: u32,
+    threads: usize,
+    saved: Option<&Saved>,
+    until: Option<u64>,
+) -> Outcome {
     let folder = tempfile::tempdir().unwrap();
     write_idx(folder.path());
     let store = Store::open(&folder.path().join("store")).unwrap();
@@ -66,7 +90,7 @@ fn train<T: Number>(job: &JobSpec, ranks: u32, threads: usize) -> Outcome {
                 scope.spawn(move || {
                     let cache = ShardCache::new(&cache, 1 << 30).unwrap();
                     let cache = Arc::new(cache.with_local([store.shards_dir().to_owned()]));
-                    run::<T>(job, group, store, &cache, threads)
+                    run::<T>(job, group, store, &cache, threads, saved, until)
                 })
             })
             .collect();
@@ -77,6 +101,7 @@ fn train<T: Number>(job: &JobSpec, ranks: u32, threads: usize) -> Outcome {
         assert_eq!(other.digest, first.digest);
         assert_eq!(other.losses, first.losses);
         assert_eq!(other.evaluation, first.evaluation);
+        assert_eq!(other.saved.wires, first.saved.wires);
     }
     first
 }
@@ -98,6 +123,7 @@ impl<T: Number> Bench<T> {
         store: &Store,
         cache: &Arc<ShardCache>,
         threads: usize,
+        saved: Option<&Saved>,
     ) -> Self {
         let decoder = || {
             let manifest = store.manifest("tiny/train").unwrap();
@@ -112,9 +138,17 @@ impl<T: Number> Bench<T> {
         let timetable = Timetable { sampler: Arc::new(sampler), per_step: plan.minibatches as u64 };
         let (per_epoch, total) = (timetable.steps_per_epoch(), job.total_steps(timetable.steps_per_epoch()));
         let shards = group.placement().range(group.rank());
-        let replica = Replica::new(&plan, T::KIND, Device::Cpu).unwrap();
+        let mut replica = Replica::new(&plan, T::KIND, Device::Cpu).unwrap();
+        if let Some(saved) = saved {
+            let (weights, optimizer) = (unpacked(&saved.weights), unpacked(&saved.optimizer));
+            replica.restore(&plan, saved.step, &weights, &optimizer).unwrap();
+        }
+        let next = replica.step;
         let trainer = Trainer::<T>::new(job.clone(), Arc::new(plan), group, replica, threads).unwrap();
-        let loader = Loader::start(decoder(), timetable, shards, 0..total).unwrap();
+        if let Some(saved) = saved {
+            trainer.restore_wires(saved.wires.as_ref().map(unpacked).as_ref()).unwrap();
+        }
+        let loader = Loader::start(decoder(), timetable, shards, next..total).unwrap();
         Self { trainer, loader, test: Arc::new(decoder()), total, per_epoch }
     }
 
@@ -132,11 +166,21 @@ fn run<T: Number>(
     store: &Store,
     cache: &Arc<ShardCache>,
     threads: usize,
+    saved: Option<&Saved>,
+    until: Option<u64>,
 ) -> Outcome {
-    let mut bench = Bench::<T>::new(job, TaskPlan::new(job), group, store, cache, threads);
-    let losses = (0..bench.total).map(|_| bench.step()).collect();
+    let mut bench = Bench::<T>::new(job, TaskPlan::new(job), group, store, cache, threads, saved);
+    let steps = bench.trainer.replica.step..until.unwrap_or(bench.total);
+    let losses = steps.map(|_| bench.step()).collect();
     let evaluation = evaluate(&bench.trainer, &bench.test).unwrap();
-    Outcome { digest: bench.trainer.compare_replicas().unwrap(), losses, evaluation }
+    let (trainer, replica) = (&bench.trainer, &bench.trainer.replica);
+    let saved = Saved {
+        step: replica.step,
+        weights: replica.weights().unwrap(),
+        optimizer: replica.optimizer_state(&trainer.plan).unwrap(),
+        wires: trainer.wire_state().unwrap(),
+    };
+    Outcome { digest: trainer.compare_replicas().unwrap(), losses, evaluation, saved }
 }
 
 fn classifier(batch_norm: &str) -> String {
@@ -190,6 +234,56 @@ fn batch_norm_modes_and_seeds_end_with_different_weights() {
     assert_ne!(digest(&sync), digest(&reseeded));
 }
 
+/// `networks` with gradients that travel as `wire`, in several buckets.
+fn over(wire: &str, networks: &str, bucket_bytes: u64) -> JobSpec {
+    let rank = if wire == "powersgd" { "wire_rank = 1" } else { "" };
+    let collective = format!("[collective]\nwire = \"{wire}\"\nbucket_bytes = {bucket_bytes}\n{rank}");
+    job(&format!("{networks}\n{collective}"), "")
+}
+
+#[test]
+fn every_wire_ends_with_the_same_weights_on_every_number_of_workers_and_in_every_packing() {
+    let plain = train::<f32>(&job(&classifier("sync"), ""), 1, 1).digest;
+    for wire in ["bf16", "int8", "powersgd"] {
+        for networks in [&classifier("sync"), GAN] {
+            let alone = train::<f32>(&over(wire, networks, 2048), 1, 1);
+            for (ranks, bucket_bytes) in [(1, 1 << 20), (2, 2048), (3, 1 << 20), (4, 1024)] {
+                let other = train::<f32>(&over(wire, networks, bucket_bytes), ranks, 1);
+                assert_eq!(other.digest, alone.digest, "{wire}, {ranks} ranks, {bucket_bytes} bytes");
+                assert_eq!(other.saved.wires, alone.saved.wires, "{wire}, {ranks} ranks");
+            }
+            assert_ne!(alone.digest, plain, "{wire} was not used");
+            if networks != GAN {
+                assert!(alone.losses.last() < alone.losses.first(), "{wire}: {:?}", alone.losses);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_run_resumes_with_what_its_wires_kept_on_another_number_of_workers() {
+    for wire in ["int8", "powersgd"] {
+        for networks in [&classifier("sync"), GAN] {
+            let job = over(wire, networks, 2048);
+            let undisturbed = train::<f32>(&job, 2, 1);
+            let mut saved = train_part::<f32>(&job, 3, 1, None, Some(5)).saved;
+            let resumed = train_part::<f32>(&job, 2, 1, Some(&saved), None);
+            assert_eq!(resumed.digest, undisturbed.digest, "{wire}");
+            assert_eq!(resumed.saved.wires, undisturbed.saved.wires, "{wire}");
+            // The negative control: what the wires kept does matter.
+            let mut zeros = saved.wires.clone().unwrap();
+            let feedback = zeros.iter_mut().filter(|(name, _)| name.contains("/feedback/"));
+            feedback.for_each(|(_, tensor)| tensor.bytes.fill(0));
+            saved.wires = Some(zeros);
+            assert_ne!(
+                train_part::<f32>(&job, 2, 1, Some(&saved), None).digest,
+                undisturbed.digest,
+                "{wire}"
+            );
+        }
+    }
+}
+
 /// Which tensors of generator and discriminator change in a step that has only the phases that learn `network`.
 fn changed_by(network: u16) -> Vec<String> {
     let folder = tempfile::tempdir().unwrap();
@@ -203,7 +297,7 @@ fn changed_by(network: u16) -> Vec<String> {
     plan.phases.retain(|p| p.learns == network);
     assert!(!plan.phases.is_empty());
     let group = Group::solo(Placement::even(4, 1), job.reduction).unwrap();
-    let mut bench = Bench::<f64>::new(&job, plan, group, &store, &cache, 2);
+    let mut bench = Bench::<f64>::new(&job, plan, group, &store, &cache, 2, None);
     let before = bench.trainer.replica.weights().unwrap();
     bench.step();
     let after = bench.trainer.replica.weights().unwrap();

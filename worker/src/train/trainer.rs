@@ -3,21 +3,24 @@
 use super::Number;
 use super::buckets::{BucketPlan, GradientBuckets, decode_order, encode_order, initial_order};
 use super::clock::{StepTimes, timed};
+use super::compress::Shapes;
+use super::compress::state::{self, NamedWire};
 use super::error::TrainError;
 use super::lane::{Lane, PhaseDone, PhaseWork};
 use super::permits::Permits;
 use super::phase::PhasePlan;
 use super::rendezvous::Rendezvous;
-use super::replica::{Replica, learning_rate};
+use super::replica::{RawTensors, Replica, learning_rate};
 use super::statistics::PhaseStatistics;
 use crate::data::loader::StepBatches;
 use crate::tasks::TaskPlan;
 use lockstep_collectives::{CollectiveError, Group, Numbers, Pending, ReduceOp, Tag, TagKind};
+use lockstep_common::checkpoint::WIRE_FILE;
 use lockstep_common::ids::{LogicalShard, Rank};
 use lockstep_common::job::{BatchNorm, JobSpec};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use tch::Device;
+use tch::{Device, Tensor};
 
 /// Leads this worker's lanes through a job's steps.
 pub(crate) struct Trainer<T> {
@@ -30,6 +33,8 @@ pub(crate) struct Trainer<T> {
     buckets: Vec<Arc<BucketPlan>>,
     /// Whether the order of a network's buckets has been learnt.
     learnt: Vec<bool>,
+    /// By network.
+    wires: Vec<NamedWire<T>>,
     modes: Vec<BatchNorm>,
     device: Device,
     threads: usize,
@@ -78,7 +83,16 @@ impl<T: Number> Trainer<T> {
             let shard = LogicalShard(shard);
             lanes.push(Lane::start(shard, slot, task, &learning, rendezvous.clone(), permits.clone())?);
         }
+        let owned = lanes.len();
+        let wires = plan.networks.iter().zip(&replica.vars).map(|(network, vars)| {
+            let parameters = vars.parameters().map(|(n, var)| (n.to_owned(), var.tensor.size())).collect();
+            let shapes = Shapes { network: network.name, parameters };
+            let wire = T::wire(&job, &shapes, owned);
+            let parameters = shapes.parameters.into_iter().map(|(name, _)| name).collect();
+            NamedWire { network: network.name, parameters, wire }
+        });
         let mut trainer = Self {
+            wires: wires.collect(),
             buckets: Vec::new(),
             learnt: vec![false; replica.vars.len()],
             job,
@@ -152,6 +166,7 @@ impl<T: Number> Trainer<T> {
             let phase = phase as u16;
             let buckets: Arc<GradientBuckets<T>> = Arc::new(GradientBuckets::for_group(
                 self.buckets[network].clone(),
+                self.wires[network].wire.clone(),
                 self.group.clone(),
                 step,
                 phase,
@@ -257,6 +272,23 @@ impl<T: Number> Trainer<T> {
         self.buckets[network] = self.bucket_plan(network, &order);
         self.learnt[network] = true;
         Ok(())
+    }
+
+    /// What the wires of all ranks keep, for a checkpoint of this step; nothing where they keep nothing. Every rank
+    /// calls this.
+    pub(crate) fn wire_state(&self) -> Result<Option<RawTensors>, TrainError> {
+        state::collect(&self.wires, &self.group, self.replica.step)
+    }
+
+    /// Takes over the checkpoint's part of [`Self::wire_state`] that belongs to the owned shards.
+    pub(crate) fn restore_wires(&self, saved: Option<&BTreeMap<String, Tensor>>) -> Result<(), TrainError> {
+        match saved {
+            Some(saved) => state::restore(&self.wires, &self.group, saved),
+            None if state::is_kept(&self.wires) => Err(TrainError::Fatal(format!(
+                "the checkpoint has no {WIRE_FILE}, which this `wire` goes on from"
+            ))),
+            None => Ok(()),
+        }
     }
 
     /// Compares all replicas' digests; an error names the first rank that differs from rank 0.
