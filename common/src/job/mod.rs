@@ -280,13 +280,15 @@ pub enum WireFormat {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Backend {
-    /// The best one that all ranks share.
+    /// The best one that all ranks share: NCCL where each has a GPU of its own.
     #[default]
     Auto,
     /// Shared memory: all ranks are on one host.
     Shm,
     /// QUIC between all ranks, encrypted and mutually authenticated, even on one host.
     Quic,
+    /// Gradients over NCCL, from GPU to GPU: every rank needs one. Small values still go the way of `auto`.
+    Nccl,
 }
 
 /// When checkpoints are written and how many are kept.

@@ -58,6 +58,12 @@ fn errors_name_file_line_and_nearest_name() {
         ("epochs = 2", "epochs = 2\nsteps = 3", "tiny.toml:5: `epochs` and `steps`", ""),
         ("\"classify\"", "\"gan\"", "tiny.toml:8: a `gan` job has no section `[model]`", ""),
         ("epochs = 2", "epochs = ", "tiny.toml:4: ", ""),
+        (
+            "[optimizer]",
+            "[collective]\nbackend = \"ncll\"\n[optimizer]",
+            "tiny.toml:17: ",
+            "did you mean `nccl`?",
+        ),
     ];
     for (from, to, start, part) in cases {
         let message = check(from, to);

@@ -335,6 +335,8 @@ pub struct Peer {
     pub host: String,
     /// What it has in common with the other ranks of its host; `None` if that cannot be told.
     pub host_key: Option<HostKey>,
+    /// Where it computes: `cpu` or `cuda:0`. All ranks choose their way to reduce gradients from these.
+    pub device: String,
     /// Where the rank that is told this can reach it, best first.
     pub addresses: Vec<SocketAddr>,
 }

@@ -411,6 +411,7 @@ impl Core {
                 rank,
                 worker: to,
                 host: self.workers.host(to).to_owned(),
+                device: register(to).map(|r| r.device.clone()).unwrap_or_default(),
                 host_key: register(to).and_then(|r| r.host_key.clone()),
                 addresses: routes.unwrap_or_default().into_iter().map(|route| route.address).collect(),
             }
