@@ -82,6 +82,14 @@ pub enum CollectiveError {
         /// What to change.
         detail: String,
     },
+    /// A GPU, or NCCL, failed in a reduction of device memory. NCCL does not say which rank is at fault.
+    #[error("{detail} in {tag}")]
+    Device {
+        /// The collective.
+        tag: Tag,
+        /// What failed.
+        detail: String,
+    },
     /// The group could not be formed.
     #[error("no connection to {rank}: {detail}")]
     Connect {
@@ -106,7 +114,11 @@ impl CollectiveError {
             | Self::Connect { rank, .. } => Some(*rank),
             Self::TimedOut { missing, .. } => missing.first().copied(),
             Self::Forwarded { culprit, .. } => *culprit,
-            Self::Aborted(_) | Self::TagInUse(_) | Self::Misuse { .. } | Self::Config(_) => None,
+            Self::Aborted(_)
+            | Self::TagInUse(_)
+            | Self::Misuse { .. }
+            | Self::Device { .. }
+            | Self::Config(_) => None,
         }
     }
 

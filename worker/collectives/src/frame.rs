@@ -166,7 +166,7 @@ mod tests {
     fn header() -> impl Strategy<Value = Header> {
         (
             any::<(u64, u32, u64, u16)>(),
-            0..11u8,
+            0..12u8,
             any::<(u32, u16, u8, bool)>(),
             0..=1u64 << 35,
             0..=1u64 << 35,

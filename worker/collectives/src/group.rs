@@ -40,6 +40,7 @@ pub struct Group {
 
 struct Shape {
     placement: Placement,
+    reduction: Reduction,
     plan: Arc<Plan>,
     /// All ranks, as parties of a reduction over the network.
     everyone: Arc<Parties>,
@@ -66,7 +67,7 @@ impl Shape {
         let shares = leaders.is_some() || members.len() > 1;
         let me = members.iter().position(|r| *r == rank).unwrap_or(0);
         let mates = shares.then(|| Arc::new(Mates { members, me, unions }));
-        Self { placement, plan: Arc::new(plan), everyone: Arc::new(everyone), mates, leaders }
+        Self { placement, reduction, plan: Arc::new(plan), everyone: Arc::new(everyone), mates, leaders }
     }
 }
 
@@ -173,6 +174,25 @@ impl Group {
     /// Which rank owns which logical shards.
     pub fn placement(&self) -> &Placement {
         &self.shape.placement
+    }
+
+    /// How this rank reduces its own shards' vectors where the caller adds by itself: `(into, from)` in this order,
+    /// by place among its shards, and then the places of the nodes that remain.
+    pub fn own_tree(&self) -> (Vec<(usize, usize)>, Vec<usize>) {
+        let plan = self.plan();
+        (plan.local.iter().map(|merge| (merge.into, merge.from)).collect(), plan.kept.clone())
+    }
+
+    pub(crate) fn plan(&self) -> &crate::tree::Plan {
+        &self.shape.plan
+    }
+
+    pub(crate) fn reduction(&self) -> Reduction {
+        self.shape.reduction
+    }
+
+    pub(crate) fn timeout(&self) -> Duration {
+        self.engine.timeout()
     }
 
     /// What this rank has moved so far.

@@ -29,6 +29,7 @@ mod gather;
 mod group;
 mod inquiry;
 mod local;
+pub mod nccl;
 mod numbers;
 mod op;
 mod pending;

@@ -28,6 +28,8 @@ pub enum TagKind {
     Broadcast,
     /// How the group comes about.
     Setup,
+    /// What the ranks tell each other to set NCCL up.
+    Communicator,
 }
 
 /// Names one collective. No two of one generation may have equal tags.
@@ -76,6 +78,7 @@ impl TagKind {
             TagKind::Barrier => 8,
             TagKind::Broadcast => 9,
             TagKind::Setup => 10,
+            TagKind::Communicator => 11,
         }
     }
 
@@ -92,6 +95,7 @@ impl TagKind {
             8 => TagKind::Barrier,
             9 => TagKind::Broadcast,
             10 => TagKind::Setup,
+            11 => TagKind::Communicator,
             _ => return None,
         })
     }
@@ -111,6 +115,7 @@ impl fmt::Display for TagKind {
             TagKind::Barrier => "barrier",
             TagKind::Broadcast => "broadcast",
             TagKind::Setup => "set-up",
+            TagKind::Communicator => "NCCL set-up",
         })
     }
 }
