@@ -1,4 +1,5 @@
-//! What tch lacks, from a C++ file over libtorch: gradient hooks, batch norm over the global batch, CUDA on demand.
+//! What tch lacks, from a C++ file over libtorch: gradient hooks, batch norm over the global batch, CUDA on demand and
+//! beside the default stream.
 //!
 //! The only unsafe code of this crate. Rust closures enter C++ as a context pointer with three functions (call,
 //! drop, drop an error); neither a panic nor an exception crosses the border.
@@ -7,10 +8,12 @@
 mod batch_norm;
 mod cuda;
 mod hooks;
+mod streams;
 
 pub(crate) use batch_norm::batch_norm;
 pub use cuda::load_cuda;
 pub use hooks::{GradientHook, backward, on_gradient};
+pub use streams::{SideStream, copy_async, pinned};
 
 use crate::error::NnError;
 use std::ffi::{CStr, c_char, c_void};
