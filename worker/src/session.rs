@@ -13,8 +13,10 @@ use crate::tasks::TaskPlan;
 use crate::train::checkpoint::{self, Checkpointer};
 use crate::train::clock::timed;
 use crate::train::device::device;
+use crate::train::device_buckets::Carrier;
 use crate::train::error::TrainError;
 use crate::train::evaluate::evaluate;
+use crate::train::gpu;
 use crate::train::replica::Replica;
 use crate::train::trainer::Trainer;
 use crate::train::{Number, picture};
@@ -189,6 +191,7 @@ fn run_typed<T: Number>(
     job: JobSpec,
     shared: &Arc<Shared>,
 ) -> Result<Outcome, TrainError> {
+    let choice = gpu::choice(&assignment.peers, job.collective.backend)?;
     // All that may take long comes before the ranks connect: from then on they wait for each other.
     let prepared = Prepared::<T>::new(environment, assignment, &job, shared)?;
     let group = environment.runtime.block_on(async {
@@ -206,8 +209,18 @@ fn run_typed<T: Number>(
         let of = (assignment.job, assignment.generation);
         Watch::start(&environment.runtime, control, metrics, of, shared.group.clone())
     });
-    let result = Session::begin(environment, assignment, job, shared.clone(), group.clone(), prepared)
-        .and_then(|mut session| {
+    let device = device(environment.device);
+    let result =
+        gpu::carrier::<T>(&group, &assignment.peers, &job.collective, choice, device).and_then(|carrier| {
+            let mut session = Session::begin(
+                environment,
+                assignment,
+                job,
+                shared.clone(),
+                group.clone(),
+                prepared,
+                carrier,
+            )?;
             let outcome = session.train();
             session.count_shards();
             outcome
@@ -326,6 +339,7 @@ impl<'a, T: Number> Session<'a, T> {
         shared: Arc<Shared>,
         group: Group,
         prepared: Prepared<T>,
+        carrier: Option<Arc<dyn Carrier>>,
     ) -> Result<Self, TrainError> {
         let Prepared { plan, replica, wires, timetable, total_steps, loader, test, metrics } = prepared;
         let control = &environment.control;
@@ -336,7 +350,7 @@ impl<'a, T: Number> Session<'a, T> {
             assignment.generation,
             Arc::new(move |seconds| observed.checkpoint(seconds)),
         );
-        let trainer = Trainer::<T>::new(job, plan, group, replica, environment.threads)?;
+        let trainer = Trainer::<T>::new(job, plan, group, replica, environment.threads)?.carried_by(carrier);
         if let Some(wires) = wires {
             trainer.restore_wires(wires.as_ref())?;
         }

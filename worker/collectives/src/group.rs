@@ -183,7 +183,7 @@ impl Group {
         (plan.local.iter().map(|merge| (merge.into, merge.from)).collect(), plan.kept.clone())
     }
 
-    pub(crate) fn plan(&self) -> &crate::tree::Plan {
+    pub(crate) fn plan(&self) -> &Plan {
         &self.shape.plan
     }
 

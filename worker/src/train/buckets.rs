@@ -6,13 +6,13 @@
 
 use super::Number;
 use super::compress::{Arriving, Span, Wire};
+use super::delivery::Deliveries;
 use super::error::TrainError;
 use lockstep_collectives::{CollectiveError, Group, Numbers, Tag, TagKind};
 use lockstep_nn::NnError;
 use lockstep_nn::vars::Vars;
 use parking_lot::Mutex;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use tch::{Device, Tensor};
 
 /// Where each parameter of a network lies in its buckets.
@@ -25,12 +25,12 @@ pub(crate) struct BucketPlan {
     members: Vec<usize>,
 }
 
-struct Place {
+pub(crate) struct Place {
     name: String,
-    shape: Vec<i64>,
-    bucket: usize,
-    offset: usize,
-    elements: usize,
+    pub(crate) shape: Vec<i64>,
+    pub(crate) bucket: usize,
+    pub(crate) offset: usize,
+    pub(crate) elements: usize,
 }
 
 impl BucketPlan {
@@ -74,6 +74,35 @@ impl BucketPlan {
     pub(crate) fn parameters(&self) -> usize {
         self.places.len()
     }
+
+    /// Where each parameter lies, in name order.
+    pub(crate) fn places(&self) -> &[Place] {
+        &self.places
+    }
+
+    /// Elements of each bucket.
+    pub(crate) fn lengths(&self) -> impl Iterator<Item = usize> {
+        self.lengths.iter().copied()
+    }
+
+    /// Parameters of each bucket.
+    pub(crate) fn members(&self) -> impl Iterator<Item = usize> {
+        self.members.iter().copied()
+    }
+
+    /// The parameters' parts of the buckets' vectors `flat`, by name.
+    pub(crate) fn unpack(&self, flat: &[Tensor]) -> Result<Vec<(String, Tensor)>, TrainError> {
+        let parameter = |place: &Place| {
+            let part = flat[place.bucket].f_narrow(0, place.offset as i64, place.elements as i64)?;
+            Ok((place.name.clone(), part.f_view(place.shape.as_slice())?))
+        };
+        self.places.iter().map(parameter).collect()
+    }
+}
+
+/// That a bucket was never complete, which no input can bring about.
+pub(crate) fn never_sent(bucket: usize) -> TrainError {
+    TrainError::Fatal(format!("gradient bucket {bucket} was never sent"))
 }
 
 /// Sends a full bucket towards the other ranks.
@@ -85,17 +114,13 @@ pub(crate) struct GradientBuckets<T> {
     plan: Arc<BucketPlan>,
     /// Per bucket.
     buckets: Vec<Bucket<T>>,
-    /// Per owned shard and parameter: whether it has come.
-    delivered: Vec<Vec<AtomicBool>>,
-    /// The order in which the first owned shard delivers.
-    order: Mutex<Vec<usize>>,
+    deliveries: Deliveries,
     launch: Box<Launch<T>>,
 }
 
 struct Bucket<T> {
     /// Per owned shard; emptied when the bucket is sent.
     leaves: Vec<Mutex<Option<Numbers<T>>>>,
-    missing: AtomicUsize,
     pending: Mutex<Option<Box<dyn Arriving>>>,
 }
 
@@ -107,15 +132,13 @@ impl<T: Number> GradientBuckets<T> {
         allocate: impl Fn(usize) -> Numbers<T>,
         launch: Box<Launch<T>>,
     ) -> Self {
-        let bucket = |(&length, &members): (&usize, &usize)| Bucket {
+        let bucket = |length| Bucket {
             leaves: (0..owned).map(|_| Mutex::new(Some(allocate(length)))).collect(),
-            missing: AtomicUsize::new(members * owned),
             pending: Mutex::new(None),
         };
-        let buckets = plan.lengths.iter().zip(&plan.members).map(bucket).collect();
-        let delivered =
-            (0..owned).map(|_| (0..plan.parameters()).map(|_| AtomicBool::new(false)).collect()).collect();
-        Self { plan, buckets, delivered, order: Mutex::default(), launch }
+        let buckets = plan.lengths().map(bucket).collect();
+        let deliveries = Deliveries::new(&plan, owned);
+        Self { plan, buckets, deliveries, launch }
     }
 
     /// Buckets that are all-reduced over `group` as `phase` of `step`, in the form that `wire` gives them.
@@ -142,33 +165,28 @@ impl<T: Number> GradientBuckets<T> {
         if let Some(leaf) = &mut *self.buckets[place.bucket].leaves[slot].lock() {
             gradient.f_copy_data(&mut leaf[place.offset..place.offset + place.elements], place.elements)?;
         }
-        if slot == 0 {
-            self.order.lock().push(parameter);
-        }
-        self.delivered[slot][parameter].store(true, Ordering::Relaxed);
-        self.account(place.bucket, 1)
+        if self.deliveries.came(slot, parameter, place.bucket) { self.send(place.bucket) } else { Ok(()) }
     }
 
     /// The shard in `slot` has nothing more to deliver; what has not come counts as zeros.
     pub(crate) fn finish(&self, slot: usize) -> Result<(), NnError> {
-        for (place, delivered) in self.plan.places.iter().zip(&self.delivered[slot]) {
-            if !delivered.load(Ordering::Relaxed) {
+        for (parameter, place) in self.plan.places.iter().enumerate() {
+            if !self.deliveries.has_come(slot, parameter) {
                 if let Some(leaf) = &mut *self.buckets[place.bucket].leaves[slot].lock() {
                     leaf[place.offset..place.offset + place.elements].fill(T::default());
                 }
-                self.account(place.bucket, 1)?;
+                if self.deliveries.counted(place.bucket) {
+                    self.send(place.bucket)?;
+                }
             }
         }
         Ok(())
     }
 
-    fn account(&self, bucket: usize, count: usize) -> Result<(), NnError> {
-        // Release/acquire: whoever sends the bucket must see what the other lanes wrote into it.
-        if self.buckets[bucket].missing.fetch_sub(count, Ordering::AcqRel) == count {
-            let leaves = self.buckets[bucket].leaves.iter().filter_map(|l| l.lock().take()).collect();
-            let pending = (self.launch)(bucket as u32, leaves).map_err(|e| NnError::Exchange(Box::new(e)))?;
-            *self.buckets[bucket].pending.lock() = Some(pending);
-        }
+    fn send(&self, bucket: usize) -> Result<(), NnError> {
+        let leaves = self.buckets[bucket].leaves.iter().filter_map(|l| l.lock().take()).collect();
+        let pending = (self.launch)(bucket as u32, leaves).map_err(|e| NnError::Exchange(Box::new(e)))?;
+        *self.buckets[bucket].pending.lock() = Some(pending);
         Ok(())
     }
 
@@ -176,33 +194,16 @@ impl<T: Number> GradientBuckets<T> {
     pub(crate) fn wait(&self, device: Device) -> Result<Vec<(String, Tensor)>, TrainError> {
         let mut arriving = Vec::with_capacity(self.buckets.len());
         for (index, bucket) in self.buckets.iter().enumerate() {
-            let pending = bucket.pending.lock().take();
-            arriving.push(
-                pending
-                    .ok_or_else(|| TrainError::Fatal(format!("gradient bucket {index} was never sent")))?,
-            );
+            arriving.push(bucket.pending.lock().take().ok_or_else(|| never_sent(index))?);
         }
         arriving.iter_mut().try_for_each(|bucket| bucket.advance())?;
-        let flat = arriving
-            .into_iter()
-            .map(|bucket| Ok(bucket.wait()?.f_to_device(device)?))
-            .collect::<Result<Vec<Tensor>, TrainError>>()?;
-        self.plan
-            .places
-            .iter()
-            .map(|place| {
-                let part = flat[place.bucket].f_narrow(0, place.offset as i64, place.elements as i64)?;
-                Ok((place.name.clone(), part.f_view(place.shape.as_slice())?))
-            })
-            .collect()
+        let flat = arriving.into_iter().map(|bucket| Ok(bucket.wait()?.f_to_device(device)?));
+        self.plan.unpack(&flat.collect::<Result<Vec<Tensor>, TrainError>>()?)
     }
 
     /// The order in which gradients became final: what came, then what did not, last names first.
     pub(crate) fn observed_order(&self) -> Vec<usize> {
-        let mut order = self.order.lock().clone();
-        let rest = (0..self.plan.parameters()).rev().filter(|i| !order.contains(i)).collect::<Vec<_>>();
-        order.extend(rest);
-        order
+        self.deliveries.observed_order()
     }
 }
 

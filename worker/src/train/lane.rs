@@ -1,8 +1,8 @@
 //! One logical shard's thread: its module objects, its autograd graph, its gradient hooks.
 
 use super::Number;
-use super::buckets::GradientBuckets;
 use super::error::TrainError;
+use super::gradients::Gradients;
 use super::permits::Permits;
 use super::phase::{PhasePlan, ShardBatch};
 use super::rendezvous::{PhaseSync, Rendezvous};
@@ -27,7 +27,7 @@ pub(crate) struct PhaseWork<T> {
     pub(crate) step: u64,
     pub(crate) seed: u64,
     pub(crate) batch: ShardBatch,
-    pub(crate) buckets: Arc<GradientBuckets<T>>,
+    pub(crate) buckets: Arc<Gradients<T>>,
 }
 
 /// What a lane has done in a phase.
@@ -44,7 +44,7 @@ type Job<T> = Box<dyn FnOnce(&mut LaneState<T>) + Send>;
 /// The network that learns in the current phase, and where its gradients go.
 struct Sink<T> {
     learns: u16,
-    buckets: Arc<GradientBuckets<T>>,
+    buckets: Arc<Gradients<T>>,
 }
 
 impl<T> Clone for Sink<T> {

@@ -2,21 +2,27 @@
 //!
 //! A worker owns some logical shards of every global batch. Each has a [`lane`]: a thread with its own module
 //! objects and autograd graph over the shared weights. The [`trainer`] leads them through the phases of each step,
-//! while [`buckets`] sends gradients as they become final, in the form that [`compress`] gives them, and [`rendezvous`] merges batch-norm sums.
+//! while [`gradients`] sends them as they become final, in the form that [`compress`] gives them, and [`rendezvous`]
+//! merges batch-norm sums.
 
 pub(crate) mod buckets;
 pub(crate) mod checkpoint;
 pub(crate) mod clock;
 pub(crate) mod compress;
+pub(crate) mod delivery;
 pub(crate) mod device;
+pub(crate) mod device_buckets;
 pub(crate) mod error;
 pub(crate) mod evaluate;
+pub(crate) mod gpu;
+pub(crate) mod gradients;
 pub(crate) mod lane;
 pub(crate) mod permits;
 pub(crate) mod phase;
 pub(crate) mod picture;
 pub(crate) mod rendezvous;
 pub(crate) mod replica;
+pub(crate) mod staging;
 pub(crate) mod statistics;
 pub(crate) mod trainer;
 

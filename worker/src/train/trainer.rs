@@ -1,11 +1,13 @@
 //! The loop: for every step its phases, for every phase forward, backward, reduce, update.
 
 use super::Number;
-use super::buckets::{BucketPlan, GradientBuckets, decode_order, encode_order, initial_order};
+use super::buckets::{BucketPlan, decode_order, encode_order, initial_order};
 use super::clock::{StepTimes, timed};
 use super::compress::Shapes;
 use super::compress::state::{self, NamedWire};
+use super::device_buckets::Carrier;
 use super::error::TrainError;
+use super::gradients::Gradients;
 use super::lane::{Lane, PhaseDone, PhaseWork};
 use super::permits::Permits;
 use super::phase::PhasePlan;
@@ -36,6 +38,8 @@ pub(crate) struct Trainer<T> {
     /// By network.
     wires: Vec<NamedWire<T>>,
     modes: Vec<BatchNorm>,
+    /// Reduces a GPU's gradients.
+    carrier: Option<Arc<dyn Carrier>>,
     device: Device,
     threads: usize,
 }
@@ -101,6 +105,7 @@ impl<T: Number> Trainer<T> {
             replica,
             lanes,
             modes,
+            carrier: None,
             device,
             threads,
         };
@@ -110,6 +115,11 @@ impl<T: Number> Trainer<T> {
             trainer.buckets.push(buckets);
         }
         Ok(trainer)
+    }
+
+    /// The same with gradients that stay in device memory until `carrier` takes them.
+    pub(crate) fn carried_by(self, carrier: Option<Arc<dyn Carrier>>) -> Self {
+        Self { carrier, ..self }
     }
 
     fn bucket_plan(&self, network: usize, order: &[usize]) -> Arc<BucketPlan> {
@@ -164,13 +174,15 @@ impl<T: Number> Trainer<T> {
             let network = usize::from(phase_plan.learns);
             let lr = learning_rate(&self.job, &plan, network, step, total_steps, steps_per_epoch);
             let phase = phase as u16;
-            let buckets: Arc<GradientBuckets<T>> = Arc::new(GradientBuckets::for_group(
+            let buckets: Arc<Gradients<T>> = Arc::new(Gradients::new(
                 self.buckets[network].clone(),
                 self.wires[network].wire.clone(),
-                self.group.clone(),
+                &self.group,
+                self.carrier.as_ref(),
+                self.device,
                 step,
                 phase,
-            ));
+            )?);
             let owed: Vec<_> = self
                 .lanes
                 .iter()
@@ -260,7 +272,7 @@ impl<T: Number> Trainer<T> {
         step: u64,
         phase: u16,
         network: usize,
-        buckets: &GradientBuckets<T>,
+        buckets: &Gradients<T>,
     ) -> Result<(), TrainError> {
         let own = (self.group.rank() == Rank(0)).then(|| encode_order(&buckets.observed_order()));
         let tag = Tag::new(step, phase, TagKind::Broadcast);

@@ -1,0 +1,74 @@
+//! The gradients of one phase, wherever the device is.
+
+use super::Number;
+use super::buckets::{BucketPlan, GradientBuckets};
+use super::compress::Wire;
+use super::device_buckets::{Carrier, DeviceBuckets};
+use super::error::TrainError;
+use lockstep_collectives::Group;
+use lockstep_nn::NnError;
+use std::sync::Arc;
+use tch::{Device, Tensor};
+
+/// Where the hooks of all lanes deliver.
+pub(crate) enum Gradients<T> {
+    /// In memory of the CPU.
+    Host(GradientBuckets<T>),
+    /// In memory of a GPU.
+    Device(DeviceBuckets),
+}
+
+impl<T: Number> Gradients<T> {
+    /// Buckets for `phase` of `step` of `group`. A GPU's gradients have a `carrier`, unless `wire` compresses them, which
+    /// is done on the host.
+    pub(crate) fn new(
+        plan: Arc<BucketPlan>,
+        wire: Arc<dyn Wire<T>>,
+        group: &Group,
+        carrier: Option<&Arc<dyn Carrier>>,
+        device: Device,
+        step: u64,
+        phase: u16,
+    ) -> Result<Self, TrainError> {
+        Ok(match carrier {
+            None => Self::Host(GradientBuckets::for_group(plan, wire, group.clone(), step, phase)),
+            Some(carrier) => {
+                let owned = group.placement().range(group.rank()).len();
+                let memory = (T::KIND, device);
+                Self::Device(DeviceBuckets::new(plan, owned, memory, carrier.clone(), step, phase)?)
+            }
+        })
+    }
+
+    /// Takes the final gradient of `parameter` from the shard in `slot`.
+    pub(crate) fn deliver(&self, slot: usize, parameter: usize, gradient: &Tensor) -> Result<(), NnError> {
+        match self {
+            Self::Host(buckets) => buckets.deliver(slot, parameter, gradient),
+            Self::Device(buckets) => buckets.deliver(slot, parameter, gradient),
+        }
+    }
+
+    /// The shard in `slot` has nothing more to deliver.
+    pub(crate) fn finish(&self, slot: usize) -> Result<(), NnError> {
+        match self {
+            Self::Host(buckets) => buckets.finish(slot),
+            Self::Device(buckets) => buckets.finish(slot),
+        }
+    }
+
+    /// The reduced gradients by parameter name on `device`, once they are there.
+    pub(crate) fn wait(&self, device: Device) -> Result<Vec<(String, Tensor)>, TrainError> {
+        match self {
+            Self::Host(buckets) => buckets.wait(device),
+            Self::Device(buckets) => buckets.wait(),
+        }
+    }
+
+    /// The order in which gradients became final.
+    pub(crate) fn observed_order(&self) -> Vec<usize> {
+        match self {
+            Self::Host(buckets) => buckets.observed_order(),
+            Self::Device(buckets) => buckets.observed_order(),
+        }
+    }
+}
