@@ -172,7 +172,12 @@ mod tests {
             let _ = vars.root().parameter(name, &[2, 3], Init::Constant(0.0)).unwrap();
         }
         let plan = Arc::new(BucketPlan::new(&vars, &[2, 1, 0], 6 * 8, 8));
-        DeviceBuckets::new(plan, 2, memory, carrier, 5, 1).unwrap()
+        let buckets = DeviceBuckets::new(plan, 2, memory, carrier, 5, 1).unwrap();
+        for leaf in buckets.leaves.iter().flatten() {
+            // Fresh memory is often zero by chance.
+            let _ = leaf.lock().as_mut().unwrap().fill_(f64::NAN);
+        }
+        buckets
     }
 
     fn gradient(value: f64) -> Tensor {
