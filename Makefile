@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help libtorch data nextest build demo test lint bench-step parity-fixtures deny clean
+.PHONY: help libtorch data nextest build demo test lint bench-step bench-allreduce bench-overlap parity-fixtures deny clean
 
 # An empty LIBTORCH would hide the folder that .cargo/config.toml names.
 ifeq ($(LIBTORCH),)
@@ -48,6 +48,12 @@ lint: libtorch ## Format, clippy, dependency rules, scripts, dashboards
 
 bench-step: build ## Images/s side by side with PyTorch DistributedDataParallel
 	@tests/bench/run_step.sh
+
+bench-allreduce: build ## All-reduce side by side with Gloo (CASES="shm2 wan" for some; as root for all)
+	@tests/bench/run_allreduce.sh
+
+bench-overlap: build ## What part of a step waits for other workers
+	@tests/bench/run_overlap.sh
 
 parity-fixtures: libtorch ## Compute the reference values of the parity tests again, with PyTorch
 	@python=$$(deploy/setup/python-torch.sh)

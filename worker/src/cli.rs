@@ -1,5 +1,6 @@
 //! The command line of `worker`.
 
+use crate::bench::AllreduceArgs;
 use clap::{Args, Parser, Subcommand};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -16,12 +17,24 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Join a cluster and work until told to leave.
     Join(Box<JoinArgs>),
+    /// Measure the parts of a worker.
+    #[command(subcommand)]
+    Bench(BenchCommand),
     /// List the architectures: name, parameters, input, reference.
     Models {
         /// Print JSON for scripts.
         #[arg(long)]
         json: bool,
     },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Time all-reduces between processes of this host, or of two hosts.
+    Allreduce(Box<AllreduceArgs>),
+    /// One rank of an all-reduce benchmark, led over standard input and output.
+    #[command(hide = true)]
+    Rank,
 }
 
 /// Where the computing is done.

@@ -1,6 +1,7 @@
 //! The `worker` program: joins a cluster and trains what its coordinator assigns.
 
 mod agent;
+mod bench;
 mod cli;
 mod control;
 mod data;
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
     let result = match cli::Cli::parse().command {
         cli::Command::Join(args) => agent::join(*args),
+        cli::Command::Bench(command) => bench::run(command),
         cli::Command::Models { json } => models::list(json),
     };
     match result {

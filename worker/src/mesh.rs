@@ -2,7 +2,7 @@
 
 use lockstep_collectives::quic::{Lobby, MeshConfig, Peer, transport_config, verify_by_certificate};
 use lockstep_collectives::{CollectiveError, Group};
-use lockstep_common::job::JobSpec;
+use lockstep_common::job::{CollectiveSpec, Reduction};
 use lockstep_common::net::{Role, explain};
 use lockstep_common::wire::Assignment;
 use quinn::{ClientConfig, Endpoint};
@@ -49,11 +49,12 @@ impl Mesh {
     pub(crate) async fn group(
         &self,
         assignment: &Assignment,
-        job: &JobSpec,
+        reduction: Reduction,
+        collective: &CollectiveSpec,
     ) -> Result<Group, CollectiveError> {
         let placement = assignment.placement.clone();
         if assignment.peers.len() == 1 {
-            return Group::solo(placement, job.reduction);
+            return Group::solo(placement, reduction);
         }
         let incoming = self.lobby.expect(assignment.job, assignment.generation);
         let peers = assignment.peers.iter().filter(|p| p.rank != assignment.rank);
@@ -72,9 +73,9 @@ impl Mesh {
                 })
                 .collect(),
             placement,
-            reduction: job.reduction,
-            backend: job.collective.backend,
-            timeout: Duration::from_secs_f64(job.collective.timeout_s),
+            reduction,
+            backend: collective.backend,
+            timeout: Duration::from_secs_f64(collective.timeout_s),
             connect_timeout: PREPARATION,
             incoming,
             verify_peer: verify_by_certificate(),

@@ -196,7 +196,7 @@ fn run_typed<T: Number>(
     let prepared = Prepared::<T>::new(environment, assignment, &job, shared)?;
     let group = environment.runtime.block_on(async {
         tokio::select! {
-            group = environment.mesh.group(assignment, &job) => group.map_err(TrainError::from),
+            group = environment.mesh.group(assignment, job.reduction, &job.collective) => group.map_err(TrainError::from),
             () = shared.abort.notified() => Err(TrainError::Aborted),
         }
     })?;

@@ -101,6 +101,21 @@ impl Authority {
             return Self::from_pem(&read_pem(&certificate_path)?, &read_pem(&key_path)?);
         }
         durable::create_dir_all(folder)?;
+        let (certificate, key) = Self::generate()?;
+        // The key first: a certificate without its key would be taken for a whole authority.
+        durable::write_atomic_private(&key_path, key.as_bytes())?;
+        durable::write_atomic_private(&certificate_path, certificate.as_bytes())?;
+        Self::from_pem(&certificate, &key)
+    }
+
+    /// A new authority that is gone with this value: its key is written nowhere.
+    pub fn ephemeral() -> Result<Self, NetError> {
+        let (certificate, key) = Self::generate()?;
+        Self::from_pem(&certificate, &key)
+    }
+
+    /// A new certificate and its key, PEM.
+    fn generate() -> Result<(String, String), NetError> {
         let key = KeyPair::generate().map_err(bad)?;
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, "Lockstep cluster CA");
@@ -108,10 +123,7 @@ impl Authority {
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         validity(&mut params, 20);
         let certificate = params.self_signed(&key).map_err(bad)?;
-        // The key first: a certificate without its key would be taken for a whole authority.
-        durable::write_atomic_private(&key_path, key.serialize_pem().as_bytes())?;
-        durable::write_atomic_private(&certificate_path, certificate.pem().as_bytes())?;
-        Self::from_pem(&certificate.pem(), &key.serialize_pem())
+        Ok((certificate.pem(), key.serialize_pem()))
     }
 
     fn from_pem(certificate: &str, key: &str) -> Result<Self, NetError> {

@@ -1,0 +1,168 @@
+//! The loop that is timed.
+
+use super::args::{Column, Effort, Size};
+use anyhow::{Result, anyhow, bail};
+use lockstep_collectives::{Group, Numbers, ReduceOp, Tag, TagKind};
+use std::time::{Duration, Instant};
+
+/// All-reduces before the first that counts: pages are touched, windows have opened, both algorithms' paths are warm.
+const WARM_UP: u32 = 3;
+
+/// The columns take turns so many times per size, because a machine's speed drifts.
+pub(super) const ROUNDS: u32 = 5;
+
+/// Bounds of what `Effort::Seconds` comes to.
+const ITERATIONS: std::ops::RangeInclusive<u32> = 5..=20_000;
+
+/// After so many elements the leaves repeat themselves: a prime, so that no piece of a power of two elements looks
+/// like its neighbour.
+const PERIOD: usize = 1021;
+
+/// One column's group and how far it is.
+pub(super) struct Way {
+    group: Group,
+    column: Column,
+    /// Names the collectives.
+    counter: u64,
+}
+
+/// What the leaves of one size hold, and what their sum must be.
+pub(super) struct Payload {
+    elements: usize,
+    /// By own shard, one period.
+    leaves: Vec<Vec<f32>>,
+    sum: Vec<f32>,
+}
+
+/// Element `i` of the leaf of `shard`. Small whole numbers, whose sums over 1024 shards f32 holds exactly in any order.
+fn value(shard: u32, i: usize) -> f32 {
+    ((i + 31 * shard as usize) % PERIOD) as f32 - 510.0
+}
+
+impl Payload {
+    pub(super) fn new(group: &Group, size: Size) -> Self {
+        let placement = group.placement();
+        let leaf = |shard| (0..PERIOD).map(|i| value(shard, i)).collect();
+        let sum = |i| (0..placement.shards()).map(|shard| value(shard, i)).sum();
+        Self {
+            elements: size.elements(),
+            leaves: placement.range(group.rank()).map(leaf).collect(),
+            sum: (0..PERIOD).map(sum).collect(),
+        }
+    }
+
+    fn fill(&self, group: &Group) -> Vec<Numbers<f32>> {
+        let fill = |leaf: &Vec<f32>| {
+            let mut numbers = group.numbers(self.elements);
+            for part in numbers.chunks_mut(PERIOD) {
+                part.copy_from_slice(&leaf[..part.len()]);
+            }
+            numbers
+        };
+        self.leaves.iter().map(fill).collect()
+    }
+
+    /// Where `result` differs from the sum, what it holds and what it should.
+    fn wrong(&self, result: &[f32]) -> Option<(usize, f32, f32)> {
+        let wrong = |part: &[f32]| part != &self.sum[..part.len()];
+        let (period, part) = result.chunks(PERIOD).enumerate().find(|(_, part)| wrong(part))?;
+        let (i, found) = part.iter().enumerate().find(|(i, found)| **found != self.sum[*i])?;
+        Some((period * PERIOD + i, *found, self.sum[i]))
+    }
+}
+
+impl Way {
+    pub(super) fn new(group: Group, column: Column) -> Self {
+        Self { group, column, counter: 0 }
+    }
+
+    pub(super) fn group(&self) -> &Group {
+        &self.group
+    }
+
+    /// Warms up, and agrees with the other ranks on how often to measure.
+    pub(super) fn prepare(&mut self, payload: &Payload, effort: Effort) -> Result<u32> {
+        let mut shortest = Duration::MAX;
+        for _ in 0..WARM_UP {
+            shortest = shortest.min(self.once(payload)?);
+        }
+        let seconds = match effort {
+            Effort::Iterations(iterations) => return Ok(iterations),
+            Effort::Seconds(seconds) => seconds,
+        };
+        let mine = shortest.as_nanos() as u64;
+        let tag = Tag::new(self.counter, 0, TagKind::Statistics);
+        let all = self.group.all_gather(tag, mine.to_le_bytes().to_vec())?.wait()?;
+        let nanoseconds = |bytes: &[u8]| bytes.try_into().map(u64::from_le_bytes);
+        let all: Result<Vec<u64>, _> = all.iter().map(|bytes| nanoseconds(bytes)).collect();
+        let slowest = all?.into_iter().max().unwrap_or_default().max(1);
+        let wanted = (seconds * 1e9 / slowest as f64).ceil() as u32;
+        Ok(wanted.clamp(*ITERATIONS.start(), *ITERATIONS.end()))
+    }
+
+    /// One all-reduce: filled, entered by all ranks at once, timed, checked.
+    pub(super) fn once(&mut self, payload: &Payload) -> Result<Duration> {
+        self.counter += 1;
+        let leaves = payload.fill(&self.group);
+        self.group.barrier(Tag::new(self.counter, 0, TagKind::Barrier))?.wait()?;
+        let start = Instant::now();
+        let tag = Tag::new(self.counter, 0, TagKind::Gradient);
+        let sum = self.group.all_reduce(tag, leaves, ReduceOp::Sum)?.wait()?;
+        let elapsed = start.elapsed();
+        if sum.len() != payload.elements {
+            bail!(
+                "{}: the sum has {} elements instead of {}",
+                self.column.name(),
+                sum.len(),
+                payload.elements
+            );
+        }
+        match payload.wrong(&sum) {
+            None => Ok(elapsed),
+            Some((element, found, expected)) => Err(anyhow!(
+                "{}: the sum of {} elements is wrong at element {element}: {found} instead of {expected}",
+                self.column.name(),
+                payload.elements
+            )),
+        }
+    }
+
+    /// Leaves the group once the other ranks have what this one sent.
+    pub(super) fn close(self, limit: Duration) {
+        self.group.close(limit);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lockstep_common::job::{Backend, Reduction};
+    use lockstep_common::placement::Placement;
+
+    #[test]
+    fn ranks_agree_on_the_iterations_and_a_wrong_element_is_found() {
+        let patience = Duration::from_secs(30);
+        let groups = Group::in_process(&Placement::even(5, 2), Reduction::Exact, patience).unwrap();
+        let size = Size(4 * 5000);
+        let counts: Vec<u32> = std::thread::scope(|scope| {
+            let rank = |group: Group| {
+                let payload = Payload::new(&group, size);
+                let column = Column { backend: Backend::Auto, reduction: Reduction::Exact };
+                let mut way = Way::new(group, column);
+                let count = way.prepare(&payload, Effort::Seconds(0.01)).unwrap();
+                way.once(&payload).unwrap();
+                way.close(patience);
+                count
+            };
+            let ranks: Vec<_> = groups.iter().map(|g| scope.spawn(|| rank(g.clone()))).collect();
+            ranks.into_iter().map(|r| r.join().unwrap()).collect()
+        });
+        assert_eq!(counts[0], counts[1]);
+
+        let payload = Payload::new(&groups[0], size);
+        let mut sum: Vec<f32> = (0..5000).map(|i| payload.sum[i % PERIOD]).collect();
+        assert_eq!(payload.wrong(&sum), None);
+        sum[4999] += 1.0;
+        assert_eq!(payload.wrong(&sum), Some((4999, sum[4999], sum[4999] - 1.0)));
+    }
+}
