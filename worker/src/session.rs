@@ -383,6 +383,7 @@ impl<'a, T: Number> Session<'a, T> {
     fn train(&mut self) -> Result<Outcome, TrainError> {
         let per_epoch = self.timetable.steps_per_epoch();
         let (mut images, mut seconds) = (0u64, 0f64);
+        let (mut steps, mut comm, mut gradients) = (0u64, 0f64, 0f64);
         let mut digest = None;
         while self.trainer.replica.step < self.total_steps {
             let start = Instant::now();
@@ -397,6 +398,8 @@ impl<'a, T: Number> Session<'a, T> {
             let step = self.trainer.replica.step;
             self.shared.step.store(step, Ordering::Relaxed);
             (images, seconds) = (images + samples, seconds + wall);
+            (steps, comm) = (steps + 1, comm + done.times.comm(wall));
+            gradients += done.times.gradients;
             self.environment.metrics.step(&done.figures, samples, &done.times, wall);
             self.environment.metrics.collectives(&before, &self.trainer.group.stats());
             self.count_shards();
@@ -430,7 +433,12 @@ impl<'a, T: Number> Session<'a, T> {
         let weights_digest = digest.map_or_else(|| self.trainer.compare_replicas(), Ok)?;
         self.settle()?;
         if seconds > 0.0 {
-            self.metrics.insert("images_per_second".to_owned(), images as f64 / seconds);
+            let mut insert = |name: &str, value| self.metrics.insert(name.to_owned(), value);
+            insert("images_per_second", images as f64 / seconds);
+            insert("step_seconds", seconds / steps as f64);
+            // Waiting that no computing hides: all of it, and what lies between backward and its reduced gradients.
+            insert("comm_seconds", comm / steps as f64);
+            insert("grad_wait_seconds", gradients / steps as f64);
         }
         self.leave();
         let epoch = self.timetable.position(step.max(1) - 1).0 + 1;

@@ -12,13 +12,19 @@ pub(crate) struct StepTimes {
     pub(crate) forward: f64,
     pub(crate) backward: f64,
     pub(crate) optimizer: f64,
+    /// The part of `comm` that lies between a phase's last backward and its reduced gradients.
+    pub(crate) gradients: f64,
 }
 
 impl StepTimes {
+    /// Waiting that no computing hides, given the step's wall time.
+    pub(crate) fn comm(&self, wall: f64) -> f64 {
+        (wall - (self.data + self.forward + self.backward + self.optimizer)).max(0.0)
+    }
+
     /// Seconds in the order of [`PARTS`], given the step's wall time.
     pub(crate) fn parts(&self, wall: f64) -> [f64; 5] {
-        let busy = self.data + self.forward + self.backward + self.optimizer;
-        [self.data, self.forward, self.backward, (wall - busy).max(0.0), self.optimizer]
+        [self.data, self.forward, self.backward, self.comm(wall), self.optimizer]
     }
 }
 

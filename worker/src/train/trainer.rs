@@ -210,9 +210,10 @@ impl<T: Number> Trainer<T> {
             let figures = self.share_figures(step, phase, &lanes, ask_stop)?;
             let records = lanes.into_iter().map(|l| l.records).collect();
             let statistics = PhaseStatistics::start(&self.group, step, phase, &self.modes, records)?;
-            let gradients = buckets.wait(self.device)?;
-            let statistics = statistics.finish()?;
-            let figures = figures.wait()?;
+            let (gradients, statistics, figures) =
+                timed(&mut done.times.gradients, || -> Result<_, TrainError> {
+                    Ok((buckets.wait(self.device)?, statistics.finish()?, figures.wait()?))
+                })?;
             done.stop |= self.take_figures(phase_plan, &figures, step, &mut done.figures)?;
             timed(&mut done.times.optimizer, || -> Result<(), TrainError> {
                 self.replica.update(network, gradients, &self.job.clip, lr)?;
