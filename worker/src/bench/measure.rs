@@ -144,17 +144,17 @@ mod tests {
         let patience = Duration::from_secs(30);
         let groups = Group::in_process(&Placement::even(5, 2), Reduction::Exact, patience).unwrap();
         let size = Size(4 * 5000);
+        let measured = |group: &Group| {
+            let payload = Payload::new(group, size);
+            let column = Column { backend: Backend::Auto, reduction: Reduction::Exact };
+            let mut way = Way::new(group.clone(), column);
+            let count = way.prepare(&payload, Effort::Seconds(0.01)).unwrap();
+            way.once(&payload).unwrap();
+            way.close(patience);
+            count
+        };
         let counts: Vec<u32> = std::thread::scope(|scope| {
-            let rank = |group: Group| {
-                let payload = Payload::new(&group, size);
-                let column = Column { backend: Backend::Auto, reduction: Reduction::Exact };
-                let mut way = Way::new(group, column);
-                let count = way.prepare(&payload, Effort::Seconds(0.01)).unwrap();
-                way.once(&payload).unwrap();
-                way.close(patience);
-                count
-            };
-            let ranks: Vec<_> = groups.iter().map(|g| scope.spawn(|| rank(g.clone()))).collect();
+            let ranks: Vec<_> = groups.iter().map(|group| scope.spawn(|| measured(group))).collect();
             ranks.into_iter().map(|r| r.join().unwrap()).collect()
         });
         assert_eq!(counts[0], counts[1]);

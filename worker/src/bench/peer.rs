@@ -149,7 +149,7 @@ async fn follow_on(connection: &Connection, token: &Token, ranks: u32) -> Result
     }
     // The leader hangs up when all is measured, or has failed; the ranks end with this process.
     match connection.closed().await {
-        ConnectionError::ApplicationClosed(close) if close.error_code == DONE.into() => Ok(()),
+        ConnectionError::ApplicationClosed(close) if close.error_code == DONE => Ok(()),
         ConnectionError::ApplicationClosed(close) => bail!("{}", String::from_utf8_lossy(&close.reason)),
         other => bail!("the host that leads is gone: {}", explain(&other)),
     }

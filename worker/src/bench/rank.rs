@@ -88,6 +88,8 @@ fn serve(runtime: &Runtime, out: &mut pipe::Sender, mut input: pipe::Receiver) -
 /// The group of one column is to the mesh a job of its own.
 fn assignment(rank: Rank, column: usize, addresses: &[SocketAddr], shards: u32) -> Assignment {
     let peer = |(n, address): (u32, &SocketAddr)| Peer {
+        host_key: None,
+        device: "cpu".to_owned(),
         rank: Rank(n),
         worker: worker_of(Rank(n)),
         host: address.ip().to_string(),
