@@ -1,6 +1,7 @@
 //! NCCL where there is a GPU: two ranks share it, each in a process of its own, since a process has one
 //! `NCCL_HOSTID`. Elsewhere these tests say that they skip.
 #![allow(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use cudarc::driver::result;
 use lockstep_collectives::nccl::{
