@@ -11,11 +11,13 @@ mod endpoint;
 mod pinned;
 mod request;
 mod reset;
+mod socket;
 
 pub use address::{facing, host_key, interface_addresses, resolve};
 pub use authority::{Authority, Identity, Role, SigningRequest, peer_role};
 pub use endpoint::{ALPN, bind, bind_as, client_config, enrolment_config, server_config};
 pub use request::{Exchange, connect, explain};
+pub use socket::receive_buffer_bytes;
 
 use thiserror::Error;
 

@@ -1,6 +1,6 @@
 //! The streams of a connection between two ranks, once both have said hello.
 
-use super::close;
+use super::{close, watch};
 use crate::buffer::Pool;
 use crate::engine::Engine;
 use crate::frame::{HEADER_LEN, Header};
@@ -94,6 +94,7 @@ pub(crate) struct Inboxes(Vec<LinkInbox>);
 
 struct LinkInbox {
     rank: Rank,
+    connection: quinn::Connection,
     recv: [quinn::RecvStream; 2],
 }
 
@@ -109,7 +110,7 @@ pub(crate) fn start(links: Vec<Option<Link>>) -> (QuicTransport, Inboxes) {
             tokio::spawn(write(stream, frames, last.clone()));
             queue
         });
-        inboxes.push(LinkInbox { rank, recv });
+        inboxes.push(LinkInbox { rank, connection: connection.clone(), recv });
         Some(PeerLanes { connection, queues: Mutex::new(Some(queues)) })
     });
     let peers = peers.collect();
@@ -182,9 +183,11 @@ fn chunks(frame: Frame) -> Vec<Bytes> {
 }
 
 impl Inboxes {
-    /// Starts the tasks that bring arriving frames to `engine`. They end with it or with their connection.
+    /// Starts the tasks that bring arriving frames, and the peers' deaths, to `engine`. They end with it or with their
+    /// connection.
     pub(crate) fn serve(self, engine: &Arc<Engine>) {
-        for LinkInbox { rank, recv } in self.0 {
+        for LinkInbox { rank, connection, recv } in self.0 {
+            tokio::spawn(watch::watch(connection, rank, Arc::downgrade(engine)));
             let ended = Arc::new(AtomicU32::new(0));
             for stream in recv {
                 let inbox = Inbox { from: rank, engine: Arc::downgrade(engine), pool: engine.pool().clone() };

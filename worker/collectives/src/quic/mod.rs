@@ -3,8 +3,11 @@
 //! The lower rank of a pair dials. Each side then opens two streams, one for small messages and one for bulk,
 //! that last as long as the group, so no collective waits for a handshake or a stream's opening.
 
+mod dial;
 mod hello;
 mod lanes;
+mod pace;
+mod watch;
 
 pub use hello::{Accepted, HelloError, Lobby, PROTOCOL_VERSION};
 pub(crate) use lanes::{Inboxes, QuicTransport};
@@ -14,14 +17,14 @@ use hello::Hello;
 use lanes::Link;
 use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
 use lockstep_common::job::{Backend, Reduction};
-use lockstep_common::net::{Role, peer_role};
+use lockstep_common::net::{self, Role, peer_role};
 use lockstep_common::placement::Placement;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, timeout_at};
 
 /// How a connection between ranks ends, as the application's close code.
 pub(crate) mod close {
@@ -33,15 +36,6 @@ pub(crate) mod close {
     /// The group failed; the reason holds a farewell.
     pub(crate) const ABORTED: VarInt = VarInt::from_u32(3);
 }
-
-/// The first wait before a peer's addresses are tried again; it doubles up to ten times as much.
-const RETRY: Duration = Duration::from_millis(50);
-
-/// How long one address may take: several round trips of any link a group can live on.
-const DIAL_TIMEOUT: Duration = Duration::from_secs(3);
-
-/// The head start of each address over the next one, as long as a round trip around the world.
-const STAGGER: Duration = Duration::from_millis(250);
 
 /// Says whether a connection's certificate is that of the worker it should be.
 pub type VerifyPeer = Arc<dyn Fn(&quinn::Connection, WorkerId) -> bool + Send + Sync>;
@@ -96,32 +90,38 @@ pub struct MeshConfig {
 
 /// Transport parameters for connections between ranks.
 ///
-/// - The MTU starts at QUIC's 1200 bytes and is probed up to 6400: quinn sends ten packets at a time, which have
-///   to stay below 64 KB together for segmentation offload. The accepting endpoint must allow packets of that
-///   size (`EndpointConfig::max_udp_payload_size`, 1472 by default).
-/// - Windows are 4 MB per stream, the size of the socket's buffers: larger ones overrun the receive buffer, and
-///   the losses cost a factor of two to four. The connection's window leaves 2 MB more, so that a full bulk lane
-///   never blocks the small one.
-/// - BBR, because Cubic collapses at 1% loss: over 200 Mbit/s and 40 ms, BBR moved 25 MB in 1.15 s, the time it
-///   takes without loss; Cubic took 2.2 s for 1 MB.
-/// - A peer is gone after 5 s without a packet, ten keep-alives.
+/// - The MTU starts at QUIC's 1200 bytes and is probed up to what a jumbo Ethernet frame holds.
+/// - The windows of a connection fit together into half of the receive buffer that the kernel grants: a larger one
+///   overruns it, and the losses cost a factor of two to four. 2 MB of them are beyond a stream's, so that a full bulk
+///   lane never blocks the small one.
+/// - Congestion control of our own (`pace.rs`): Cubic collapses at 1% loss, and quinn's BBR keeps too little on its way
+///   where round trips are shorter than a thread's wait for a core.
+/// - A peer is gone after 5 s without a packet, twenty keep-alives; sooner if its host says so (`watch.rs`).
 pub fn transport_config() -> quinn::TransportConfig {
     const STREAM_WINDOW: u32 = 4 << 20;
-    const CONNECTION_WINDOW: u32 = 6 << 20;
+    const SPARE_WINDOW: u32 = 2 << 20;
+    const LEAST_WINDOW: u32 = 128 << 10;
+    /// Less the headers of IPv4 and UDP.
+    const JUMBO_BYTES: u16 = 9000 - 28;
     const IDLE_MS: u32 = 5000;
+    // Without a socket there are no connections either, which `bind` reports.
+    let buffer = net::receive_buffer_bytes().unwrap_or_default() as u64;
+    let third = u32::try_from(buffer / 2 / 3).unwrap_or(u32::MAX);
+    let stream = (2 * third).clamp(LEAST_WINDOW, STREAM_WINDOW);
+    let window = stream + third.clamp(LEAST_WINDOW, SPARE_WINDOW);
     let mut discovery = quinn::MtuDiscoveryConfig::default();
-    discovery.upper_bound(6400);
+    discovery.upper_bound(JUMBO_BYTES);
     let mut config = quinn::TransportConfig::default();
     config
         .initial_mtu(1200)
         .mtu_discovery_config(Some(discovery))
-        .stream_receive_window(STREAM_WINDOW.into())
-        .receive_window(CONNECTION_WINDOW.into())
-        .send_window(CONNECTION_WINDOW.into())
+        .stream_receive_window(stream.into())
+        .receive_window(window.into())
+        .send_window(window.into())
         .initial_rtt(Duration::from_millis(50))
-        .keep_alive_interval(Some(Duration::from_millis(500)))
+        .keep_alive_interval(Some(watch::KEEP_ALIVE))
         .max_idle_timeout(Some(quinn::VarInt::from_u32(IDLE_MS).into()))
-        .congestion_controller_factory(Arc::new(quinn::congestion::BbrConfig::default()));
+        .congestion_controller_factory(Arc::new(pace::PaceConfig));
     config
 }
 
@@ -137,7 +137,7 @@ pub(crate) async fn establish(config: MeshConfig) -> Result<(QuicTransport, Inbo
         let verify = config.verify_peer.clone();
         tasks.spawn(async move {
             let rank = peer.rank;
-            let connection = dial(endpoint, tls, peer, me, verify, deadline).await?;
+            let connection = dial::dial(endpoint, tls, peer, me, verify, deadline).await?;
             open(connection, rank, deadline).await
         });
     }
@@ -171,78 +171,6 @@ fn check(config: &MeshConfig) -> Result<(), CollectiveError> {
     )))
 }
 
-async fn dial(
-    endpoint: quinn::Endpoint,
-    tls: quinn::ClientConfig,
-    peer: Peer,
-    me: Hello,
-    verify: VerifyPeer,
-    deadline: Instant,
-) -> Result<quinn::Connection, CollectiveError> {
-    let failed = |detail: String| CollectiveError::Connect { rank: peer.rank, detail };
-    let mut last = "time ran out".to_owned();
-    let mut pause = RETRY;
-    while Instant::now() < deadline {
-        match dial_any(&endpoint, &tls, &peer).await {
-            Err(reason) => last = reason,
-            Ok((address, connection)) => {
-                if !verify(&connection, peer.worker) {
-                    connection.close(close::REFUSED, b"not the expected worker");
-                    return Err(failed(format!("{address} is not {}, by its certificate", peer.worker)));
-                }
-                match timeout_at(deadline, hello::introduce(&connection, me, peer.rank)).await {
-                    Ok(Ok(())) => return Ok(connection),
-                    Ok(Err(HelloError::Lost(reason))) => last = format!("{address}: {reason}"),
-                    Ok(Err(error)) => return Err(failed(format!("{address}: {error}"))),
-                    Err(_) => last = format!("{address}: connected, but it has not formed this group"),
-                }
-            }
-        }
-        sleep(pause).await;
-        pause = (pause * 2).min(RETRY * 10);
-    }
-    Err(failed(last))
-}
-
-/// Dials all of the peer's addresses, each a little after the one before, and takes the first that answers.
-async fn dial_any(
-    endpoint: &quinn::Endpoint,
-    tls: &quinn::ClientConfig,
-    peer: &Peer,
-) -> Result<(SocketAddr, quinn::Connection), String> {
-    let mut attempts = JoinSet::new();
-    for (place, &address) in peer.addresses.iter().enumerate() {
-        let (endpoint, tls, name) = (endpoint.clone(), tls.clone(), peer.server_name.clone());
-        attempts.spawn(async move {
-            sleep(STAGGER * place as u32).await;
-            (address, dial_address(&endpoint, &tls, address, &name).await)
-        });
-    }
-    let mut reasons = Vec::new();
-    while let Some(attempt) = attempts.join_next().await {
-        match attempt {
-            Ok((address, Ok(connection))) => return Ok((address, connection)),
-            Ok((address, Err(reason))) => reasons.push(format!("{address}: {reason}")),
-            Err(error) => reasons.push(error.to_string()),
-        }
-    }
-    Err(if reasons.is_empty() { "it has no address".to_owned() } else { reasons.join("; ") })
-}
-
-async fn dial_address(
-    endpoint: &quinn::Endpoint,
-    tls: &quinn::ClientConfig,
-    address: SocketAddr,
-    server_name: &str,
-) -> Result<quinn::Connection, String> {
-    let connecting =
-        endpoint.connect_with(tls.clone(), address, server_name).map_err(|error| error.to_string())?;
-    match timeout(DIAL_TIMEOUT, connecting).await {
-        Ok(connected) => connected.map_err(|error| error.to_string()),
-        Err(_) => Err(format!("no answer within {} s", DIAL_TIMEOUT.as_secs())),
-    }
-}
-
 async fn accept(
     me: Rank,
     lower: Vec<Peer>,
@@ -273,7 +201,10 @@ async fn accept(
         }
         let rank = peer.rank;
         let opened = match timeout_at(deadline, accepted.welcome(me)).await {
-            Ok(Ok(connection)) => open(connection, rank, deadline).await,
+            Ok(Ok(connection)) => {
+                tracing::info!("{rank} -> {me}: dialled from {}", connection.remote_address());
+                open(connection, rank, deadline).await
+            }
             Ok(Err(error)) => Err(failed(&error.to_string())),
             Err(_) => Err(failed("time ran out while greeting it")),
         };

@@ -30,7 +30,8 @@ pub(crate) fn workers(count: u32) -> Vec<Worker> {
     (0..count).map(|i| worker(&authority, WorkerId(10 + u64::from(i)))).collect()
 }
 
-fn worker(authority: &Authority, id: WorkerId) -> Worker {
+/// The worker `id`.
+pub(crate) fn worker(authority: &Authority, id: WorkerId) -> Worker {
     let identity = authority.issue(Role::Worker(id)).unwrap();
     let transport = Arc::new(transport_config());
     let mut server_config = net::server_config(&identity, false).unwrap();

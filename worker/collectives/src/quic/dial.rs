@@ -1,0 +1,121 @@
+//! Reaching another rank under one of its addresses.
+
+use super::hello::{self, Hello, HelloError};
+use super::{Peer, VerifyPeer, close};
+use crate::error::CollectiveError;
+use lockstep_common::ids::Rank;
+use std::net::SocketAddr;
+use std::time::Duration;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+
+/// The first wait before a peer's addresses are tried again; it doubles up to ten times as much.
+const RETRY: Duration = Duration::from_millis(50);
+
+/// How long one address may take: several round trips of any link a group can live on.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// The head start of each address over the next one, as long as a round trip around the world.
+const STAGGER: Duration = Duration::from_millis(250);
+
+/// Connects to `peer` and waits until it has formed the same group.
+pub(super) async fn dial(
+    endpoint: quinn::Endpoint,
+    tls: quinn::ClientConfig,
+    peer: Peer,
+    me: Hello,
+    verify: VerifyPeer,
+    deadline: Instant,
+) -> Result<quinn::Connection, CollectiveError> {
+    let failed = |detail: String| CollectiveError::Connect { rank: peer.rank, detail };
+    let mut last = "time ran out".to_owned();
+    let mut pause = RETRY;
+    while Instant::now() < deadline {
+        match dial_any(&endpoint, &tls, &peer).await {
+            Err(reason) => last = reason,
+            Ok(Reached { address, connection, passed_over }) => {
+                if !verify(&connection, peer.worker) {
+                    connection.close(close::REFUSED, b"not the expected worker");
+                    return Err(failed(format!("{address} is not {}, by its certificate", peer.worker)));
+                }
+                match timeout_at(deadline, hello::introduce(&connection, me, peer.rank)).await {
+                    Ok(Ok(())) => {
+                        tell(me.rank, peer.rank, address, &connection, &passed_over);
+                        return Ok(connection);
+                    }
+                    Ok(Err(HelloError::Lost(reason))) => last = format!("{address}: {reason}"),
+                    Ok(Err(error)) => return Err(failed(format!("{address}: {error}"))),
+                    Err(_) => last = format!("{address}: connected, but it has not formed this group"),
+                }
+            }
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(RETRY * 10);
+    }
+    Err(failed(last))
+}
+
+/// A peer's address that answered.
+struct Reached {
+    address: SocketAddr,
+    connection: quinn::Connection,
+    /// Those that it prefers to this one, and what became of them.
+    passed_over: Vec<String>,
+}
+
+/// Says which way the two ranks' data goes: a fall to a slower network must not go unnoticed.
+fn tell(me: Rank, peer: Rank, address: SocketAddr, connection: &quinn::Connection, passed_over: &[String]) {
+    let local = connection.local_ip().map(|ip| format!(" from {}", ip.to_canonical())).unwrap_or_default();
+    if passed_over.is_empty() {
+        tracing::info!("{me} -> {peer} over {address}, the preferred address{local}");
+    } else {
+        tracing::warn!(
+            "{me} -> {peer} over {address}{local}, not the preferred address: {}; see that it can be reached, or \
+             choose another with --advertise",
+            passed_over.join("; ")
+        );
+    }
+}
+
+/// Dials all of the peer's addresses, each a little after the one before, and takes the first that answers.
+async fn dial_any(
+    endpoint: &quinn::Endpoint,
+    tls: &quinn::ClientConfig,
+    peer: &Peer,
+) -> Result<Reached, String> {
+    let mut attempts = JoinSet::new();
+    for (place, &address) in peer.addresses.iter().enumerate() {
+        let (endpoint, tls, name) = (endpoint.clone(), tls.clone(), peer.server_name.clone());
+        attempts.spawn(async move {
+            sleep(STAGGER * place as u32).await;
+            (place, dial_address(&endpoint, &tls, address, &name).await)
+        });
+    }
+    let mut reasons: Vec<_> =
+        peer.addresses.iter().map(|address| format!("{address} has not answered yet")).collect();
+    while let Some(attempt) = attempts.join_next().await {
+        match attempt {
+            Ok((place, Ok(connection))) => {
+                reasons.truncate(place);
+                return Ok(Reached { address: peer.addresses[place], connection, passed_over: reasons });
+            }
+            Ok((place, Err(reason))) => reasons[place] = format!("{}: {reason}", peer.addresses[place]),
+            Err(error) => reasons.push(error.to_string()),
+        }
+    }
+    Err(if reasons.is_empty() { "it has no address".to_owned() } else { reasons.join("; ") })
+}
+
+async fn dial_address(
+    endpoint: &quinn::Endpoint,
+    tls: &quinn::ClientConfig,
+    address: SocketAddr,
+    server_name: &str,
+) -> Result<quinn::Connection, String> {
+    let connecting =
+        endpoint.connect_with(tls.clone(), address, server_name).map_err(|error| error.to_string())?;
+    match timeout(DIAL_TIMEOUT, connecting).await {
+        Ok(connected) => connected.map_err(|error| error.to_string()),
+        Err(_) => Err(format!("no answer within {} s", DIAL_TIMEOUT.as_secs())),
+    }
+}
