@@ -197,7 +197,8 @@ def main():
     if unknown:
         parser.error(f"no case `{unknown[0]}`; there are {', '.join(by_name)}")
     # So that links are taken down.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    for end in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(end, lambda number, _: sys.exit(128 + number))
 
     record, table, failed, missed = [], [], False, False
     for case in (by_name[name] for name in wanted):

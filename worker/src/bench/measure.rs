@@ -1,7 +1,7 @@
 //! The loop that is timed.
 
 use super::args::{Column, Effort, Size};
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, bail};
 use lockstep_collectives::{Group, Numbers, ReduceOp, Tag, TagKind};
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,13 @@ pub(super) const ROUNDS: u32 = 5;
 
 /// Bounds of what `Effort::Seconds` comes to.
 const ITERATIONS: std::ops::RangeInclusive<u32> = 5..=20_000;
+
+/// Up to so many bytes, all-reduces are timed in chains of [`CHAIN`], each begun when the one before is done. A barrier
+/// leaves ranks up to a link's delay apart, which is as long as a small all-reduce itself takes; a chain shares that out.
+const SMALL_BYTES: u64 = 64 << 10;
+
+/// All-reduces in such a chain.
+const CHAIN: u32 = 10;
 
 /// After so many elements the leaves repeat themselves: a prime, so that no piece of a power of two elements looks
 /// like its neighbour.
@@ -29,6 +36,8 @@ pub(super) struct Way {
 /// What the leaves of one size hold, and what their sum must be.
 pub(super) struct Payload {
     elements: usize,
+    /// All-reduces per measurement.
+    chain: u32,
     /// By own shard, one period.
     leaves: Vec<Vec<f32>>,
     sum: Vec<f32>,
@@ -46,6 +55,7 @@ impl Payload {
         let sum = |i| (0..placement.shards()).map(|shard| value(shard, i)).sum();
         Self {
             elements: size.elements(),
+            chain: if size.0 <= SMALL_BYTES { CHAIN } else { 1 },
             leaves: placement.range(group.rank()).map(leaf).collect(),
             sum: (0..PERIOD).map(sum).collect(),
         }
@@ -96,34 +106,37 @@ impl Way {
         let nanoseconds = |bytes: &[u8]| bytes.try_into().map(u64::from_le_bytes);
         let all: Result<Vec<u64>, _> = all.iter().map(|bytes| nanoseconds(bytes)).collect();
         let slowest = all?.into_iter().max().unwrap_or_default().max(1);
-        let wanted = (seconds * 1e9 / slowest as f64).ceil() as u32;
+        let wanted = (seconds * 1e9 / (slowest * u64::from(payload.chain)) as f64).ceil() as u32;
         Ok(wanted.clamp(*ITERATIONS.start(), *ITERATIONS.end()))
     }
 
-    /// One all-reduce: filled, entered by all ranks at once, timed, checked.
+    /// The time of one all-reduce: filled, entered by all ranks together, timed, checked.
     pub(super) fn once(&mut self, payload: &Payload) -> Result<Duration> {
         self.counter += 1;
-        let leaves = payload.fill(&self.group);
+        let leaves: Vec<_> = (0..payload.chain).map(|_| payload.fill(&self.group)).collect();
+        let mut sums = Vec::with_capacity(leaves.len());
         self.group.barrier(Tag::new(self.counter, 0, TagKind::Barrier))?.wait()?;
         let start = Instant::now();
-        let tag = Tag::new(self.counter, 0, TagKind::Gradient);
-        let sum = self.group.all_reduce(tag, leaves, ReduceOp::Sum)?.wait()?;
-        let elapsed = start.elapsed();
-        if sum.len() != payload.elements {
-            bail!(
-                "{}: the sum has {} elements instead of {}",
-                self.column.name(),
-                sum.len(),
-                payload.elements
-            );
+        for (link, leaves) in (0..).zip(leaves) {
+            let tag = Tag::new(self.counter, 0, TagKind::Gradient).index(link);
+            sums.push(self.group.all_reduce(tag, leaves, ReduceOp::Sum)?.wait()?);
         }
-        match payload.wrong(&sum) {
-            None => Ok(elapsed),
-            Some((element, found, expected)) => Err(anyhow!(
-                "{}: the sum of {} elements is wrong at element {element}: {found} instead of {expected}",
-                self.column.name(),
+        let elapsed = start.elapsed() / payload.chain;
+        sums.iter().try_for_each(|sum| self.check(payload, sum))?;
+        Ok(elapsed)
+    }
+
+    fn check(&self, payload: &Payload, sum: &[f32]) -> Result<()> {
+        let name = self.column.name();
+        if sum.len() != payload.elements {
+            bail!("{name}: the sum has {} elements instead of {}", sum.len(), payload.elements);
+        }
+        match payload.wrong(sum) {
+            None => Ok(()),
+            Some((element, found, expected)) => bail!(
+                "{name}: the sum of {} elements is wrong at element {element}: {found} instead of {expected}",
                 payload.elements
-            )),
+            ),
         }
     }
 

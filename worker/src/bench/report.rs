@@ -60,7 +60,7 @@ impl Times {
             "the ranks have not measured the same all-reduces"
         );
         let slowest = |i: usize| ranks.iter().map(|times| times[i]).max().unwrap_or_default();
-        let mut seconds: Vec<f64> = (0..iterations).map(|i| slowest(i) as f64 * 1e-9).collect();
+        let mut seconds: Vec<f64> = (0..iterations).map(|i| slowest(i) as f64 / 1e9).collect();
         seconds.sort_by(f64::total_cmp);
         let (lower, upper) = (seconds[(iterations - 1) / 2], seconds[iterations / 2]);
         let median = (lower + upper) / 2.0;
@@ -153,7 +153,9 @@ mod tests {
         times.take(0, 0, 0, vec![1_000, 9_000, 2_000, 4_000]).unwrap();
         times.take(1, 0, 0, vec![3_000, 1_000, 2_000, 5_000]).unwrap();
         let row = times.row(0, 0).unwrap();
-        assert_eq!((row.min_seconds, row.median_seconds, row.max_seconds), (2e-6, 4e-6, 9e-6));
+        let nanoseconds =
+            [row.min_seconds, row.median_seconds, row.max_seconds].map(|s| (s * 1e9).round() as u64);
+        assert_eq!(nanoseconds, [2_000, 4_000, 9_000]);
         assert!((row.gb_per_second - 1.024).abs() < 1e-9);
     }
 
