@@ -37,7 +37,8 @@ impl Checkpointer {
         Self { control, job, generation, observe, writing: None }
     }
 
-    /// Copies the replica's state and begins to store it, and `wires`, which all ranks have brought together. [`Self::finish`] the previous one first.
+    /// Copies the replica's state and begins to store it, and `wires`, which all ranks have brought together.
+    /// [`Self::finish`] the previous one first.
     pub(crate) fn begin(
         &mut self,
         replica: &Replica,
