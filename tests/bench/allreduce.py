@@ -63,6 +63,7 @@ class Case:
 
 def cases():
     shm = ["--backend", "shm"]
+    bf16 = ["--backend", "quic", "--wire", "bf16"]
     # On two ranks every byte crosses the link once in each direction.
     gigabit = BUCKET * 8 / 1e9 * ETHERNET_FRAME / QUIC_PAYLOAD
     long_line = BUCKET * 8 / 200e6
@@ -75,6 +76,8 @@ def cases():
         Case("small", "one host, 2 ranks, 4 KiB", [at_most(1 / 10)], size=SMALL, ours=shm),
         Case("veth", "veth, MTU 1500, 25 MiB", [at_most(1.5)], link=lambda: Veth(1500)),
         Case("veth-jumbo", "veth, MTU 9000, 25 MiB", [at_most(1.3)], link=lambda: Veth(9000)),
+        Case("veth-bf16", "veth, MTU 1500, 25 MiB as bf16", [at_most(0.9)], link=lambda: Veth(1500), ours=bf16),
+        Case("jumbo-bf16", "veth, MTU 9000, 25 MiB as bf16", [at_most(0.9)], link=lambda: Veth(9000), ours=bf16),
         Case(
             "tbf", "veth, 1 Gbit/s, 25 MiB", [throughput, at_least(0.95, "the link", gigabit)],
             link=lambda: Veth(1500, 1000),

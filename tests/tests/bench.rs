@@ -35,19 +35,31 @@ fn results(ended: &Ended) -> (Value, Vec<Value>) {
 
 #[test]
 fn every_size_and_column_is_measured_and_its_json_can_be_read() {
-    let args = ["--sizes", "4,4K,1M", "--backend", "auto,quic", "--reduction", "exact,fast"];
+    let args = [
+        "--sizes",
+        "4,4K,1M",
+        "--backend",
+        "shm,quic",
+        "--reduction",
+        "exact,fast",
+        "--wire",
+        "f32,bf16,int8",
+    ];
     let ended = bench(&[&args[..], &["--shards", "3", "--iterations", "4", "--json"]].concat()).wait().ok();
     let (report, rows) = results(&ended);
     assert_eq!((&report["ranks"], &report["shards"], &report["hosts"]), (&2.into(), &3.into(), &1.into()));
-    let cell = |row: &Value| format!("{} {} {}", row["bytes"], row["backend"], row["reduction"]);
+    let cell =
+        |row: &Value| ["bytes", "backend", "reduction", "wire"].map(|key| row[key].to_string()).join(" ");
     let cells: Vec<_> = rows.iter().map(cell).collect();
-    let expected: Vec<_> = [4, 4096, 1 << 20]
-        .iter()
-        .flat_map(|size| ["auto", "quic"].map(|backend| (size, backend)))
-        .flat_map(|(size, backend)| {
-            ["exact", "fast"].map(|order| format!("{size} \"{backend}\" \"{order}\""))
-        })
-        .collect();
+    let mut expected = Vec::new();
+    for size in [4, 4096, 1 << 20] {
+        for backend in ["shm", "quic"] {
+            for order in ["exact", "fast"] {
+                let forms = ["f32", "bf16", "int8"];
+                expected.extend(forms.map(|wire| format!("{size} {backend:?} {order:?} {wire:?}")));
+            }
+        }
+    }
     assert_eq!(cells, expected);
     assert!(rows.iter().all(|row| row["iterations"] == 4), "{rows:?}");
 }
@@ -65,6 +77,8 @@ fn wrong_arguments_are_usage_errors_of_one_line() {
         (&["--sizes", "4k"][..], &["'4k'", "such as `4096`, `64K` or `25M`"][..]),
         (&["--sizes", "6"], &["'6'", "multiple of 4 bytes"]),
         (&["--backend", "tcp"], &["'tcp'", "`quic`"]),
+        (&["--backend", "nccl"], &["'nccl'", "measure a job with it"]),
+        (&["--wire", "powersgd"], &["'powersgd'", "measure a job with it"]),
         (&["--reduction", "exat"], &["'exat'", "`exact`"]),
         (&["--ranks", "0"], &["'0'", "1..=64"]),
         (&["--seconds", "-1"], &["-1"]),

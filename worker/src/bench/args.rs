@@ -1,8 +1,9 @@
 //! What can be measured, as it is typed.
 
+use super::wire::Wire;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory};
-use lockstep_common::job::{Backend, Reduction};
+use lockstep_common::job::{Backend, Reduction, WireFormat};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -17,11 +18,14 @@ pub(crate) struct AllreduceArgs {
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_RANKS)))]
     ranks: Option<u32>,
     /// Backends to compare, as in a job's `[collective]`.
-    #[arg(long, value_delimiter = ',', default_value = "auto", value_parser = named::<Backend>)]
+    #[arg(long, value_delimiter = ',', default_value = "auto", value_parser = backend)]
     backend: Vec<Backend>,
     /// Orders of addition to compare: `exact`, `fast`.
     #[arg(long, value_delimiter = ',', default_value = "exact", value_parser = named::<Reduction>)]
     reduction: Vec<Reduction>,
+    /// Forms on the wire to compare: `f32`, `bf16`, `int8`.
+    #[arg(long, value_delimiter = ',', default_value = "f32", value_parser = wire)]
+    wire: Vec<WireFormat>,
     /// Bytes of f32 per rank: a number, or one with K, M or G (1024, 1024², 1024³).
     #[arg(long, value_delimiter = ',', default_value = "4K,64K,1M,25M,100M")]
     sizes: Vec<Size>,
@@ -39,7 +43,7 @@ pub(crate) struct AllreduceArgs {
     pub(super) listen: Option<SocketAddr>,
     /// Add this host's ranks to the benchmark that listens at `host:port`.
     #[arg(long, requires = "secret",
-          conflicts_with_all = ["listen", "backend", "reduction", "sizes", "shards", "seconds", "iterations", "json"])]
+          conflicts_with_all = ["listen", "backend", "reduction", "wire", "sizes", "shards", "seconds", "iterations", "json"])]
     pub(super) peer: Option<String>,
     /// The one-time secret that the listening side printed.
     #[arg(long, env = "LOCKSTEP_BENCH_SECRET", hide_env_values = true)]
@@ -71,13 +75,15 @@ impl AllreduceArgs {
 
     /// What `ranks` ranks in all are to measure.
     pub(super) fn plan(&self, ranks: u32) -> Plan {
-        let columns = self
-            .backend
-            .iter()
-            .flat_map(|&backend| self.reduction.iter().map(move |&reduction| Column { backend, reduction }));
+        let mut columns = Vec::new();
+        for &backend in &self.backend {
+            for &reduction in &self.reduction {
+                columns.extend(self.wire.iter().map(|&wire| Column { backend, reduction, wire }));
+            }
+        }
         Plan {
             shards: self.shards.unwrap_or(ranks),
-            columns: columns.collect(),
+            columns,
             sizes: self.sizes.clone(),
             effort: self.iterations.map_or(Effort::Seconds(self.seconds), Effort::Iterations),
         }
@@ -98,6 +104,7 @@ pub(super) struct Plan {
 pub(super) struct Column {
     pub(super) backend: Backend,
     pub(super) reduction: Reduction,
+    pub(super) wire: WireFormat,
 }
 
 /// How much is measured of each size and column.
@@ -148,10 +155,14 @@ impl std::fmt::Display for Size {
 impl Column {
     /// Its name: what it has besides the defaults of a job.
     pub(super) fn name(self) -> String {
-        match self.reduction {
-            Reduction::Exact => name_of(self.backend),
-            other => format!("{} {}", name_of(self.backend), name_of(other)),
+        let mut name = name_of(self.backend);
+        if self.reduction != Reduction::default() {
+            name += &format!(" {}", name_of(self.reduction));
         }
+        if self.wire != WireFormat::default() {
+            name += &format!(" {}", name_of(self.wire));
+        }
+        name
     }
 }
 
@@ -161,8 +172,19 @@ pub(super) fn name_of(value: impl Serialize) -> String {
 }
 
 /// The value that a job file's word stands for.
-fn named<T: DeserializeOwned>(word: &str) -> Result<T, serde_json::Error> {
-    serde_json::from_value(serde_json::Value::String(word.to_owned()))
+fn named<T: DeserializeOwned>(word: &str) -> Result<T, String> {
+    serde_json::from_value(serde_json::Value::String(word.to_owned())).map_err(|error| error.to_string())
+}
+
+fn backend(word: &str) -> Result<Backend, String> {
+    match named(word)? {
+        Backend::Nccl => Err("`nccl` reduces on GPUs: measure a job with it".to_owned()),
+        other => Ok(other),
+    }
+}
+
+fn wire(word: &str) -> Result<WireFormat, String> {
+    Wire::check(named(word)?)
 }
 
 fn seconds(text: &str) -> Result<f64, String> {

@@ -1,8 +1,9 @@
 //! The loop that is timed.
 
 use super::args::{Column, Effort, Size};
+use super::wire::Wire;
 use anyhow::{Result, bail};
-use lockstep_collectives::{Group, Numbers, ReduceOp, Tag, TagKind};
+use lockstep_collectives::{Group, Numbers, Tag, TagKind};
 use std::time::{Duration, Instant};
 
 /// All-reduces before the first that counts: pages are touched, windows have opened, both algorithms' paths are warm.
@@ -29,6 +30,7 @@ const PERIOD: usize = 1021;
 pub(super) struct Way {
     group: Group,
     column: Column,
+    wire: Wire,
     /// Names the collectives.
     counter: u64,
 }
@@ -43,9 +45,12 @@ pub(super) struct Payload {
     sum: Vec<f32>,
 }
 
+/// The largest magnitude in a leaf.
+const LARGEST: usize = PERIOD / 2;
+
 /// Element `i` of the leaf of `shard`. Small whole numbers, whose sums over 1024 shards f32 holds exactly in any order.
 fn value(shard: u32, i: usize) -> f32 {
-    ((i + 31 * shard as usize) % PERIOD) as f32 - 510.0
+    ((i + 31 * shard as usize) % PERIOD) as f32 - LARGEST as f32
 }
 
 impl Payload {
@@ -72,18 +77,20 @@ impl Payload {
         self.leaves.iter().map(fill).collect()
     }
 
-    /// Where `result` differs from the sum, what it holds and what it should.
-    fn wrong(&self, result: &[f32]) -> Option<(usize, f32, f32)> {
-        let wrong = |part: &[f32]| part != &self.sum[..part.len()];
-        let (period, part) = result.chunks(PERIOD).enumerate().find(|(_, part)| wrong(part))?;
-        let (i, found) = part.iter().enumerate().find(|(i, found)| **found != self.sum[*i])?;
+    /// Where `result` is further than `tolerance` from the sum, what it holds and what it should.
+    fn wrong(&self, result: &[f32], tolerance: f32) -> Option<(usize, f32, f32)> {
+        // A NaN is not near anything.
+        let near = |(found, wanted): (&f32, &f32)| (found - wanted).abs() <= tolerance;
+        let right = |part: &[f32]| part.iter().zip(&self.sum).all(near);
+        let (period, part) = result.chunks(PERIOD).enumerate().find(|(_, part)| !right(part))?;
+        let (i, found) = part.iter().enumerate().find(|(i, found)| !near((found, &self.sum[*i])))?;
         Some((period * PERIOD + i, *found, self.sum[i]))
     }
 }
 
 impl Way {
     pub(super) fn new(group: Group, column: Column) -> Self {
-        Self { group, column, counter: 0 }
+        Self { group, column, wire: Wire::new(column.wire), counter: 0 }
     }
 
     pub(super) fn group(&self) -> &Group {
@@ -119,7 +126,7 @@ impl Way {
         let start = Instant::now();
         for (link, leaves) in (0..).zip(leaves) {
             let tag = Tag::new(self.counter, 0, TagKind::Gradient).index(link);
-            sums.push(self.group.all_reduce(tag, leaves, ReduceOp::Sum)?.wait()?);
+            sums.push(self.wire.all_reduce(&self.group, tag, leaves)?);
         }
         let elapsed = start.elapsed() / payload.chain;
         sums.iter().try_for_each(|sum| self.check(payload, sum))?;
@@ -131,7 +138,8 @@ impl Way {
         if sum.len() != payload.elements {
             bail!("{name}: the sum has {} elements instead of {}", sum.len(), payload.elements);
         }
-        match payload.wrong(sum) {
+        let tolerance = self.wire.tolerance(self.group.placement().shards(), LARGEST as f32);
+        match payload.wrong(sum, tolerance) {
             None => Ok(()),
             Some((element, found, expected)) => bail!(
                 "{name}: the sum of {} elements is wrong at element {element}: {found} instead of {expected}",
@@ -149,7 +157,7 @@ impl Way {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lockstep_common::job::{Backend, Reduction};
+    use lockstep_common::job::{Backend, Reduction, WireFormat};
     use lockstep_common::placement::Placement;
 
     #[test]
@@ -159,14 +167,18 @@ mod tests {
         let size = Size(4 * 5000);
         let measured = |group: &Group| {
             let payload = Payload::new(group, size);
-            let column = Column { backend: Backend::Auto, reduction: Reduction::Exact };
-            let mut way = Way::new(group.clone(), column);
-            let count = way.prepare(&payload, Effort::Seconds(0.01)).unwrap();
-            way.once(&payload).unwrap();
-            way.close(patience);
-            count
+            let count = |wire| {
+                let column = Column { backend: Backend::Auto, reduction: Reduction::Exact, wire };
+                let mut way = Way::new(group.clone(), column);
+                // The forms share a group here.
+                way.counter = wire as u64 * 1_000_000;
+                let count = way.prepare(&payload, Effort::Seconds(0.01)).unwrap();
+                way.once(&payload).unwrap();
+                count
+            };
+            [WireFormat::F32, WireFormat::Bf16, WireFormat::Int8].map(count)
         };
-        let counts: Vec<u32> = std::thread::scope(|scope| {
+        let counts: Vec<_> = std::thread::scope(|scope| {
             let ranks: Vec<_> = groups.iter().map(|group| scope.spawn(|| measured(group))).collect();
             ranks.into_iter().map(|r| r.join().unwrap()).collect()
         });
@@ -174,8 +186,11 @@ mod tests {
 
         let payload = Payload::new(&groups[0], size);
         let mut sum: Vec<f32> = (0..5000).map(|i| payload.sum[i % PERIOD]).collect();
-        assert_eq!(payload.wrong(&sum), None);
+        assert_eq!(payload.wrong(&sum, 0.5), None);
         sum[4999] += 1.0;
-        assert_eq!(payload.wrong(&sum), Some((4999, sum[4999], sum[4999] - 1.0)));
+        assert_eq!(payload.wrong(&sum, 0.5), Some((4999, sum[4999], sum[4999] - 1.0)));
+        assert_eq!(payload.wrong(&sum, 1.0), None);
+        sum[17] = f32::NAN;
+        assert!(payload.wrong(&sum, 1.0).is_some_and(|(element, _, _)| element == 17));
     }
 }

@@ -12,6 +12,7 @@ mod peer;
 mod rank;
 mod report;
 mod talk;
+mod wire;
 
 pub(crate) use args::AllreduceArgs;
 

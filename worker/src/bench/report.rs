@@ -10,6 +10,7 @@ use std::io::Write;
 struct Row {
     backend: String,
     reduction: String,
+    wire: String,
     bytes: u64,
     iterations: usize,
     median_seconds: f64,
@@ -68,6 +69,7 @@ impl Times {
         Ok(Row {
             backend: name_of(way.backend),
             reduction: name_of(way.reduction),
+            wire: name_of(way.wire),
             bytes,
             iterations,
             median_seconds: median,
@@ -139,10 +141,11 @@ fn time(seconds: f64) -> String {
 mod tests {
     use super::super::args::{Column, Effort};
     use super::*;
-    use lockstep_common::job::{Backend, Reduction};
+    use lockstep_common::job::{Backend, Reduction, WireFormat};
 
     fn times() -> Times {
-        let columns = vec![Column { backend: Backend::Quic, reduction: Reduction::Exact }];
+        let column = Column { backend: Backend::Quic, reduction: Reduction::Exact, wire: WireFormat::F32 };
+        let columns = vec![column];
         let plan = Plan { shards: 2, columns, sizes: vec![Size(4096)], effort: Effort::Iterations(4) };
         Times::new(plan, 2)
     }
