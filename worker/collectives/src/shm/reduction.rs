@@ -170,6 +170,10 @@ impl<T: Element> HostReduction<T> {
         };
         let shared = nodes.iter().chain(targets.iter().filter(|_| !matches!(goal, Goal::Chunk)));
         if shared.map(Numbers::offset).any(|offset| offset.is_none()) {
+            // A group that has failed gives out no shared memory.
+            if let Some(error) = engine.failure() {
+                return Err(error);
+            }
             let detail =
                 format!("no shared memory for vectors of {len} elements of {} bytes", size_of::<T>());
             return Err(CollectiveError::Misuse { tag: task.tag, detail });
