@@ -267,10 +267,21 @@ impl Engine {
         }
     }
 
-    /// Tells `from` whom this rank waits for in `tag`.
+    /// Tells `from` whom this rank waits for in `tag`, or for whose sake it has not entered it yet.
     fn answer(&self, from: Rank, tag: Tag) {
-        let collective = self.state.lock().in_flight.get(&tag).map(|entry| entry.collective.clone());
-        let missing = collective.map_or_else(|| vec![(self.rank, false)], |collective| collective.missing());
+        let (entered, collective) = {
+            let state = self.state.lock();
+            let entry = state.in_flight.get(&tag);
+            let oldest = || state.in_flight.values().min_by_key(|entry| entry.started);
+            (entry.is_some(), entry.or_else(oldest).map(|entry| entry.collective.clone()))
+        };
+        let mut missing = collective.map(|collective| collective.missing()).unwrap_or_default();
+        if !entered {
+            missing.retain(|(rank, _)| *rank != from);
+            if missing.is_empty() {
+                missing.push((self.rank, false));
+            }
+        }
         let payload = vec![Bytes::from(inquiry::encode(&missing))];
         self.send(from, Lane::Small, Part::about(tag, Stage::Waiting), payload);
     }

@@ -1,9 +1,9 @@
 //! Finding out whom everybody waits for.
 //!
-//! A rank may lack the part of one that has entered the collective and itself waits for a third: the leader of a host
-//! for another host, say. Before it accuses anybody, a rank that has waited for long asks those whose parts it lacks
-//! whom they wait for, and those they name, until the answers end with ranks that have not entered, or that wait for
-//! nobody, or that do not answer.
+//! A rank may lack the part of one that itself waits for a third: the leader of a host for another host, say, or a
+//! rank that is held up in an earlier collective. Before it accuses anybody, a rank that has waited for long asks those
+//! whose parts it lacks whom they wait for, and those they name, until the answers end with ranks that have not entered,
+//! or that wait for nobody, or that do not answer.
 
 use crate::buffer::Buffer;
 use lockstep_common::ids::Rank;
@@ -45,7 +45,8 @@ impl Inquiry {
                 continue;
             }
             match self.answers.get(&rank).map(Vec::as_slice) {
-                None => ends.push((rank, entered)),
+                // What is known at first hand of whether it has entered goes before what others say.
+                None => ends.push(*missing.iter().find(|known| known.0 == rank).unwrap_or(&(rank, entered))),
                 Some([]) => ends.push((rank, true)),
                 // So says one that has not entered.
                 Some(next) if next.contains(&(rank, false)) => ends.push((rank, false)),
@@ -87,6 +88,16 @@ mod tests {
         assert_eq!(inquiry.conclude(missing.clone()), [(Rank(3), false)]);
         inquiry.answered(Rank(3), vec![]);
         assert_eq!(inquiry.conclude(missing), [(Rank(3), true)]);
+    }
+
+    #[test]
+    fn a_silent_rank_that_holds_up_another_one_has_not_entered() {
+        let mut inquiry = Inquiry::default();
+        let missing = vec![(Rank(0), false), (Rank(1), false)];
+        inquiry.ask(&missing);
+        // It stopped in an earlier collective, of which rank 1 has a part.
+        inquiry.answered(Rank(1), vec![(Rank(0), true)]);
+        assert_eq!(inquiry.conclude(missing), [(Rank(0), false)]);
     }
 
     #[test]
