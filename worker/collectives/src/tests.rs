@@ -12,6 +12,8 @@ use lockstep_common::placement::Placement;
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
+mod faults;
+
 const TIMEOUT: Duration = Duration::from_secs(20);
 
 fn groups(ranks: u32, timeout: Duration) -> Vec<Group> {
