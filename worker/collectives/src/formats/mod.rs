@@ -6,7 +6,7 @@
 //!
 //! | element | bytes per number | relative error of one rounding |
 //! |---|---|---|
-//! | [`f16`] | 2 | 2⁻¹¹ of the number, from 6·10⁻⁵ to 65504 |
+//! | [`struct@f16`] | 2 | 2⁻¹¹ of the number, from 6·10⁻⁵ to 65504 |
 //! | [`bf16`] | 2 | 2⁻⁸ of the number, in all of `f32`'s range |
 //! | [`Block8`] | 1.06 | 1/254 of the largest number of its block of 64 |
 
