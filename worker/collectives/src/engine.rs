@@ -288,9 +288,7 @@ impl Engine {
 
     fn take_answer(&self, from: Rank, tag: Tag, payload: &Buffer) {
         let missing = inquiry::decode(payload, self.world);
-        let own = self.rank;
-        let others = missing.into_iter().filter(|(rank, _)| *rank != own).collect();
-        let next = self.state.lock().inquiries.get_mut(&tag).map(|inquiry| inquiry.answered(from, others));
+        let next = self.state.lock().inquiries.get_mut(&tag).map(|inquiry| inquiry.answered(from, missing));
         self.ask(tag, next.unwrap_or_default());
     }
 
@@ -336,27 +334,29 @@ impl Engine {
     }
 
     /// Someone waited for `tag` up to the time-out. Ends the group if a rank it needs has been silent for that
-    /// long; otherwise says how long to wait before asking again.
+    /// long and everyone had time to say whom they wait for; otherwise says how long to wait before asking again.
     pub(crate) fn handle_overdue(&self, tag: Tag) -> Duration {
         let now = Instant::now();
         let error = {
             let mut state = self.state.lock();
-            let Some(entry) = state.in_flight.get(&tag) else {
+            let State { in_flight, inquiries, peers, .. } = &mut *state;
+            let Some(entry) = in_flight.get(&tag) else {
                 return self.timeout;
             };
             let started = entry.started;
-            let missing = entry.collective.missing();
-            let missing =
-                state.inquiries.get(&tag).map_or(missing.clone(), |inquiry| inquiry.conclude(missing));
-            let silence = |rank: Rank| now - state.peers[rank.index()].last_heard.max(started).min(now);
+            let inquiry = inquiries.entry(tag).or_insert_with(|| Inquiry::new(self.rank, now));
+            let missing = inquiry.conclude(entry.collective.missing());
+            let silence = |rank: Rank| now - peers[rank.index()].last_heard.max(started).min(now);
             let silent: Vec<_> =
                 missing.iter().copied().filter(|&(rank, _)| silence(rank) >= self.timeout).collect();
-            if silent.is_empty() {
+            // Whoever began to wait late has heard no answers yet.
+            let answers = (self.timeout / 4).saturating_sub(now - inquiry.began());
+            if silent.is_empty() || !answers.is_zero() {
                 let longest = missing.iter().map(|&(rank, _)| silence(rank)).max().unwrap_or_default();
-                let ask = state.inquiries.entry(tag).or_default().ask(&missing);
+                let ask = inquiry.ask(&missing);
                 drop(state);
                 self.ask(tag, ask);
-                return self.timeout - longest;
+                return self.timeout.saturating_sub(longest).max(answers);
             }
             let entered = silent.iter().all(|&(_, entered)| entered);
             let missing = silent.iter().filter(|s| s.1 == entered).map(|s| s.0).collect();

@@ -1,9 +1,11 @@
 //! What the rest of a worker sees of the other ranks.
 
 use crate::chunked::{Chunked, Finish, Parties, Task, chunk};
+use crate::doubling::{self, DIRECT_RANKS, Doubling};
 use crate::engine::{Collective, Engine, NEAR_SMALL_BYTES, Stats};
 use crate::error::CollectiveError;
 use crate::flight::FlightSnapshot;
+use crate::frame::MAX_PAYLOAD_BYTES;
 use crate::gather::{self, Expect, Fail, Gather, SMALL_BYTES};
 use crate::local;
 use crate::numbers::Numbers;
@@ -36,12 +38,15 @@ pub(crate) const SCATTER: u8 = 0x40;
 pub struct Group {
     engine: Arc<Engine>,
     shape: Arc<Shape>,
+    direct_ranks: u32,
 }
 
 struct Shape {
     placement: Placement,
     reduction: Reduction,
     plan: Arc<Plan>,
+    /// The most nodes in one message of a reduction in rounds.
+    most_relayed: usize,
     /// All ranks, as parties of a reduction over the network.
     everyone: Arc<Parties>,
     /// The ranks of this host, where they share memory.
@@ -67,7 +72,9 @@ impl Shape {
         let shares = leaders.is_some() || members.len() > 1;
         let me = members.iter().position(|r| *r == rank).unwrap_or(0);
         let mates = shares.then(|| Arc::new(Mates { members, me, unions }));
-        Self { placement, reduction, plan: Arc::new(plan), everyone: Arc::new(everyone), mates, leaders }
+        let most_relayed = doubling::largest_message(&plan.ranks.nodes);
+        let (plan, everyone) = (Arc::new(plan), Arc::new(everyone));
+        Self { placement, reduction, plan, most_relayed, everyone, mates, leaders }
     }
 }
 
@@ -152,7 +159,14 @@ impl Group {
         hosts: &[usize],
     ) -> Self {
         let shape = Arc::new(Shape::new(placement, engine.rank(), reduction, hosts));
-        Self { engine, shape }
+        Self { engine, shape, direct_ranks: DIRECT_RANKS }
+    }
+
+    /// The same rank, which sends small parts to every rank by itself only in worlds of up to `ranks`. All ranks must
+    /// say the same. For tests of small worlds.
+    #[doc(hidden)]
+    pub fn direct_up_to(self, ranks: u32) -> Self {
+        Self { direct_ranks: ranks, ..self }
     }
 
     /// Begins to share memory with the ranks that `near` has.
@@ -374,8 +388,11 @@ impl Group {
 
     /// Is ready when every rank has called it.
     pub fn barrier(&self, tag: Tag) -> Result<Pending<()>, CollectiveError> {
-        let expect = vec![Expect::Bytes(0); self.world_size() as usize];
-        self.gather(tag, GATHER, Some(Bytes::new()), expect, |_| ())
+        let slot = Slot::new();
+        let result = slot.clone();
+        let finish = Box::new(move |_| result.set(Ok(())));
+        self.exchange(tag, GATHER, Bytes::new(), 0, finish, fail_slot(&slot))?;
+        Ok(Pending::new(slot, self.engine.clone(), tag))
     }
 
     /// Ends the group: every waiter on this rank, and on the others, gets an error with this first cause.
@@ -436,8 +453,6 @@ impl Group {
     ) -> Result<(), CollectiveError> {
         let everyone = self.shape.everyone.clone();
         let len = nodes[0].len();
-        let bytes_of = |nodes: usize| (nodes * len * size_of::<T>()) as u64;
-        let expect = everyone.union.nodes.iter().map(|&nodes| Expect::Bytes(bytes_of(nodes))).collect();
         let mine = nodes.iter().map(AsRef::<[u8]>::as_ref);
         let mine = self.engine.pool().copy(mine).freeze();
         let combine = move |blobs: Vec<Bytes>| {
@@ -452,7 +467,28 @@ impl Group {
                 publish();
             }
         };
-        self.start_gather(task.tag, task.signature, Some(mine), expect, Box::new(combine), fail)
+        self.exchange(task.tag, task.signature, mine, len * size_of::<T>(), Box::new(combine), fail)
+    }
+
+    /// Brings to every rank what all have: `node_bytes` for each of their nodes.
+    fn exchange(
+        &self,
+        tag: Tag,
+        signature: u8,
+        mine: Bytes,
+        node_bytes: usize,
+        finish: gather::Finish,
+        fail: Fail,
+    ) -> Result<(), CollectiveError> {
+        let sizes = self.plan().ranks.nodes.iter().map(|nodes| nodes * node_bytes);
+        let largest = self.shape.most_relayed.saturating_mul(node_bytes);
+        if self.world_size() > self.direct_ranks && largest <= MAX_PAYLOAD_BYTES {
+            let sizes: Vec<_> = sizes.collect();
+            let rounds = Doubling::new(tag, signature, self.rank(), mine, &sizes, finish, fail);
+            return self.engine.start(tag, Arc::new(rounds));
+        }
+        let expect = sizes.map(|bytes| Expect::Bytes(bytes as u64)).collect();
+        self.start_gather(tag, signature, Some(mine), expect, finish, fail)
     }
 
     fn gather<R: Send + Sync + 'static>(

@@ -8,18 +8,31 @@
 use crate::buffer::Buffer;
 use lockstep_common::ids::Rank;
 use std::collections::{HashMap, HashSet};
+use std::time::Instant;
 
 /// Ranks whose part is missing, and whether they have entered the collective.
 pub(crate) type Missing = Vec<(Rank, bool)>;
 
 /// What the others said of one collective.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Inquiry {
+    own: Rank,
+    began: Instant,
     asked: HashSet<Rank>,
     answers: HashMap<Rank, Missing>,
 }
 
 impl Inquiry {
+    /// One by the rank `own`, which asks everyone but itself, at `now`.
+    pub(crate) fn new(own: Rank, now: Instant) -> Self {
+        Self { own, began: now, asked: HashSet::from([own]), answers: HashMap::new() }
+    }
+
+    /// When the first were asked.
+    pub(crate) fn began(&self) -> Instant {
+        self.began
+    }
+
     /// Those among `missing` to ask now.
     pub(crate) fn ask(&mut self, missing: &Missing) -> Vec<Rank> {
         missing.iter().map(|(rank, _)| *rank).filter(|rank| self.asked.insert(*rank)).collect()
@@ -37,7 +50,8 @@ impl Inquiry {
 
     /// The ranks at the ends of the answers, for one that lacks the parts of `missing`.
     pub(crate) fn conclude(&self, missing: Missing) -> Missing {
-        let mut seen = HashSet::new();
+        // Who waits for this rank waits for those it waits for, and is no end.
+        let mut seen = HashSet::from([self.own]);
         let mut ends = Missing::new();
         let mut open = missing.clone();
         while let Some((rank, entered)) = open.pop() {
@@ -77,7 +91,7 @@ mod tests {
 
     #[test]
     fn the_answers_lead_to_the_rank_that_has_not_entered() {
-        let mut inquiry = Inquiry::default();
+        let mut inquiry = Inquiry::new(Rank(1), Instant::now());
         let missing = vec![(Rank(0), true)];
         assert_eq!(inquiry.ask(&missing), [Rank(0)]);
         assert_eq!(inquiry.answered(Rank(0), vec![(Rank(2), true)]), [Rank(2)]);
@@ -102,13 +116,23 @@ mod tests {
 
     #[test]
     fn without_an_end_the_first_hand_counts() {
-        let mut inquiry = Inquiry::default();
+        let mut inquiry = Inquiry::new(Rank(2), Instant::now());
         let missing = vec![(Rank(0), true)];
         inquiry.ask(&missing);
         inquiry.answered(Rank(0), vec![(Rank(1), true)]);
         inquiry.answered(Rank(1), vec![(Rank(0), true)]);
         assert_eq!(inquiry.conclude(missing.clone()), missing);
         assert_eq!(inquiry.answered(Rank(7), vec![(Rank(6), false)]), []);
+    }
+
+    #[test]
+    fn who_waits_only_for_the_asker_is_not_accused() {
+        let mut inquiry = Inquiry::new(Rank(0), Instant::now());
+        let missing = vec![(Rank(1), false), (Rank(2), false)];
+        assert_eq!(inquiry.ask(&missing), [Rank(1), Rank(2)]);
+        assert_eq!(inquiry.answered(Rank(1), vec![(Rank(0), false)]), []);
+        assert_eq!(inquiry.answered(Rank(2), vec![(Rank(2), false)]), []);
+        assert_eq!(inquiry.conclude(missing), [(Rank(2), false)]);
     }
 
     #[test]

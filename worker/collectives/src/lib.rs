@@ -7,6 +7,7 @@
 //! Group          tags, checks, what the caller sees
 //!   Engine       which collectives are in flight, early frames, the first cause of a failure
 //!     Gather     small payloads, bytes, barriers: everyone sends to everyone, half a round trip
+//!     Doubling   small payloads and barriers of more than 64 ranks: log2 W rounds, each twice the last one's size
 //!     Chunked    large payloads: reduce-scatter and all-gather in pieces, reducing while receiving
 //!   Transport    moves frames between ranks: in this process, or over QUIC
 //! ```
@@ -20,6 +21,7 @@
 
 mod buffer;
 mod chunked;
+mod doubling;
 mod engine;
 mod error;
 mod flight;

@@ -92,6 +92,22 @@ fn a_peer_may_leave_as_soon_as_it_has_our_part() {
     assert_eq!(*start(&group).wait().unwrap(), [1.0, 2.0]);
 }
 
+/// In a world of three, in rounds: the first to be served must not be missed for what came from it early.
+#[test]
+fn a_peer_may_leave_as_soon_as_it_has_our_part_of_a_round() {
+    let handle = Arc::new(OnceLock::new());
+    let transport = Box::new(LeavesOnceServed(handle.clone()));
+    let engine = Engine::new(Rank(0), 3, Generation(0), TIMEOUT, Some(transport));
+    handle.set(Arc::downgrade(&engine)).unwrap();
+    let group = Group::over(engine, Placement::even(3, 3), Reduction::Exact, &[0, 1, 2]).direct_up_to(2);
+    for (source, round) in [(1, 0), (2, 1)] {
+        let header = Header { source: Rank(source), offset: round, total: 24, ..honest() };
+        let payload = Pool::default().copy([&[0u8; 8][..]].into_iter());
+        group.engine().handle_frame(Rank(source), header, payload);
+    }
+    assert_eq!(*start(&group).wait().unwrap(), [1.0, 2.0]);
+}
+
 #[test]
 fn dishonest_frames_end_the_group_and_name_the_sender() {
     let cases: [(Header, &str); 7] = [

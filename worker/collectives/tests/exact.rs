@@ -27,15 +27,43 @@ fn lengths() -> impl Strategy<Value = usize> {
     ]
 }
 
+/// Two to twelve ranks, each with one shard or several.
+fn wide_placement() -> impl Strategy<Value = Placement> {
+    prop::collection::vec(1u32..5, 2..=12).prop_map(|owned| {
+        let ends = owned.iter().scan(0, |end, owned| {
+            *end += owned;
+            Some(*end)
+        });
+        serde_json::from_value(serde_json::json!({ "ends": ends.collect::<Vec<_>>() })).unwrap()
+    })
+}
+
 fn check_exact<T: Draw + Element + Bits>(placement: &Placement, len: usize, seed: u64, op: ReduceOp) {
+    let groups = Group::in_process(placement, Reduction::Exact, TIMEOUT).unwrap();
+    check_groups::<T>(&groups, placement, len, seed, op);
+}
+
+/// The same in rounds, where messages have room for it.
+fn check_in_rounds<T: Draw + Element + Bits>(placement: &Placement, len: usize, seed: u64, op: ReduceOp) {
+    let groups = Group::in_process(placement, Reduction::Exact, TIMEOUT).unwrap();
+    let groups: Vec<_> = groups.into_iter().map(|group| group.direct_up_to(1)).collect();
+    check_groups::<T>(&groups, placement, len, seed, op);
+}
+
+fn check_groups<T: Draw + Element + Bits>(
+    groups: &[Group],
+    placement: &Placement,
+    len: usize,
+    seed: u64,
+    op: ReduceOp,
+) {
     let leaves: Vec<Vec<T>> = (0..placement.shards()).map(|s| T::leaf(seed, s, len, op)).collect();
     let mut expected = reference(&leaves, op);
     if op == ReduceOp::Average {
         expected.iter_mut().for_each(|e| *e = e.divided(placement.shards()));
     }
-    let groups = Group::in_process(placement, Reduction::Exact, TIMEOUT).unwrap();
     let tag = Tag::new(1, 0, TagKind::Gradient);
-    in_ranks(&groups, |group| {
+    in_ranks(groups, |group| {
         let own = leaves_of(group, &leaves);
         let result = group.all_reduce(tag, own, op).unwrap().wait().unwrap();
         assert_same(&result, &expected);
@@ -65,6 +93,22 @@ proptest! {
         placement in placement_strategy(12), channels in prop_oneof![0usize..20, 5_000usize..5_003], seed: u64,
     ) {
         check_exact::<f64>(&placement, 2 * channels + 1, seed, ReduceOp::Moments);
+    }
+
+    #[test]
+    fn sums_in_rounds_equal_the_reference_tree_for_any_ownership(
+        placement in wide_placement(), len in 0usize..300, seed: u64, dtype in 0..7, average: bool,
+    ) {
+        let op = if average { ReduceOp::Average } else { ReduceOp::Sum };
+        match dtype {
+            0 => check_in_rounds::<f32>(&placement, len, seed, op),
+            1 => check_in_rounds::<f64>(&placement, len, seed, op),
+            2 => check_in_rounds::<bf16>(&placement, len, seed, op),
+            3 => check_in_rounds::<f16>(&placement, len, seed, op),
+            4 => check_in_rounds::<Block8>(&placement, len / 16, seed, op),
+            5 => check_in_rounds::<i64>(&placement, len, seed, ReduceOp::Sum),
+            _ => check_in_rounds::<f64>(&placement, 2 * len + 1, seed, ReduceOp::Moments),
+        }
     }
 
     #[test]
