@@ -39,8 +39,9 @@ impl Pool {
         let needed = len.div_ceil(8);
         let mut words = {
             let mut free = self.free.lock();
-            // The tightest fit: a small request must not take a bucket's memory away.
-            let fitting = free.buffers.iter().enumerate().filter(|(_, b)| b.capacity() >= needed);
+            // The tightest fit: a small request must not take a bucket's memory away. Of those the last to come back,
+            // whose bytes may still be in a cache.
+            let fitting = free.buffers.iter().enumerate().rev().filter(|(_, b)| b.capacity() >= needed);
             let words = fitting.min_by_key(|(_, b)| b.capacity()).map(|(i, _)| i);
             let words = words.map(|i| free.buffers.swap_remove(i)).unwrap_or_default();
             free.bytes -= words.capacity() * 8;

@@ -106,7 +106,7 @@ mod tests {
 
     #[test]
     fn a_silent_rank_that_holds_up_another_one_has_not_entered() {
-        let mut inquiry = Inquiry::default();
+        let mut inquiry = Inquiry::new(Rank(3), Instant::now());
         let missing = vec![(Rank(0), false), (Rank(1), false)];
         inquiry.ask(&missing);
         // It stopped in an earlier collective, of which rank 1 has a part.
