@@ -252,6 +252,7 @@ impl Agent {
             advertised: self.args.advertise.clone(),
             metrics: self.metrics_address,
             running: self.current.as_ref().and_then(SessionHandle::running),
+            held: None,
         };
         let mut exchange = Exchange::open(&connection, &Request::Session(register)).await?;
         match exchange.answer().await? {
@@ -315,7 +316,7 @@ impl Agent {
                 if self.leaving.is_some() {
                     let (job, generation) = (assignment.job, assignment.generation);
                     let outcome = Outcome::Stopped { step: 0 };
-                    self.environment.control.tell(FromWorker::Ended { job, generation, outcome });
+                    self.environment.control.tell(FromWorker::Ended { job, generation, outcome, held: None });
                     return;
                 }
                 let previous = self.current.take();
@@ -328,7 +329,10 @@ impl Agent {
                 Some(session) if session.is(job, generation) => session.stop(mode),
                 _ => tracing::debug!("told to stop {job} {generation}, which does not run here"),
             },
-            ToWorker::Heard { .. } | ToWorker::Dismiss { .. } => {}
+            ToWorker::Follow(_)
+            | ToWorker::Release { .. }
+            | ToWorker::Heard { .. }
+            | ToWorker::Dismiss { .. } => {}
         }
     }
 }

@@ -91,7 +91,7 @@ impl SessionHandle {
     /// Leaves as told.
     pub(crate) fn stop(&self, mode: StopMode) {
         match mode {
-            StopMode::Checkpoint => self.shared.stop.store(true, Ordering::Relaxed),
+            StopMode::Boundary | StopMode::Checkpoint => self.shared.stop.store(true, Ordering::Relaxed),
             StopMode::Abort => self.abort("told to leave at once"),
         }
     }
@@ -158,11 +158,11 @@ pub(crate) fn start(
         environment.metrics.membership(0, 0);
         // First the end, so that a coordinator that hears the outcome can assign again at once.
         let _ = ended.send(true);
-        environment.control.tell(FromWorker::Ended { job, generation, outcome });
+        environment.control.tell(FromWorker::Ended { job, generation, outcome, held: None });
     };
     if let Err(error) = std::thread::Builder::new().name(format!("train-{job}")).spawn(work) {
         let outcome = Outcome::Failed { error: format!("cannot start the training thread: {error}") };
-        control.tell(FromWorker::Ended { job, generation, outcome });
+        control.tell(FromWorker::Ended { job, generation, outcome, held: None });
     }
     handle
 }

@@ -210,6 +210,8 @@ pub struct Register {
     pub metrics: Option<SocketAddr>,
     /// The job that it is in the middle of, if any.
     pub running: Option<Running>,
+    /// What it keeps of a job whose generation has ended, if it keeps anything.
+    pub held: Option<Held>,
 }
 
 impl Register {
@@ -265,11 +267,54 @@ pub struct Running {
     pub step: u64,
 }
 
+/// How far a replica is. The greater of two is the further one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Position {
+    /// Committed steps.
+    pub step: u64,
+    /// Phases of the next step whose updates have been applied. A step of one phase never shows a number above 0.
+    pub phase: u16,
+}
+
+impl Position {
+    /// Between two steps.
+    pub fn at(step: u64) -> Self {
+        Self { step, phase: 0 }
+    }
+}
+
+impl std::fmt::Display for Position {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.phase {
+            0 => write!(f, "step {}", self.step),
+            phase => write!(f, "phase {phase} of step {}", self.step + 1),
+        }
+    }
+}
+
+/// The training state that a worker keeps of a job between two generations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// The job.
+    pub job: JobId,
+    /// The last generation that this worker was started in.
+    pub generation: Generation,
+    /// How far the state is.
+    pub position: Position,
+}
+
 /// What a coordinator tells a worker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {
     /// Take part in a generation of a job.
     Start(Box<Assignment>),
+    /// Get ready to join a job that runs: fetch its state from its members, and follow their updates.
+    Follow(Box<Following>),
+    /// Drop what is kept or followed of a job: it is over, or goes on without this worker.
+    Release {
+        /// The job.
+        job: JobId,
+    },
     /// Leave a generation of a job.
     Stop {
         /// The job.
@@ -295,6 +340,8 @@ pub enum ToWorker {
 /// How to leave a generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StopMode {
+    /// After the step in progress, all ranks at the same one. Each keeps its state for the next generation.
+    Boundary,
     /// After the step in progress, all ranks at the same one, with a checkpoint.
     Checkpoint,
     /// At once; the step in progress is lost.
@@ -324,6 +371,23 @@ pub struct Assignment {
     pub resume: Resumption,
 }
 
+/// All that a worker needs to get ready to join a running job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Following {
+    /// The job.
+    pub job: JobId,
+    /// Its present membership.
+    pub generation: Generation,
+    /// The job file's name, for messages.
+    pub file: String,
+    /// The job file.
+    pub toml: String,
+    /// The datasets' identities.
+    pub datasets: Vec<DatasetBrief>,
+    /// The members, any of which can hand over the state.
+    pub sources: Vec<Peer>,
+}
+
 /// A rank and how to reach it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peer {
@@ -351,7 +415,7 @@ pub struct DatasetBrief {
 }
 
 /// Where a generation starts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Resumption {
     /// From the initial weights.
     Fresh,
@@ -359,6 +423,13 @@ pub enum Resumption {
     Checkpoint {
         /// The step.
         step: u64,
+    },
+    /// From the state that some ranks have kept in memory; the others fetch it from them.
+    Peers {
+        /// How far that state is.
+        position: Position,
+        /// The ranks that have it.
+        sources: Vec<Rank>,
     },
 }
 
@@ -414,6 +485,17 @@ pub enum FromWorker {
         generation: Generation,
         /// How it ended.
         outcome: Outcome,
+        /// How far the state is that the worker keeps for the next generation, if it keeps one.
+        held: Option<Position>,
+    },
+    /// The worker has the state of a job that it was told to follow, or will fetch it when it joins: it is ready.
+    Following {
+        /// The job.
+        job: JobId,
+        /// The generation that it follows.
+        generation: Generation,
+        /// How far its copy is.
+        position: Position,
     },
     /// The worker leaves on its own account (a signal).
     Leaving,

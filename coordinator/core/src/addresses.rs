@@ -124,6 +124,7 @@ mod tests {
             advertised: Vec::new(),
             metrics: None,
             running: None,
+            held: None,
         }
     }
 

@@ -212,6 +212,7 @@ impl Core {
             | FromWorker::Metrics { job, generation, .. }
             | FromWorker::Log { job, generation, .. }
             | FromWorker::Flight { job, generation, .. }
+            | FromWorker::Following { job, generation, .. }
             | FromWorker::Ended { job, generation, .. } => (*job, *generation),
         };
         if !self.is_current(worker, job, generation) {
@@ -245,7 +246,7 @@ impl Core {
                     board.handle_report(rank, report, now_ms);
                 }
             }
-            FromWorker::Log { .. } | FromWorker::Leaving => {}
+            FromWorker::Log { .. } | FromWorker::Leaving | FromWorker::Following { .. } => {}
         }
         Reception::Current
     }
@@ -426,7 +427,7 @@ impl Core {
                 file: record.file.clone(),
                 toml: record.toml.clone(),
                 datasets: record.datasets.clone(),
-                resume,
+                resume: resume.clone(),
             })
             .collect()
     }

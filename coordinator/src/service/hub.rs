@@ -375,7 +375,10 @@ impl Hub {
                 self.log(*job, &format!("{worker}: {line}"));
                 Ok(())
             }
-            FromWorker::Ended { .. } | FromWorker::Leaving | FromWorker::Flight { .. } => Ok(()),
+            FromWorker::Ended { .. }
+            | FromWorker::Leaving
+            | FromWorker::Flight { .. }
+            | FromWorker::Following { .. } => Ok(()),
         };
         self.note_written(written);
     }

@@ -190,6 +190,7 @@ impl Cluster {
             advertised: vec![loopback()],
             metrics: None,
             running,
+            held: None,
         };
         let mut exchange = Exchange::open(&connection, &Request::Session(register)).await?;
         assert_eq!(exchange.answer().await?, Response::Welcome);

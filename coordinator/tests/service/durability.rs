@@ -43,7 +43,7 @@ async fn a_running_job_goes_on_undisturbed_while_the_coordinator_is_away() {
     assert_eq!((status.state, status.generation), (JobState::Running, generation));
     let outcome =
         Outcome::Finished { weights_digest: "d".to_owned(), step: 4, epoch: 1, metrics: BTreeMap::new() };
-    worker.say(&FromWorker::Ended { job, generation, outcome }).await;
+    worker.say(&FromWorker::Ended { job, generation, outcome, held: None }).await;
     let status = cluster.wait(job, |j| j.state == JobState::Finished).await;
     assert_eq!(status.generation, generation);
 }

@@ -23,7 +23,7 @@ fn steps(job: JobId, generation: Generation, range: std::ops::RangeInclusive<u64
 fn finished(job: JobId, generation: Generation) -> FromWorker {
     let metrics = [("test_top1".to_owned(), 0.9)].into();
     let outcome = Outcome::Finished { weights_digest: "abc".to_owned(), step: 4, epoch: 1, metrics };
-    FromWorker::Ended { job, generation, outcome }
+    FromWorker::Ended { job, generation, outcome, held: None }
 }
 
 #[tokio::test]
@@ -95,7 +95,7 @@ async fn the_next_generation_resumes_from_the_newest_good_checkpoint() {
     std::fs::write(&newest, bytes).unwrap();
 
     let outcome = Outcome::Lost { error: "step 3: peer gone".to_owned(), culprit: None };
-    worker.say(&FromWorker::Ended { job, generation, outcome }).await;
+    worker.say(&FromWorker::Ended { job, generation, outcome, held: None }).await;
     let again = worker.start().await;
     assert_eq!(again.generation, Generation(generation.0 + 1));
     assert_eq!(again.resume, Resumption::Checkpoint { step: 1 });
@@ -148,7 +148,9 @@ async fn pause_cancel_and_logs_follow_a_job_to_its_end() {
     cluster.ask(&Request::Pause { job }).await;
     assert_eq!(worker.order().await, ToWorker::Stop { job, generation, mode: StopMode::Checkpoint });
     worker.put(job, generation, 2, &checkpoint(job, 2)).await.unwrap();
-    worker.say(&FromWorker::Ended { job, generation, outcome: Outcome::Stopped { step: 2 } }).await;
+    worker
+        .say(&FromWorker::Ended { job, generation, outcome: Outcome::Stopped { step: 2 }, held: None })
+        .await;
     cluster.wait(job, |j| j.state == JobState::Paused).await;
 
     let operator = cluster.operator().await;
@@ -160,7 +162,9 @@ async fn pause_cancel_and_logs_follow_a_job_to_its_end() {
     cluster.ask(&Request::Cancel { job }).await;
     let generation = Generation(2);
     assert_eq!(worker.order().await, ToWorker::Stop { job, generation, mode: StopMode::Abort });
-    worker.say(&FromWorker::Ended { job, generation, outcome: Outcome::Stopped { step: 2 } }).await;
+    worker
+        .say(&FromWorker::Ended { job, generation, outcome: Outcome::Stopped { step: 2 }, held: None })
+        .await;
     let mut last: Option<LogLine> = None;
     loop {
         match followed.next_answer().await {
@@ -228,7 +232,7 @@ async fn old_reports_are_ignored_and_counted() {
     let mut worker = cluster.worker().await;
     let generation = worker.start().await.generation;
     let outcome = Outcome::Lost { error: "x".to_owned(), culprit: None };
-    worker.say(&FromWorker::Ended { job, generation, outcome }).await;
+    worker.say(&FromWorker::Ended { job, generation, outcome, held: None }).await;
     worker.start().await;
     worker.say(&steps(job, generation, 1..=3)).await;
     cluster.wait_for_metric("lockstep_stale_messages_total 1").await;
@@ -276,7 +280,7 @@ async fn a_failed_job_with_a_good_checkpoint_is_taken_up_by_the_same_job_file() 
     let generation = worker.start().await.generation;
     let failed = || Outcome::Failed { error: "no space left".to_owned() };
     worker.put(job, generation, 2, &checkpoint(job, 2)).await.unwrap();
-    worker.say(&FromWorker::Ended { job, generation, outcome: failed() }).await;
+    worker.say(&FromWorker::Ended { job, generation, outcome: failed(), held: None }).await;
     let reason = cluster.wait(job, |j| j.state == JobState::Failed).await.reason;
 
     let scope = || Scope::Job { toml: JOB.to_owned() };
@@ -289,7 +293,7 @@ async fn a_failed_job_with_a_good_checkpoint_is_taken_up_by_the_same_job_file() 
     assert_eq!((again.job, again.resume), (job, Resumption::Checkpoint { step: 2 }));
 
     let outcome = failed();
-    worker.say(&FromWorker::Ended { job, generation: again.generation, outcome }).await;
+    worker.say(&FromWorker::Ended { job, generation: again.generation, outcome, held: None }).await;
     cluster.wait(job, |j| j.state == JobState::Failed).await;
     let spoil = |dir: &DataDir| {
         let weights = dir.job(job).checkpoints().join("step-000000000002").join(WEIGHTS_FILE);

@@ -114,7 +114,7 @@ async fn a_full_disk_holds_everything_up_until_it_has_room_again() {
         epoch: 1,
         metrics: [("test_top1".to_owned(), 0.5)].into(),
     };
-    worker.say(&FromWorker::Ended { job, generation, outcome }).await;
+    worker.say(&FromWorker::Ended { job, generation, outcome, held: None }).await;
     cluster.wait(job, |j| j.state == JobState::Finished).await;
     let text = String::from_utf8(log.lock().clone()).unwrap();
     for line in ["nothing new starts until it can be written", "the store can be written again"] {

@@ -161,7 +161,10 @@ impl Cluster {
         let process = self.process(worker);
         process.told_to_stop = false;
         let Some(running) = process.running.take() else { return };
-        self.say(worker, FromWorker::Ended { job: running.job, generation: running.generation, outcome });
+        self.say(
+            worker,
+            FromWorker::Ended { job: running.job, generation: running.generation, outcome, held: None },
+        );
     }
 
     /// The step in progress is over: a worker that was told to stop does.
@@ -201,6 +204,7 @@ impl Cluster {
                         self.process(worker).told_to_stop = true;
                     }
                 }
+                ToWorker::Follow(_) | ToWorker::Release { .. } => {}
                 ToWorker::Heard { .. } => panic!("acknowledging reports is the shell's business"),
                 ToWorker::Dismiss { .. } => {
                     self.cut(worker);

@@ -158,7 +158,7 @@ fn messages_of_an_old_generation_are_ignored_and_counted() {
     world.find(None);
     assert_eq!(world.generation(J1), Generation(2));
     let before = world.core.stale_messages();
-    let old = FromWorker::Ended { job: J1, generation: Generation(1), outcome: finished("x") };
+    let old = FromWorker::Ended { job: J1, generation: Generation(1), outcome: finished("x"), held: None };
     assert_eq!(world.core.handle_message(WorkerId(1), old, world.now_ms), Reception::Stale);
     assert_eq!(world.core.stale_messages(), before + 1);
     assert_eq!(world.state(J1), JobState::Running);

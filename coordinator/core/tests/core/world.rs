@@ -49,6 +49,7 @@ fn introduction(worker: u64) -> Register {
         advertised: Vec::new(),
         metrics: None,
         running: None,
+        held: None,
     }
 }
 
@@ -187,7 +188,7 @@ impl World {
 
     /// The worker says how it ended a generation.
     pub(crate) fn end(&mut self, worker: u64, job: JobId, generation: u64, outcome: Outcome) {
-        self.say(worker, FromWorker::Ended { job, generation: Generation(generation), outcome });
+        self.say(worker, FromWorker::Ended { job, generation: Generation(generation), outcome, held: None });
     }
 
     /// The worker reports a step.
