@@ -140,7 +140,9 @@ impl Core {
             StartReason::CheckpointOnly(step) | StartReason::CheckpointFurther { checkpoint: step, .. } => {
                 (Resumption::Checkpoint { step }, step)
             }
-            StartReason::Kept(position) => (self.from_peers(id, started, &workers, position), position.step),
+            StartReason::Kept(position) => {
+                (self.resumption_from_peers(id, started, &workers, position), position.step)
+            }
         };
         let names: Vec<_> = workers.iter().map(|w| format!("{w} on {}", self.workers.host(*w))).collect();
         let Some(job) = self.jobs.get_mut(&id) else { return };
@@ -178,7 +180,7 @@ impl Core {
         }
     }
 
-    fn from_peers(
+    fn resumption_from_peers(
         &self,
         id: JobId,
         started: Generation,
