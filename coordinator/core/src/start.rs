@@ -6,8 +6,8 @@ use crate::core::{Action, Core};
 use crate::decide::{Decision, WaitReason, Waiting, decide};
 use crate::generation::{Live, MemberState};
 use crate::jobs::Phase;
+use crate::stragglers::placement;
 use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
-use lockstep_common::placement::Placement;
 use lockstep_common::wire::{Assignment, JobState, Peer, Position, Resumption, ToWorker};
 
 impl Core {
@@ -153,7 +153,7 @@ impl Core {
         record.started = generation;
         record.step = step;
         record.weights_digest = None;
-        let placement = Placement::even(record.logical_shards, workers.len() as u32);
+        let placement = placement(record.logical_shards, &workers, job.wanted.take().as_deref());
         record.placement = Some(placement.clone());
         job.phase = Phase::Live(Live::new(generation, &workers, placement, &MemberState::Present));
         let hosts = workers.iter().map(|w| (*w, self.workers.host(*w).to_owned()));
