@@ -7,9 +7,10 @@ use crate::buffer::{Buffer, Pool};
 use crate::error::CollectiveError;
 use crate::flight::{Entry, Flight, FlightSnapshot, Ticket, Waiting};
 use crate::frame::{Header, Stage};
-use crate::inquiry::{self, Inquiry};
+use crate::inquiry::Inquiry;
 use crate::numbers::Numbers;
 use crate::op::Element;
+use crate::progress::Progress;
 use crate::shm::Neighbours;
 use crate::tag::Tag;
 use crate::transport::{Farewell, Frame, Lane, Transport};
@@ -23,6 +24,10 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio::sync::futures::OwnedNotified;
+
+mod overdue;
+
+use overdue::Questions;
 
 /// How many bytes a peer may send for collectives that this rank has not started before its lanes are read no
 /// further: two 25 MB buckets of gradients, so that a rank that is one collective behind slows nobody.
@@ -84,6 +89,7 @@ pub(crate) struct Engine {
     near: OnceLock<Arc<Neighbours>>,
     pool: Pool,
     flight: Flight,
+    progress: Progress,
     state: Mutex<State>,
     early_space: Arc<Notify>,
     bytes_sent: AtomicU64,
@@ -110,7 +116,9 @@ struct InFlight {
 
 #[derive(Clone)]
 struct Peer {
+    /// When it last sent a part of a collective, or got on by its own account.
     last_heard: Instant,
+    questions: Questions,
     early_bytes: usize,
     /// How many of its ways here it has ended.
     ended: u32,
@@ -126,7 +134,9 @@ impl Engine {
         timeout: Duration,
         transport: Option<Box<dyn Transport>>,
     ) -> Arc<Self> {
-        let peer = Peer { last_heard: Instant::now(), early_bytes: 0, ended: 0, left: false };
+        let now = Instant::now();
+        let peer =
+            Peer { last_heard: now, questions: Questions::new(now), early_bytes: 0, ended: 0, left: false };
         Arc::new(Self {
             rank,
             world,
@@ -136,6 +146,7 @@ impl Engine {
             near: OnceLock::new(),
             pool: Pool::default(),
             flight: Flight::new(),
+            progress: Progress::new(),
             state: Mutex::new(State {
                 failed: None,
                 in_flight: HashMap::new(),
@@ -223,6 +234,11 @@ impl Engine {
         self.state.lock().in_flight.values().map(|entry| entry.started.elapsed()).max()
     }
 
+    /// This rank computes.
+    pub(crate) fn note_progress(&self) {
+        self.progress.note(Instant::now());
+    }
+
     /// How many collectives have been entered and have ended so far.
     pub(crate) fn flight_events(&self) -> u64 {
         self.flight.events()
@@ -239,8 +255,8 @@ impl Engine {
             return self.abort(CollectiveError::Protocol { rank: from, detail });
         }
         match header.stage {
-            Stage::Ask => return self.answer(from, header.tag),
-            Stage::Waiting => return self.take_answer(from, header.tag, &payload),
+            Stage::Ask => return self.handle_question(from, header.tag),
+            Stage::Waiting => return self.handle_answer(from, header.tag, &payload),
             _ => {}
         }
         let collective = {
@@ -248,9 +264,13 @@ impl Engine {
             if state.failed.is_some() {
                 return;
             }
-            state.peers[from.index()].last_heard = Instant::now();
+            let now = Instant::now();
+            state.peers[from.index()].last_heard = now;
             match state.in_flight.get(&header.tag) {
-                Some(entry) => entry.collective.clone(),
+                Some(entry) => {
+                    self.progress.note(now);
+                    entry.collective.clone()
+                }
                 None => {
                     state.peers[from.index()].early_bytes += payload.len();
                     state.early.entry(header.tag).or_default().push((header, payload));
@@ -259,37 +279,6 @@ impl Engine {
             }
         };
         self.advance(header.tag, collective.handle_frame(self, &header, payload));
-    }
-
-    fn ask(&self, tag: Tag, ranks: Vec<Rank>) {
-        for rank in ranks {
-            self.send(rank, Lane::Small, Part::about(tag, Stage::Ask), vec![]);
-        }
-    }
-
-    /// Tells `from` whom this rank waits for in `tag`, or for whose sake it has not entered it yet.
-    fn answer(&self, from: Rank, tag: Tag) {
-        let (entered, collective) = {
-            let state = self.state.lock();
-            let entry = state.in_flight.get(&tag);
-            let oldest = || state.in_flight.values().min_by_key(|entry| entry.started);
-            (entry.is_some(), entry.or_else(oldest).map(|entry| entry.collective.clone()))
-        };
-        let mut missing = collective.map(|collective| collective.missing()).unwrap_or_default();
-        if !entered {
-            missing.retain(|(rank, _)| *rank != from);
-            if missing.is_empty() {
-                missing.push((self.rank, false));
-            }
-        }
-        let payload = vec![Bytes::from(inquiry::encode(&missing))];
-        self.send(from, Lane::Small, Part::about(tag, Stage::Waiting), payload);
-    }
-
-    fn take_answer(&self, from: Rank, tag: Tag, payload: &Buffer) {
-        let missing = inquiry::decode(payload, self.world);
-        let next = self.state.lock().inquiries.get_mut(&tag).map(|inquiry| inquiry.answered(from, missing));
-        self.ask(tag, next.unwrap_or_default());
     }
 
     /// A transport cannot make sense of what `from` sent.
@@ -333,39 +322,6 @@ impl Engine {
         self.abort(CollectiveError::Forwarded { by: from, culprit, message });
     }
 
-    /// Someone waited for `tag` up to the time-out. Ends the group if a rank it needs has been silent for that
-    /// long and everyone had time to say whom they wait for; otherwise says how long to wait before asking again.
-    pub(crate) fn handle_overdue(&self, tag: Tag) -> Duration {
-        let now = Instant::now();
-        let error = {
-            let mut state = self.state.lock();
-            let State { in_flight, inquiries, peers, .. } = &mut *state;
-            let Some(entry) = in_flight.get(&tag) else {
-                return self.timeout;
-            };
-            let started = entry.started;
-            let inquiry = inquiries.entry(tag).or_insert_with(|| Inquiry::new(self.rank, now));
-            let missing = inquiry.conclude(entry.collective.missing());
-            let silence = |rank: Rank| now - peers[rank.index()].last_heard.max(started).min(now);
-            let silent: Vec<_> =
-                missing.iter().copied().filter(|&(rank, _)| silence(rank) >= self.timeout).collect();
-            // Whoever began to wait late has heard no answers yet.
-            let answers = (self.timeout / 4).saturating_sub(now - inquiry.began());
-            if silent.is_empty() || !answers.is_zero() {
-                let longest = missing.iter().map(|&(rank, _)| silence(rank)).max().unwrap_or_default();
-                let ask = inquiry.ask(&missing);
-                drop(state);
-                self.ask(tag, ask);
-                return self.timeout.saturating_sub(longest).max(answers);
-            }
-            let entered = silent.iter().all(|&(_, entered)| entered);
-            let missing = silent.iter().filter(|s| s.1 == entered).map(|s| s.0).collect();
-            CollectiveError::TimedOut { tag, missing, entered, waited: now - started }
-        };
-        self.abort(error);
-        self.timeout
-    }
-
     /// What to await before reading more from `from`, if it is far ahead of this rank. Check again after it.
     pub(crate) fn early_space(&self, from: Rank) -> Option<OwnedNotified> {
         let freed = self.early_space.clone().notified_owned();
@@ -388,6 +344,7 @@ impl Engine {
                 return Err(CollectiveError::TagInUse(tag));
             }
             let started = Instant::now();
+            self.progress.note(started);
             let (signature, bytes) = collective.describe();
             let ticket = self.flight.enter(Entry { tag, signature, bytes, entered: started });
             let entry = InFlight { started, ticket, collective: collective.clone() };
@@ -499,6 +456,7 @@ impl Engine {
                 if let Some(entry) = entry {
                     self.collectives.fetch_add(1, Relaxed);
                     let ended = Instant::now();
+                    self.progress.note(ended);
                     self.flight.complete(entry.ticket, ended);
                     self.nanoseconds.fetch_add((ended - entry.started).as_nanos() as u64, Relaxed);
                 }

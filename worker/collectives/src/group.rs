@@ -230,6 +230,12 @@ impl Group {
         self.engine.flight_events()
     }
 
+    /// Says that this rank gets on with its work. To be called now and then between collectives that lie further apart
+    /// than the job's time-out, or the others take it for hung.
+    pub fn note_progress(&self) {
+        self.engine.note_progress();
+    }
+
     /// The first cause of the group's end, if it has ended.
     pub fn failure(&self) -> Option<CollectiveError> {
         self.engine.failure()

@@ -35,6 +35,7 @@ pub mod nccl;
 mod numbers;
 mod op;
 mod pending;
+mod progress;
 pub mod quic;
 mod shm;
 mod tag;

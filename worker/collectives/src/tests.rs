@@ -13,6 +13,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 mod faults;
+mod overdue;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
