@@ -4,6 +4,7 @@
 
 mod support;
 
+use lockstep_collectives::quic::{MeshConfig, Peer};
 use lockstep_collectives::{CollectiveError, Group, ReduceOp, Tag, TagKind};
 use lockstep_common::ids::{Generation, Rank, WorkerId};
 use lockstep_common::placement::Placement;
@@ -166,6 +167,46 @@ fn a_peer_that_never_comes_is_named_when_time_is_up() {
     let error = workers[1].connect(config).err().unwrap();
     assert_eq!(error.to_string(), "no connection to rank 0: it has not dialled this rank in time");
     assert!(started.elapsed() >= limit);
+}
+
+/// Another rank may prepare for long, but its worker answers meanwhile: one that does not is not there.
+#[test]
+fn a_peer_that_cannot_be_reached_is_named_after_the_time_out() {
+    const LIMIT: Duration = Duration::from_secs(2);
+    let workers = workers(2);
+    let placement = Placement::even(2, 2);
+    // Somebody holds the port and answers nothing, as behind a cut link.
+    let mute = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = mute.local_addr().unwrap();
+    let peer = Peer { addresses: vec![address], ..workers[1].peer(1) };
+    let config = MeshConfig {
+        connect_timeout: Duration::from_secs(900),
+        ..workers[0].config(0, vec![peer], &placement, LIMIT)
+    };
+    let started = Instant::now();
+    let error = workers[0].connect(config).err().unwrap();
+    assert!(started.elapsed() >= LIMIT && started.elapsed() < LIMIT * 3 / 2, "{:?}", started.elapsed());
+    assert_eq!(error.culprit(), Some(Rank(1)));
+    let expected = format!("no connection to rank 1: it cannot be reached: {address} has not answered");
+    assert!(error.to_string().starts_with(&expected), "{error}");
+}
+
+#[test]
+fn a_peer_that_answers_may_prepare_for_longer_than_the_time_out() {
+    const LIMIT: Duration = Duration::from_millis(500);
+    let workers = workers(2);
+    let placement = Placement::even(2, 2);
+    let config = |rank: usize| MeshConfig {
+        connect_timeout: TIMEOUT,
+        ..workers[rank].config(rank as u32, vec![workers[1 - rank].peer(1 - rank as u32)], &placement, LIMIT)
+    };
+    std::thread::scope(|scope| {
+        let (dials, prepares) = (config(0), &workers[1]);
+        let early = scope.spawn(|| workers[0].connect(dials).unwrap());
+        std::thread::sleep(3 * LIMIT);
+        let late = prepares.connect(config(1)).unwrap();
+        drop((early.join().unwrap(), late));
+    });
 }
 
 /// A peer with a valid certificate that speaks the greeting, then rubbish.

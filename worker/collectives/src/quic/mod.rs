@@ -78,7 +78,7 @@ pub struct MeshConfig {
     pub reduction: Reduction,
     /// What ranks of one host talk through.
     pub backend: Backend,
-    /// How long to wait for a silent peer in every collective.
+    /// How long to wait for a silent peer in every collective, and for one none of whose addresses answers.
     pub timeout: Duration,
     /// How long the peers may take to come: each prepares before it connects.
     pub connect_timeout: Duration,
@@ -129,6 +129,7 @@ pub fn transport_config() -> quinn::TransportConfig {
 pub(crate) async fn establish(config: MeshConfig) -> Result<(QuicTransport, Inboxes), CollectiveError> {
     check(&config)?;
     let deadline = Instant::now() + config.connect_timeout;
+    let patience = dial::Patience { deadline, unreachable: config.timeout };
     let me = Hello { job: config.job, generation: config.generation, rank: config.rank };
     let (lower, higher): (Vec<_>, Vec<_>) = config.peers.into_iter().partition(|p| p.rank < config.rank);
     let mut tasks = JoinSet::new();
@@ -137,7 +138,7 @@ pub(crate) async fn establish(config: MeshConfig) -> Result<(QuicTransport, Inbo
         let verify = config.verify_peer.clone();
         tasks.spawn(async move {
             let rank = peer.rank;
-            let connection = dial::dial(endpoint, tls, peer, me, verify, deadline).await?;
+            let connection = dial::dial(endpoint, tls, peer, me, verify, patience).await?;
             open(connection, rank, deadline).await
         });
     }
