@@ -19,7 +19,7 @@ use crossbeam_channel::Receiver;
 use lockstep_common::ids::{Generation, Rank};
 use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
@@ -29,9 +29,13 @@ mod overdue;
 
 use overdue::Questions;
 
-/// How many bytes a peer may send for collectives that this rank has not started before its lanes are read no
-/// further: two 25 MB buckets of gradients, so that a rank that is one collective behind slows nobody.
+/// How many bytes a peer may send for collectives that this rank has not started before its bulk lane is read no
+/// further: two 25 MB buckets of gradients, so that a rank that is one collective behind slows nobody. The small lane
+/// has as much again to itself, which no honest rank uses up.
 const EARLY_BYTES: usize = 64 << 20;
+
+/// What an early frame counts besides its payload: its header, and its places in a list and a table.
+const EARLY_FRAME_BYTES: usize = 256;
 
 /// The largest vector that is copied through the rings of a host rather than reduced where it lies: the second takes
 /// two messages one after the other.
@@ -92,6 +96,8 @@ pub(crate) struct Engine {
     progress: Progress,
     state: Mutex<State>,
     early_space: Arc<Notify>,
+    /// Of all peers.
+    early_bytes: AtomicUsize,
     bytes_sent: AtomicU64,
     bytes_received: AtomicU64,
     collectives: AtomicU64,
@@ -155,6 +161,7 @@ impl Engine {
                 peers: vec![peer; world as usize],
             }),
             early_space: Arc::new(Notify::new()),
+            early_bytes: AtomicUsize::new(0),
             bytes_sent: AtomicU64::new(0),
             bytes_received: AtomicU64::new(0),
             collectives: AtomicU64::new(0),
@@ -272,7 +279,9 @@ impl Engine {
                     entry.collective.clone()
                 }
                 None => {
-                    state.peers[from.index()].early_bytes += payload.len();
+                    let bytes = EARLY_FRAME_BYTES + payload.len();
+                    state.peers[from.index()].early_bytes += bytes;
+                    self.early_bytes.fetch_add(bytes, Relaxed);
                     state.early.entry(header.tag).or_default().push((header, payload));
                     return;
                 }
@@ -322,15 +331,23 @@ impl Engine {
         self.abort(CollectiveError::Forwarded { by: from, culprit, message });
     }
 
-    /// What to await before reading more from `from`, if it is far ahead of this rank. Check again after it.
-    pub(crate) fn early_space(&self, from: Rank) -> Option<OwnedNotified> {
+    /// What to await before reading more of `lane` from `from`, if it is far ahead of this rank. Check again after it.
+    pub(crate) fn early_space(&self, from: Rank, lane: Lane) -> Option<OwnedNotified> {
+        if !self.is_far_ahead(from, lane) {
+            return None;
+        }
         let freed = self.early_space.clone().notified_owned();
-        self.is_far_ahead(from).then_some(freed)
+        self.is_far_ahead(from, lane).then_some(freed)
     }
 
-    /// Whether nothing more should be read from `from` for now: it is far ahead of this rank.
-    pub(crate) fn is_far_ahead(&self, from: Rank) -> bool {
-        self.state.lock().peers[from.index()].early_bytes >= EARLY_BYTES
+    /// Whether nothing more should be read of `lane` from `from` for now: it is far ahead of this rank.
+    pub(crate) fn is_far_ahead(&self, from: Rank, lane: Lane) -> bool {
+        let most = match lane {
+            Lane::Small => 2 * EARLY_BYTES,
+            Lane::Bulk => EARLY_BYTES,
+        };
+        // Asked at every look at a ring, and hardly ever true.
+        self.early_bytes.load(Relaxed) >= most && self.state.lock().peers[from.index()].early_bytes >= most
     }
 
     /// Starts a collective: sends this rank's part and takes in what arrived early.
@@ -351,7 +368,9 @@ impl Engine {
             state.in_flight.insert(tag, entry);
             let early = state.early.remove(&tag).unwrap_or_default();
             for (header, payload) in &early {
-                state.peers[header.source.index()].early_bytes -= payload.len();
+                let bytes = EARLY_FRAME_BYTES + payload.len();
+                state.peers[header.source.index()].early_bytes -= bytes;
+                self.early_bytes.fetch_sub(bytes, Relaxed);
             }
             early
         };
@@ -408,6 +427,7 @@ impl Engine {
             state.failed = Some(error.clone());
             state.early.clear();
             state.peers.iter_mut().for_each(|peer| peer.early_bytes = 0);
+            self.early_bytes.store(0, Relaxed);
             std::mem::take(&mut state.in_flight)
         };
         tracing::debug!(rank = self.rank.0, generation = self.generation.0, %error, "group ends");

@@ -53,11 +53,23 @@ fn a_rank_far_ahead_waits_for_the_other() {
         group.all_reduce(gradient(step), vec![vec![step as f32; LEN]], ReduceOp::Sum).unwrap()
     };
     let ahead: Vec<_> = (1..=4).map(|step| start(&groups[0], step)).collect();
-    // The broadcast of the rank that is ahead, on the small lane, passes the buckets.
-    let tag = Tag::new(0, 0, TagKind::Broadcast);
-    groups[0].broadcast(tag, Rank(0), Some(b"go".to_vec())).unwrap().wait().unwrap();
-    let sent = groups[1].broadcast(tag, Rank(0), None).unwrap();
-    assert_eq!(*sent.wait().unwrap(), b"go"[..]);
+    let tag = |index| Tag::new(0, 0, TagKind::Broadcast).index(index);
+    let go = |index| {
+        groups[0].broadcast(tag(index), Rank(0), Some(b"go".to_vec())).unwrap().wait().unwrap();
+        let sent = groups[1].broadcast(tag(index), Rank(0), None).unwrap();
+        assert_eq!(*sent.wait().unwrap(), b"go"[..]);
+    };
+    // Broadcasts of the rank that is ahead, on the small lane, pass the buckets, also when the bulk lane is read no
+    // further: all that could have come by then has.
+    go(0);
+    let stands = || {
+        let before = groups[1].stats().bytes_received;
+        std::thread::sleep(Duration::from_millis(100));
+        (groups[1].stats().bytes_received == before).then_some(before)
+    };
+    let received = std::iter::repeat_with(stands).flatten().next().unwrap();
+    assert!(received > 64 << 20, "{received}");
+    (1..4).for_each(go);
     assert!(ahead.iter().all(|pending| !pending.is_ready()));
     let behind: Vec<_> = (1..=4).map(|step| start(&groups[1], step)).collect();
     for (pending, step) in ahead.iter().chain(&behind).zip([1.0, 2.0, 3.0, 4.0].into_iter().cycle()) {

@@ -189,8 +189,9 @@ impl Inboxes {
         for LinkInbox { rank, connection, recv } in self.0 {
             tokio::spawn(watch::watch(connection, rank, Arc::downgrade(engine)));
             let ended = Arc::new(AtomicU32::new(0));
-            for stream in recv {
-                let inbox = Inbox { from: rank, engine: Arc::downgrade(engine), pool: engine.pool().clone() };
+            for (lane, stream) in LANES.into_iter().zip(recv) {
+                let (engine, pool) = (Arc::downgrade(engine), engine.pool().clone());
+                let inbox = Inbox { from: rank, lane, engine, pool };
                 tokio::spawn(inbox.run(stream, ended.clone()));
             }
         }
@@ -200,6 +201,7 @@ impl Inboxes {
 /// The reading end of one lane.
 struct Inbox {
     from: Rank,
+    lane: Lane,
     engine: Weak<Engine>,
     pool: Pool,
 }
@@ -265,7 +267,9 @@ impl Inbox {
         stream.read_exact(payload.bytes_mut()).await.map_err(broken)?;
         self.engine.upgrade().ok_or(End::NobodyListens)?.handle_frame(self.from, header, payload);
         // The engine must not be kept alive while waiting, or a dropped group could not leave.
-        while let Some(freed) = self.engine.upgrade().ok_or(End::NobodyListens)?.early_space(self.from) {
+        while let Some(freed) =
+            self.engine.upgrade().ok_or(End::NobodyListens)?.early_space(self.from, self.lane)
+        {
             freed.await;
         }
         Ok(())
