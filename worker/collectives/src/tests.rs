@@ -151,6 +151,24 @@ fn dishonest_pieces_of_a_large_sum_end_the_group() {
     }
 }
 
+/// Receipts for a result that is not there yet: this rank must not take what lies in its place for it.
+#[test]
+fn a_receipt_that_comes_early_ends_the_group() {
+    const LEN: usize = 32_768;
+    for (hosts, waits) in [([0, 0, 1], 0), ([0, 1, 1], 1), ([0, 0, 0], 0)] {
+        let placement = Placement::even(3, 3);
+        let groups = Group::on_hosts(&placement, &hosts, Reduction::Exact, TIMEOUT).unwrap();
+        let sender = Rank(waits + 1);
+        let pending = groups[waits as usize].all_reduce(tag(), vec![vec![1f32; LEN]], ReduceOp::Sum).unwrap();
+        let receipt =
+            Header { source: sender, stage: Stage::Taken, total: LEN as u64, payload_len: 0, ..honest() };
+        groups[waits as usize].engine().handle_frame(sender, receipt, Pool::default().take(0));
+        let error = pending.wait().unwrap_err();
+        assert_eq!(error.culprit(), Some(sender), "{hosts:?}: {error}");
+        assert!(error.to_string().contains("an unexpected receipt"), "{hosts:?}: {error}");
+    }
+}
+
 #[test]
 fn a_frame_of_an_old_generation_is_dropped_and_counted() {
     let engine = Engine::new(Rank(0), 2, Generation(5), TIMEOUT, None);
