@@ -4,7 +4,7 @@
 //! collective computes, and the order of locks is the engine's, then a collective's.
 
 use crate::buffer::{Buffer, Pool};
-use crate::error::CollectiveError;
+use crate::error::{CollectiveError, Moment};
 use crate::flight::{Entry, Flight, FlightSnapshot, Ticket, Waiting};
 use crate::frame::{Header, Stage};
 use crate::inquiry::Inquiry;
@@ -302,9 +302,11 @@ impl Engine {
             if state.peers[from.index()].left {
                 return;
             }
-            state.oldest_that_needs(from)
+            // Where none needs it, something does soon.
+            state.oldest_that_needs(from).or_else(|| state.oldest())
         };
-        self.abort(CollectiveError::PeerLost { rank: from, tag, reason });
+        let at = tag.map(Moment::In).or_else(|| self.flight.newest().map(Moment::After));
+        self.abort(CollectiveError::PeerLost { rank: from, at, reason });
     }
 
     /// `from` left after it had sent everything on one of the ways here: the network, or shared memory.
@@ -513,6 +515,10 @@ impl State {
     fn oldest_that_needs(&self, rank: Rank) -> Option<Tag> {
         let waiting = self.in_flight.iter().filter(|(tag, _)| self.needs(**tag, rank));
         waiting.min_by_key(|(_, entry)| entry.started).map(|(tag, _)| *tag)
+    }
+
+    fn oldest(&self) -> Option<Tag> {
+        self.in_flight.iter().min_by_key(|(_, entry)| entry.started).map(|(tag, _)| *tag)
     }
 }
 

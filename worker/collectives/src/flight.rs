@@ -143,6 +143,16 @@ impl Flight {
         record.entered + record.ended
     }
 
+    /// The collective that was completed last.
+    pub(crate) fn newest(&self) -> Option<Tag> {
+        let record = self.0.lock();
+        let completed = record.lines.iter().filter_map(|line| match line.end {
+            End::Completed(at) => Some((at, line.ticket, line.entry.tag)),
+            End::InFlight | End::Failed(_) => None,
+        });
+        completed.max_by_key(|&(at, ticket, _)| (at, ticket)).map(|(_, _, tag)| tag)
+    }
+
     /// The record, with what the engine knows of those `in_flight`.
     pub(crate) fn snapshot(
         &self,
@@ -217,6 +227,7 @@ mod tests {
     #[test]
     fn the_last_collectives_are_remembered_the_newest_first() {
         let flight = Flight::new();
+        assert_eq!(flight.newest(), None);
         let slow = flight.enter(entry(9999));
         let pair = [flight.enter(entry(0)), flight.enter(entry(1))];
         assert!(flight.snapshot(vec![], None).last.is_empty());
@@ -232,6 +243,7 @@ mod tests {
         let taken = flight.enter(entry(1000));
         flight.complete(slow, Instant::now());
         let last = flight.snapshot(vec![], None).last;
+        assert_eq!(flight.newest(), Some(entry(999).tag));
         assert_eq!(indices(&last), (745..1000).rev().collect::<Vec<_>>());
         assert_eq!((last[0].signature.as_str(), last[0].bytes, last[0].completed), ("sum of f32", 8, true));
         assert_eq!(flight.events(), 2003);

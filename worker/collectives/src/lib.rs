@@ -45,7 +45,7 @@ mod transport;
 pub mod tree;
 
 pub use engine::Stats;
-pub use error::CollectiveError;
+pub use error::{CollectiveError, Moment};
 pub use flight::{FlightSnapshot, Past, Waiting};
 pub use group::Group;
 pub use numbers::Numbers;
