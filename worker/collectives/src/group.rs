@@ -366,7 +366,8 @@ impl Group {
         self.engine.start(tag, collective)
     }
 
-    /// Brings every rank's bytes, of any length, to every rank, in order of rank.
+    /// Brings every rank's bytes to every rank, in order of rank. They may differ in length, up to 64 MiB; for
+    /// [`TagKind::State`](crate::TagKind::State) up to 64 GiB.
     pub fn all_gather(&self, tag: Tag, bytes: Vec<u8>) -> Result<Pending<Vec<Bytes>>, CollectiveError> {
         let expect = vec![Expect::Any; self.world_size() as usize];
         self.gather(tag, GATHER, Some(bytes.into()), expect, |blobs| blobs)
@@ -505,6 +506,11 @@ impl Group {
         expect: Vec<Expect>,
         finish: impl FnOnce(Vec<Bytes>) -> R + Send + 'static,
     ) -> Result<Pending<R>, CollectiveError> {
+        let (bytes, most) = (mine.as_ref().map_or(0, Bytes::len), tag.kind.most_blob_bytes());
+        if bytes as u64 > most {
+            let detail = format!("{bytes} bytes, more than the {most} that others take for it");
+            return Err(CollectiveError::Misuse { tag, detail });
+        }
         let slot = Slot::new();
         let result = slot.clone();
         let finish = Box::new(move |blobs| result.set(Ok(finish(blobs))));

@@ -151,6 +151,59 @@ fn dishonest_pieces_of_a_large_sum_end_the_group() {
     }
 }
 
+#[test]
+fn a_blob_beyond_its_kind_ends_the_group() {
+    let digest = Tag::new(7, 0, TagKind::Digest);
+    let blob = Header { tag: digest, signature: crate::group::GATHER, ..honest() };
+    let cases = [
+        (Header { total: 5000, ..blob }, "5000 bytes, more than 4096"),
+        (Header { total: 64, ..blob }, "pieces that do not fit"),
+    ];
+    for (header, expected) in cases {
+        let groups = groups(2, TIMEOUT);
+        let pending = groups[0].all_gather(digest, vec![1; 64]).unwrap();
+        deliver(&groups[0], header);
+        let error = pending.wait().unwrap_err();
+        assert_eq!(error.culprit(), Some(Rank(1)));
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+    let refused = groups(2, TIMEOUT)[0].all_gather(digest, vec![1; 5000]).err().unwrap();
+    assert!(matches!(refused, CollectiveError::Misuse { .. }), "{refused}");
+}
+
+/// Frames that cost nothing but their headers, for collectives that nobody starts.
+#[test]
+fn empty_early_frames_hold_their_sender_up() {
+    let groups = groups(2, TIMEOUT);
+    let engine = groups[0].engine();
+    let ahead = |lane| engine.is_far_ahead(Rank(1), lane);
+    for step in 0..700_000 {
+        let tag = Tag::new(step, 0, TagKind::Barrier);
+        engine.handle_frame(Rank(1), Header { tag, payload_len: 0, ..honest() }, Pool::default().take(0));
+        if ahead(Lane::Small) {
+            assert!(ahead(Lane::Bulk) && step > 400_000, "{step}");
+            return;
+        }
+    }
+    panic!("no number of frames is too many");
+}
+
+/// Pieces for a leader whose host is not ready, more than the vector has.
+#[test]
+fn pieces_that_come_early_from_another_host_are_counted() {
+    const LEN: usize = 32_768;
+    let placement = Placement::even(3, 3);
+    let groups = Group::on_hosts(&placement, &[0, 0, 1], Reduction::Exact, TIMEOUT).unwrap();
+    let pending = groups[0].all_reduce(tag(), vec![vec![1f32; LEN]], ReduceOp::Sum).unwrap();
+    let piece = Header { source: Rank(2), total: LEN as u64, payload_len: 4, ..honest() };
+    for _ in 0..3 {
+        groups[0].engine().handle_frame(Rank(2), piece, Pool::default().take(4));
+    }
+    let error = pending.wait().unwrap_err();
+    assert_eq!(error.culprit(), Some(Rank(2)));
+    assert!(error.to_string().contains("more pieces than there are"), "{error}");
+}
+
 /// Receipts for a result that is not there yet: this rank must not take what lies in its place for it.
 #[test]
 fn a_receipt_that_comes_early_ends_the_group() {

@@ -466,11 +466,21 @@ impl<T: Element> HostReduction<T> {
         let Goal::Hosts(hosts) = &self.goal else {
             return Err(self.broken(header.source, "a part from another host"));
         };
+        if self.mates.me != 0 || !hosts.leaders.members.contains(&header.source) {
+            return Err(
+                self.broken(header.source, "a part between ranks of which one does not lead its host")
+            );
+        }
         let upper = {
             let mut state = self.state.lock();
             match state.upper.clone() {
                 Some(upper) => upper,
                 None => {
+                    let before =
+                        state.early.iter().filter(|(early, _)| early.source == header.source).count();
+                    if before >= Chunked::<T>::most_frames(&hosts.leaders, self.len) {
+                        return Err(self.broken(header.source, "more pieces than there are"));
+                    }
                     state.early.push((*header, payload));
                     return Ok(None);
                 }
