@@ -7,10 +7,12 @@ mod support;
 use lockstep_collectives::quic::{MeshConfig, Peer};
 use lockstep_collectives::{CollectiveError, Group, ReduceOp, Tag, TagKind};
 use lockstep_common::ids::{Generation, Rank, WorkerId};
+use lockstep_common::net::{self, Authority, Role};
 use lockstep_common::placement::Placement;
 use proptest::prelude::*;
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
-use support::cluster::{GENERATION, JOB, mesh, workers};
+use support::cluster::{GENERATION, JOB, Worker, mesh, worker, workers};
 use support::{Draw, assert_same, in_ranks, leaves_of, placement_strategy, reference};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -218,6 +220,91 @@ fn a_peer_that_answers_may_prepare_for_longer_than_the_time_out() {
         std::thread::sleep(3 * LIMIT);
         let late = prepares.connect(config(1)).unwrap();
         drop((early.join().unwrap(), late));
+    });
+}
+
+/// A connection that says it is `rank` of the group and waits.
+fn knock(caller: &Worker, called: &Worker, rank: u32) -> quinn::Connection {
+    let peer = called.peer(1);
+    caller.runtime.block_on(async {
+        let tls = caller.client_config.clone();
+        let dialled = caller.endpoint.connect_with(tls, peer.addresses[0], &peer.server_name);
+        let connection = dialled.unwrap().await.unwrap();
+        let (mut send, recv) = connection.open_bi().await.unwrap();
+        let mut hello = b"LKSH\x01\x00".to_vec();
+        hello.extend(JOB.0.to_le_bytes());
+        hello.extend(GENERATION.0.to_le_bytes());
+        hello.extend(rank.to_le_bytes());
+        send.write_all(&hello).await.unwrap();
+        std::mem::forget((send, recv));
+        connection
+    })
+}
+
+fn until_put_off(connections: &[quinn::Connection], count: usize) {
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        let reasons: Vec<_> = connections.iter().filter_map(|one| one.close_reason()).collect();
+        assert!(
+            reasons.iter().all(|why| why.to_string().contains("too many of your connections")),
+            "{reasons:?}"
+        );
+        if reasons.len() == count {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{reasons:?}");
+        std::thread::yield_now();
+    }
+}
+
+/// In a large world all are early, and what one worker sends must not push the others out.
+#[test]
+fn early_connections_of_many_workers_wait_and_too_many_of_one_are_put_off() {
+    const OTHERS: u32 = 140;
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::open(folder.path()).unwrap();
+    let [called, mut many] = [1, 2].map(|id| worker(&authority, WorkerId(id)));
+    let name = |many: &mut Worker, id: u32| {
+        let identity = authority.issue(Role::Worker(WorkerId(100 + u64::from(id)))).unwrap();
+        many.client_config = net::client_config(&identity).unwrap();
+    };
+    let mut waiting = vec![];
+    for rank in 0..OTHERS {
+        name(&mut many, rank);
+        waiting.push(knock(&many, &called, rank));
+    }
+    name(&mut many, OTHERS);
+    let pushy: Vec<_> = (0..10).map(|_| knock(&many, &called, OTHERS)).collect();
+    until_put_off(&pushy, 2);
+    let mut incoming = called.lobby.expect(JOB, GENERATION);
+    let admitted = called.runtime.block_on(async {
+        let mut ranks = BTreeSet::new();
+        while ranks.len() <= OTHERS as usize {
+            ranks.insert(incoming.recv().await.unwrap().rank());
+        }
+        ranks
+    });
+    assert!(admitted.into_iter().eq((0..=OTHERS).map(Rank)));
+    until_put_off(&waiting, 0);
+}
+
+#[test]
+fn a_rank_that_is_put_off_comes_again() {
+    let workers = workers(2);
+    let placement = Placement::even(2, 2);
+    let config = |rank: usize| {
+        workers[rank].config(rank as u32, vec![workers[1 - rank].peer(1 - rank as u32)], &placement, TIMEOUT)
+    };
+    let knocks = || (0..8).map(|_| knock(&workers[0], &workers[1], 7)).collect::<Vec<_>>();
+    std::thread::scope(|scope| {
+        let before = knocks();
+        let dials = config(0);
+        let dialler = scope.spawn(|| workers[0].connect(dials).unwrap());
+        // It is there when the first of the others has had to go.
+        until_put_off(&before, 1);
+        let after = knocks();
+        let last = workers[1].connect(config(1)).unwrap();
+        drop((dialler.join().unwrap(), last, before, after));
     });
 }
 

@@ -69,7 +69,9 @@ pub(super) async fn dial(
                         tell(me.rank, peer.rank, address, &connection, &passed_over);
                         return Ok(connection);
                     }
-                    Ok(Err(HelloError::Lost(reason))) => last = format!("{address}: {reason}"),
+                    Ok(Err(HelloError::Lost(reason) | HelloError::Busy(reason))) => {
+                        last = format!("{address}: {reason}");
+                    }
                     Ok(Err(error)) => return Err(failed(format!("{address}: {error}"))),
                     Err(_) => last = format!("{address}: connected, but it has not formed this group"),
                 }

@@ -2,6 +2,7 @@
 
 use super::close;
 use lockstep_common::ids::{Generation, JobId, Rank};
+use lockstep_common::net::{Role, peer_role};
 use parking_lot::Mutex;
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
@@ -20,9 +21,9 @@ const WELCOME_LEN: usize = 10;
 /// How long a connected peer may take to say hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How many connections may wait for groups that this worker has not been told to form yet: those of one
-/// generation, with room for a second.
-const EARLY_CONNECTIONS: usize = 128;
+/// How many connections of one worker may wait for groups that this worker has not been told to form yet: it has one
+/// rank of a job, and dials again when a connection breaks before this side has noticed.
+const EARLY_CONNECTIONS: usize = 8;
 
 /// Why a greeting failed.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +50,9 @@ pub enum HelloError {
     /// The peer said no.
     #[error("refused: {0}")]
     Refused(String),
+    /// The peer has too much to do with this worker's other connections.
+    #[error("refused for now: {0}")]
+    Busy(String),
     /// The peer said nothing.
     #[error("no greeting within {} s", HELLO_TIMEOUT.as_secs())]
     Silent,
@@ -123,6 +127,8 @@ pub struct Accepted {
     connection: quinn::Connection,
     send: quinn::SendStream,
     hello: Hello,
+    /// By its certificate.
+    worker: Option<Role>,
 }
 
 impl Accepted {
@@ -137,7 +143,10 @@ impl Accepted {
             Ok((send, Hello::decode(&bytes)?))
         };
         match tokio::time::timeout(HELLO_TIMEOUT, greeting).await.unwrap_or(Err(HelloError::Silent)) {
-            Ok((send, hello)) => Ok(Self { connection, send, hello }),
+            Ok((send, hello)) => {
+                let worker = peer_role(&connection);
+                Ok(Self { connection, send, hello, worker })
+            }
             Err(error) => {
                 let reason = match error {
                     HelloError::Version(theirs) => format!(
@@ -165,6 +174,11 @@ impl Accepted {
     /// Tells the peer why it is not wanted.
     pub fn refuse(self, reason: &str) {
         self.connection.close(close::REFUSED, reason.as_bytes());
+    }
+
+    /// Tells the peer to come again.
+    fn put_off(self, reason: &str) {
+        self.connection.close(close::BUSY, reason.as_bytes());
     }
 
     /// Answers in the name of `rank`, this worker's.
@@ -244,12 +258,17 @@ impl LobbyState {
                 accepted.refuse(&reason);
             }
             _ => {
-                self.early.push_back(accepted);
-                if self.early.len() > EARLY_CONNECTIONS
-                    && let Some(oldest) = self.early.pop_front()
+                // Those that the peer has given up make room first.
+                self.early.retain(|early| early.connection.close_reason().is_none());
+                let its: Vec<_> = (0..self.early.len())
+                    .filter(|&place| self.early[place].worker == accepted.worker)
+                    .collect();
+                if its.len() >= EARLY_CONNECTIONS
+                    && let Some(oldest) = self.early.remove(its[0])
                 {
-                    oldest.refuse("too many connections wait for groups this worker does not know");
+                    oldest.put_off("too many of your connections wait for groups this worker does not know");
                 }
+                self.early.push_back(accepted);
             }
         }
     }
@@ -267,6 +286,9 @@ fn lost(error: quinn::ConnectionError) -> HelloError {
     match error {
         quinn::ConnectionError::ApplicationClosed(frame) if frame.error_code == close::REFUSED => {
             HelloError::Refused(String::from_utf8_lossy(&frame.reason).into_owned())
+        }
+        quinn::ConnectionError::ApplicationClosed(frame) if frame.error_code == close::BUSY => {
+            HelloError::Busy(String::from_utf8_lossy(&frame.reason).into_owned())
         }
         other => HelloError::Lost(other.to_string()),
     }

@@ -35,6 +35,8 @@ pub(crate) mod close {
     pub(crate) const REFUSED: VarInt = VarInt::from_u32(2);
     /// The group failed; the reason holds a farewell.
     pub(crate) const ABORTED: VarInt = VarInt::from_u32(3);
+    /// The connection is not wanted now, but another one later.
+    pub(crate) const BUSY: VarInt = VarInt::from_u32(4);
 }
 
 /// Says whether a connection's certificate is that of the worker it should be.
