@@ -4,13 +4,16 @@
 
 mod support;
 
-use lockstep_collectives::quic::{MeshConfig, Peer};
+use lockstep_collectives::quic::{MeshConfig, PROTOCOL_VERSION, Peer};
 use lockstep_collectives::{CollectiveError, Group, ReduceOp, Tag, TagKind};
 use lockstep_common::ids::{Generation, Rank, WorkerId};
 use lockstep_common::net::{self, Authority, Role};
 use lockstep_common::placement::Placement;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use support::cluster::{GENERATION, JOB, Worker, mesh, worker, workers};
 use support::{Draw, assert_same, in_ranks, leaves_of, placement_strategy, reference};
@@ -183,6 +186,61 @@ fn a_peer_that_never_comes_is_named_when_time_is_up() {
     assert!(started.elapsed() >= limit);
 }
 
+/// A way to `to` that passes on what comes from one sender. Any other is refused by the kernel, as by a NAT.
+fn nat(to: SocketAddr, stalled: &Arc<AtomicBool>) -> SocketAddr {
+    let outer = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let inner = UdpSocket::bind("127.0.0.1:0").unwrap();
+    inner.connect(to).unwrap();
+    let address = outer.local_addr().unwrap();
+    let stalled = stalled.clone();
+    std::thread::spawn(move || {
+        let mut bytes = vec![0; 1 << 16];
+        let (len, sender) = outer.recv_from(&mut bytes).unwrap();
+        outer.connect(sender).unwrap();
+        inner.send(&bytes[..len]).unwrap();
+        let pass = |from: UdpSocket, to: UdpSocket| {
+            let stalled = stalled.clone();
+            std::thread::spawn(move || {
+                let mut bytes = vec![0; 1 << 16];
+                // It ends with the test's process.
+                while let Ok(len) = from.recv(&mut bytes) {
+                    if !stalled.load(Relaxed) {
+                        let _ = to.send(&bytes[..len]);
+                    }
+                }
+            })
+        };
+        pass(outer.try_clone().unwrap(), inner.try_clone().unwrap());
+        pass(inner, outer);
+    });
+    address
+}
+
+#[test]
+fn a_peer_behind_a_nat_that_refuses_probes_is_not_taken_for_dead() {
+    let workers = workers(2);
+    let placement = Placement::even(2, 2);
+    let stalled = Arc::new(AtomicBool::new(false));
+    let through = nat(workers[1].peer(1).addresses[0], &stalled);
+    let groups = std::thread::scope(|scope| {
+        let peer = Peer { addresses: vec![through], ..workers[1].peer(1) };
+        let config = workers[0].config(0, vec![peer], &placement, TIMEOUT);
+        let dials = scope.spawn(|| workers[0].connect(config).unwrap());
+        let config = workers[1].config(1, vec![workers[0].peer(0)], &placement, TIMEOUT);
+        [workers[1].connect(config).unwrap(), dials.join().unwrap()]
+    });
+    let meet = |step| {
+        in_ranks(&groups, |group| group.barrier(Tag::new(step, 0, TagKind::Barrier)).unwrap().wait().unwrap())
+    };
+    // Long enough for each to find out what its probes are worth.
+    let begin = Instant::now();
+    (1..).take_while(|_| begin.elapsed() < Duration::from_secs(1)).for_each(|step| drop(meet(step)));
+    stalled.store(true, Relaxed);
+    std::thread::sleep(Duration::from_secs(2));
+    stalled.store(false, Relaxed);
+    meet(0);
+}
+
 /// Another rank may prepare for long, but its worker answers meanwhile: one that does not is not there.
 #[test]
 fn a_peer_that_cannot_be_reached_is_named_after_the_time_out() {
@@ -190,7 +248,7 @@ fn a_peer_that_cannot_be_reached_is_named_after_the_time_out() {
     let workers = workers(2);
     let placement = Placement::even(2, 2);
     // Somebody holds the port and answers nothing, as behind a cut link.
-    let mute = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let mute = UdpSocket::bind("127.0.0.1:0").unwrap();
     let address = mute.local_addr().unwrap();
     let peer = Peer { addresses: vec![address], ..workers[1].peer(1) };
     let config = MeshConfig {
@@ -231,7 +289,7 @@ fn knock(caller: &Worker, called: &Worker, rank: u32) -> quinn::Connection {
         let dialled = caller.endpoint.connect_with(tls, peer.addresses[0], &peer.server_name);
         let connection = dialled.unwrap().await.unwrap();
         let (mut send, recv) = connection.open_bi().await.unwrap();
-        let mut hello = b"LKSH\x01\x00".to_vec();
+        let mut hello = [&b"LKSH"[..], &PROTOCOL_VERSION.to_le_bytes()].concat();
         hello.extend(JOB.0.to_le_bytes());
         hello.extend(GENERATION.0.to_le_bytes());
         hello.extend(rank.to_le_bytes());
@@ -336,12 +394,12 @@ fn rubbish_ends_the_group_and_names_the_rank() {
                 let dialled = workers[0].endpoint.connect_with(tls, peer.addresses[0], &peer.server_name);
                 let connection = dialled.unwrap().await.unwrap();
                 let (mut send, mut recv) = connection.open_bi().await.unwrap();
-                let mut hello = b"LKSH\x01\x00".to_vec();
+                let mut hello = [&b"LKSH"[..], &PROTOCOL_VERSION.to_le_bytes()].concat();
                 hello.extend(JOB.0.to_le_bytes());
                 hello.extend(GENERATION.0.to_le_bytes());
                 hello.extend(0u32.to_le_bytes());
                 send.write_all(&hello).await.unwrap();
-                recv.read_exact(&mut [0; 10]).await.unwrap();
+                recv.read_exact(&mut [0; 26]).await.unwrap();
                 for lane in [0u8, 1] {
                     let mut stream = connection.open_uni().await.unwrap();
                     stream.write_all(&[lane]).await.unwrap();

@@ -1,6 +1,7 @@
 //! Reaching another rank under one of its addresses.
 
 use super::hello::{self, Hello, HelloError};
+use super::lifeline::Lifeline;
 use super::{Peer, VerifyPeer, close};
 use crate::error::CollectiveError;
 use lockstep_common::ids::Rank;
@@ -35,7 +36,7 @@ pub(super) async fn dial(
     me: Hello,
     verify: VerifyPeer,
     Patience { deadline, unreachable }: Patience,
-) -> Result<quinn::Connection, CollectiveError> {
+) -> Result<(quinn::Connection, Lifeline), CollectiveError> {
     let failed = |detail: String| CollectiveError::Connect { rank: peer.rank, detail };
     let mut last = "time ran out".to_owned();
     let mut pause = RETRY;
@@ -65,9 +66,9 @@ pub(super) async fn dial(
                     return Err(failed(format!("{address} is not {}, by its certificate", peer.worker)));
                 }
                 match timeout_at(deadline, hello::introduce(&connection, me, peer.rank)).await {
-                    Ok(Ok(())) => {
+                    Ok(Ok(secret)) => {
                         tell(me.rank, peer.rank, address, &connection, &passed_over);
-                        return Ok(connection);
+                        return Ok((connection, Lifeline::to(address, secret)));
                     }
                     Ok(Err(HelloError::Lost(reason) | HelloError::Busy(reason))) => {
                         last = format!("{address}: {reason}");
