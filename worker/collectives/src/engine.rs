@@ -297,16 +297,15 @@ impl Engine {
 
     /// The connection to `from` broke.
     pub(crate) fn handle_lost(&self, from: Rank, reason: String) {
-        let tag = {
-            let state = self.state.lock();
+        self.abort_if(|state| {
             if state.peers[from.index()].left {
-                return;
+                return None;
             }
             // Where none needs it, something does soon.
-            state.oldest_that_needs(from).or_else(|| state.oldest())
-        };
-        let at = tag.map(Moment::In).or_else(|| self.flight.newest().map(Moment::After));
-        self.abort(CollectiveError::PeerLost { rank: from, at, reason });
+            let tag = state.oldest_that_needs(from).or_else(|| state.oldest());
+            let at = tag.map(Moment::In).or_else(|| self.flight.newest().map(Moment::After));
+            Some(CollectiveError::PeerLost { rank: from, at, reason })
+        });
     }
 
     /// `from` left after it had sent everything on one of the ways here: the network, or shared memory.
@@ -421,16 +420,22 @@ impl Engine {
 
     /// Fails every collective, pending and future, and tells the peers. Only the first cause counts.
     pub(crate) fn abort(&self, error: CollectiveError) {
-        let in_flight = {
+        self.abort_if(|_| Some(error));
+    }
+
+    /// The same, if there is a cause.
+    fn abort_if(&self, cause: impl FnOnce(&State) -> Option<CollectiveError>) {
+        let (error, in_flight) = {
             let mut state = self.state.lock();
             if state.failed.is_some() {
                 return;
             }
+            let Some(error) = cause(&state) else { return };
             state.failed = Some(error.clone());
             state.early.clear();
             state.peers.iter_mut().for_each(|peer| peer.early_bytes = 0);
             self.early_bytes.store(0, Relaxed);
-            std::mem::take(&mut state.in_flight)
+            (error, std::mem::take(&mut state.in_flight))
         };
         tracing::debug!(rank = self.rank.0, generation = self.generation.0, %error, "group ends");
         self.flight.fail(in_flight.iter().map(|(tag, entry)| entry.waiting(*tag)).collect());
