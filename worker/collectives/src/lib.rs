@@ -6,10 +6,11 @@
 //! ```text
 //! Group          tags, checks, what the caller sees
 //!   Engine       which collectives are in flight, early frames, the first cause of a failure
-//!     Gather     small payloads, bytes, barriers: everyone sends to everyone, half a round trip
-//!     Doubling   small payloads and barriers of more than 64 ranks: log2 W rounds, each twice the last one's size
-//!     Chunked    large payloads: reduce-scatter and all-gather in pieces, reducing while receiving
-//!   Transport    moves frames between ranks: in this process, or over QUIC
+//!     Gather         small payloads, bytes, barriers: everyone sends to everyone, half a round trip
+//!     Doubling       small payloads and barriers of more than 64 ranks: log2 W rounds, each twice the last one's size
+//!     Chunked        large reductions between hosts: reduce-scatter and all-gather in pieces, reducing while receiving
+//!     HostReduction  large reductions within a host, in memory that its ranks share; between hosts it hands on to Chunked
+//!   Transport    moves frames between ranks: in this process, through rings in shared memory, or over QUIC
 //! ```
 //!
 //! **Exact reduction.** The logical shards are the leaves of one fixed binary tree ([`tree`]). A rank reduces
