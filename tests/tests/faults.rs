@@ -21,7 +21,7 @@ const STOP: Duration = Duration::from_secs(11);
 const RANKS: u32 = 3;
 
 /// What every error says of where its rank was: a bucket, or the barrier before it.
-const PLACE: &str = " 0 of step ";
+const PLACE: &str = " of step ";
 
 /// All-reduces for longer than any test, of ranks that tell of their group's end.
 fn all_reduces(ranks: u32) -> Command {

@@ -242,6 +242,44 @@ fn a_peer_behind_a_nat_that_refuses_probes_is_not_taken_for_dead() {
     meet(0);
 }
 
+/// Ranks 0 and 1 cannot hear each other any more, rank 2 hears both.
+#[test]
+fn a_cut_between_two_of_three_ranks_is_named_within_the_time_out() {
+    const LIMIT: Duration = Duration::from_secs(10);
+    let workers = workers(3);
+    let placement = Placement::even(3, 3);
+    let cut = Arc::new(AtomicBool::new(false));
+    let through = nat(workers[1].peer(1).addresses[0], &cut);
+    let groups: Vec<Group> = std::thread::scope(|scope| {
+        let connect = |rank: usize| {
+            let mut peers: Vec<_> =
+                (0..3).filter(|&r| r != rank).map(|r| workers[r].peer(r as u32)).collect();
+            if rank == 0 {
+                peers[0].addresses = vec![through];
+            }
+            let config = workers[rank].config(rank as u32, peers, &placement, LIMIT);
+            let worker = &workers[rank];
+            scope.spawn(move || worker.connect(config).unwrap())
+        };
+        let connecting: Vec<_> = (0..3).map(connect).collect();
+        connecting.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    let sum = |group: &Group, step| {
+        let tag = Tag::new(step, 1, TagKind::Gradient).index(3);
+        group.all_reduce(tag, vec![vec![1f32; 1_000_000]], ReduceOp::Sum).and_then(|sum| sum.wait())
+    };
+    in_ranks(&groups, |group| drop(sum(group, 1).unwrap()));
+    cut.store(true, Relaxed);
+    let started = Instant::now();
+    let errors = in_ranks(&groups, |group| (2..).find_map(|step| sum(group, step).err()).unwrap());
+    assert!(started.elapsed() < LIMIT, "{:?}", started.elapsed());
+    for (rank, error) in errors.iter().enumerate() {
+        assert!([Some(Rank(0)), Some(Rank(1))].contains(&error.culprit()), "rank {rank}: {error}");
+        let text = error.to_string();
+        assert!(text.contains("gradient bucket 3 of step 2, phase 1"), "rank {rank}: {text}");
+    }
+}
+
 /// Another rank may prepare for long, but its worker answers meanwhile: one that does not is not there.
 #[test]
 fn a_peer_that_cannot_be_reached_is_named_after_the_time_out() {
