@@ -233,7 +233,7 @@ impl Engine {
             let state = self.state.lock();
             (state.failed.clone(), state.in_flight.iter().map(|(tag, e)| e.waiting(*tag)).collect())
         };
-        self.flight.snapshot(in_flight, failure)
+        self.flight.snapshot(in_flight, self.progress.idle(Instant::now()), failure)
     }
 
     /// For how long the oldest collective has been in flight.
