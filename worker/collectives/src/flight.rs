@@ -5,7 +5,7 @@
 
 use crate::error::CollectiveError;
 use crate::formats::Block8;
-use crate::group::{BROADCAST, GATHER};
+use crate::group::{BROADCAST, GATHER, GATHER_TO};
 use crate::op::{Element, ReduceOp};
 use crate::tag::Tag;
 use lockstep_common::ids::Rank;
@@ -196,7 +196,7 @@ impl Waiting {
 /// A signature in words.
 fn words(signature: u8) -> String {
     match signature {
-        GATHER => "gather".to_owned(),
+        GATHER | GATHER_TO => "gather".to_owned(),
         BROADCAST => "broadcast".to_owned(),
         _ => {
             let element = match signature & 0xf {

@@ -1,4 +1,4 @@
-//! Everyone sends its bytes to everyone at once: half a round trip, for small payloads and plain bytes.
+//! Everyone sends its bytes to everyone, or to one rank, at once: half a round trip, for small payloads and plain bytes.
 
 use crate::buffer::Buffer;
 use crate::engine::{Collective, Engine, Part, Publish};
@@ -35,6 +35,8 @@ pub(crate) struct Gather {
     tag: Tag,
     signature: u8,
     mine: Option<Bytes>,
+    /// The only rank to which it goes, if not to all.
+    root: Option<Rank>,
     expect: Vec<Expect>,
     fail: Fail,
     state: Mutex<State>,
@@ -83,7 +85,12 @@ impl Gather {
         }
         let missing = blobs.iter().filter(|blob| blob.whole.is_none()).count();
         let state = Mutex::new(State { blobs, missing, finish: Some(finish) });
-        Self { tag, signature, mine, expect, fail, state }
+        Self { tag, signature, mine, root: None, expect, fail, state }
+    }
+
+    /// The same, with this rank's bytes for `root` alone.
+    pub(crate) fn only_to(self, root: Rank) -> Self {
+        Self { root: Some(root), ..self }
     }
 
     fn check(&self, header: &Header) -> Result<(), CollectiveError> {
@@ -138,7 +145,7 @@ impl Collective for Gather {
                     offset: start as u64,
                     total,
                 };
-                for to in engine.others() {
+                for to in engine.others().filter(|to| self.root.is_none_or(|root| root == *to)) {
                     engine.send(to, lane, part, vec![piece.clone()]);
                 }
             }

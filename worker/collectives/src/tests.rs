@@ -152,6 +152,22 @@ fn dishonest_pieces_of_a_large_sum_end_the_group() {
 }
 
 #[test]
+fn a_gather_to_one_rank_brings_the_others_nothing() {
+    let groups = groups(3, TIMEOUT);
+    let bytes = |rank: u32| vec![rank as u8; 1 + 300_000 * rank as usize];
+    let pending: Vec<_> =
+        groups.iter().map(|group| group.gather_to(tag(), Rank(1), bytes(group.rank().0)).unwrap()).collect();
+    for (group, pending) in groups.iter().zip(pending) {
+        let blobs = pending.wait().unwrap();
+        let expected = if group.rank() == Rank(1) { (0..3).map(bytes).collect() } else { vec![] };
+        assert_eq!(*blobs, expected);
+    }
+    // What went to the root alone: two blobs, and headers.
+    let received: u64 = groups.iter().map(|group| group.stats().bytes_received).sum();
+    assert!(received < 610_000, "{received}");
+}
+
+#[test]
 fn a_blob_beyond_its_kind_ends_the_group() {
     let digest = Tag::new(7, 0, TagKind::Digest);
     let blob = Header { tag: digest, signature: crate::group::GATHER, ..honest() };
