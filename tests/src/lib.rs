@@ -6,6 +6,7 @@
 
 pub mod cluster;
 pub mod data;
+pub mod hosts;
 pub mod job;
 pub mod place;
 pub mod process;

@@ -95,9 +95,16 @@ impl Process {
     /// Waits until standard error holds `text`.
     #[track_caller]
     pub fn until_stderr(&mut self, text: &str) {
+        self.until_stderr_times(text, 1);
+    }
+
+    /// Waits until standard error holds `text` so many times.
+    #[track_caller]
+    pub fn until_stderr_times(&mut self, text: &str, times: usize) {
         let path = self.output.path().join("stderr");
-        self.until(&format!("the line {text:?}"), || {
-            String::from_utf8_lossy(&std::fs::read(&path).unwrap_or_default()).contains(text).then_some(())
+        self.until(&format!("{times} times {text:?}"), || {
+            let log = std::fs::read(&path).unwrap_or_default();
+            (String::from_utf8_lossy(&log).matches(text).count() >= times).then_some(())
         });
     }
 

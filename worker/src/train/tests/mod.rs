@@ -112,7 +112,7 @@ fn train_part<T: Number>(
         assert_eq!(other.digest, first.digest);
         assert_eq!(other.losses, first.losses);
         assert_eq!(other.evaluation, first.evaluation);
-        assert_eq!(other.saved.wires, first.saved.wires);
+        assert!(other.saved.wires.is_none(), "only rank 0 has what goes into a checkpoint");
     }
     first
 }
