@@ -281,12 +281,16 @@ impl Hub {
                     }
                     latest.good.map(|manifest| manifest.info.step)
                 });
-                hub.core.handle_checkpoint_found(job, generation, found);
+                let now_ms = hub.now_ms();
+                hub.core.handle_checkpoint_found(job, generation, found, now_ms);
             });
         };
         if let Err(e) = std::thread::Builder::new().name("checkpoints".to_owned()).spawn(find) {
             let error = format!("no thread to look for its checkpoints: {e}");
-            failed.post(move |hub| hub.core.handle_checkpoint_found(job, generation, Err(error)));
+            failed.post(move |hub| {
+                let now_ms = hub.now_ms();
+                hub.core.handle_checkpoint_found(job, generation, Err(error), now_ms);
+            });
         }
     }
 
@@ -326,12 +330,12 @@ impl Hub {
         Ok((self.last_session, messages))
     }
 
-    /// A worker's session has ended.
-    pub(crate) fn close_session(&mut self, worker: WorkerId, number: u64) {
+    /// A worker's session has ended, maybe because its process has.
+    pub(crate) fn close_session(&mut self, worker: WorkerId, number: u64, process_ended: bool) {
         if self.sessions.get(&worker).is_some_and(|s| s.number == number) {
             self.sessions.remove(&worker);
         }
-        self.core.handle_disconnected(worker, number, self.now_ms());
+        self.core.handle_disconnected(worker, number, process_ended, self.now_ms());
     }
 
     /// Notes committed steps, without those that were told before: a worker repeats what it was not heard to say.

@@ -241,7 +241,7 @@ fn pause_asks_for_a_checkpoint_and_resume_goes_on_from_it() {
     world.end(1, J1, 1, stopped(31));
     assert_eq!(world.state(J1), JobState::Paused);
     assert!(world.core.pause(J1, world.now_ms).is_err());
-    world.core.resume(J1).unwrap();
+    world.core.resume(J1, world.now_ms).unwrap();
     world.pump();
     world.find(Some(31));
     assert_eq!((world.state(J1), world.core.job(J1).unwrap().step), (JobState::Running, 31));
@@ -333,7 +333,7 @@ fn a_job_that_waits_for_exactly_n_starts_with_n() {
     exact.wait_for = Some(3);
     world.submit(exact);
     assert_eq!(world.reason(J1), "needs 3 workers, 2 are free");
-    world.core.set_wait_for(J1, Some(2)).unwrap();
+    world.core.set_wait_for(J1, Some(2), world.now_ms).unwrap();
     world.pump();
     world.find(None);
     assert_eq!(world.core.job(J1).unwrap().members.len(), 2);

@@ -32,6 +32,8 @@ pub(crate) fn job(min: u32, max: u32) -> NewJob {
         keep_checkpoints: 3,
         datasets: Vec::new(),
         wait_for: None,
+        state_in_memory: true,
+        orphan_timeout_ms: 3_600_000,
     }
 }
 
@@ -136,7 +138,7 @@ impl World {
     /// Answers all searches for checkpoints.
     pub(crate) fn find(&mut self, step: Option<u64>) {
         for (job, generation) in std::mem::take(&mut self.wanted) {
-            self.core.handle_checkpoint_found(job, generation, Ok(step));
+            self.core.handle_checkpoint_found(job, generation, Ok(step), self.now_ms);
         }
         self.pump();
     }
@@ -175,7 +177,7 @@ impl World {
     pub(crate) fn cut(&mut self, worker: u64) {
         self.sent.retain(|(to, _)| to.0 != worker);
         if let Some(session) = self.sessions.remove(&WorkerId(worker)) {
-            self.core.handle_disconnected(WorkerId(worker), session, self.now_ms);
+            self.core.handle_disconnected(WorkerId(worker), session, false, self.now_ms);
         }
         self.pump();
     }
