@@ -64,6 +64,8 @@ pub struct Config {
     pub abort_ms: u64,
     /// How long a worker that a peer has named as the culprit may take to say its own end.
     pub accused_ms: u64,
+    /// How long a worker that is away may take to come back once its membership has been aborted.
+    pub rejoin_ms: u64,
     /// How long a worker that its peers cannot reach, though the coordinator can, is left out of their job.
     pub bench_ms: u64,
     /// How long a newcomer that is ready waits for others that are about to be.
@@ -86,6 +88,8 @@ impl Default for Config {
             abort_ms: 20_000,
             // A worker that lives says its end in the same millisecond as its peers; half a second is far beyond that.
             accused_ms: 500,
+            // Two tries of a worker that has just noticed a coordinator's restart.
+            rejoin_ms: 1_000,
             bench_ms: 10_000,
             gather_ms: 1_000,
             // Those who end many workers at once do it within some milliseconds.

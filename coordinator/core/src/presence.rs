@@ -27,6 +27,7 @@ impl Core {
         if let Some(old) = self.workers.engaged(worker).filter(|old| Some(*old) != engagement) {
             self.handle_forgotten(worker, old, running.is_some(), now_ms);
         }
+        self.notice_absence(worker, engagement, now_ms);
         if let Some(running) = running {
             self.handle_return(worker, (running.job, running.generation), running.step);
         }
@@ -62,6 +63,26 @@ impl Core {
                 }
             }
             _ => self.workers.release(worker, old),
+        }
+    }
+
+    /// A worker has come back, and is in the middle of nothing but `engagement`: where it could not be reached, it is known
+    /// now not to be at work any more, once its last report has had time to come.
+    fn notice_absence(&mut self, worker: WorkerId, engagement: Option<(JobId, Generation)>, now_ms: u64) {
+        let until_ms = now_ms + self.config.report_grace_ms;
+        for (id, job) in &mut self.jobs {
+            let Some(live) = job.live_mut().filter(|l| Some((*id, l.generation)) != engagement) else {
+                continue;
+            };
+            if let Some(rank) = live.rank_of(worker)
+                && match live.members[rank].state {
+                    MemberState::Away { .. } => true,
+                    MemberState::Gone(how) => !how.is_certain(),
+                    _ => false,
+                }
+            {
+                live.members[rank].state = MemberState::Forgotten { until_ms };
+            }
         }
     }
 
@@ -195,13 +216,13 @@ impl Core {
 /// are away, as long as workers may step without a coordinator.
 fn overdue(live: &Live, lease_ms: u64, now_ms: u64) -> impl Iterator<Item = (WorkerId, Gone)> {
     let deaf = live.abort_by_ms.is_some_and(|by| by <= now_ms);
-    let some_ended = live.is_fenced();
+    let over = live.is_fenced() || live.stop == Some(StopMode::Abort);
     let all_away =
         !live.members.iter().any(|m| matches!(m.state, MemberState::Present | MemberState::Forgotten { .. }));
     live.members.iter().filter_map(move |member| {
         let how = match member.state {
             MemberState::Forgotten { until_ms } if until_ms <= now_ms => Gone::Forgot,
-            MemberState::Away { until_ms, .. } if some_ended && until_ms <= now_ms => Gone::Unreachable,
+            MemberState::Away { until_ms, .. } if over && until_ms <= now_ms => Gone::Unreachable,
             MemberState::Away { since_ms, .. } if all_away && since_ms + lease_ms <= now_ms => {
                 Gone::LeaseOver
             }

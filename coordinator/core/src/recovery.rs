@@ -14,6 +14,7 @@ impl Core {
     /// ranks so.
     pub(crate) fn begin_ending(&mut self, id: JobId, ending: Ending, now_ms: u64) {
         let abort_by_ms = now_ms + self.config.abort_ms;
+        let rejoin_by_ms = now_ms + self.config.rejoin_ms;
         let mode = ending.stop_mode();
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let failure = match &ending {
@@ -48,17 +49,13 @@ impl Core {
         };
         let told: Vec<_> = if news.is_some() { live.present().collect() } else { Vec::new() };
         live.stop = news.or(live.stop);
-        let mut given_up = Vec::new();
         if mode == StopMode::Abort {
             live.abort_by_ms.get_or_insert(abort_by_ms);
-            // Nothing is lost by not waiting for those that are away: if they come back, they are told to stop.
-            for member in live.members.iter_mut().filter(|m| matches!(m.state, MemberState::Away { .. })) {
-                member.state = MemberState::Gone(Gone::Unreachable);
-                given_up.push(member.worker);
+            for member in &mut live.members {
+                if let MemberState::Away { until_ms, .. } = &mut member.state {
+                    *until_ms = (*until_ms).min(rejoin_by_ms);
+                }
             }
-        }
-        for worker in given_up {
-            self.workers.release(worker, (id, generation));
         }
         self.persist(id);
         for worker in told {

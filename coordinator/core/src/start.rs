@@ -54,7 +54,10 @@ impl Core {
             .map(|(&id, job)| {
                 let barred: Vec<_> =
                     job.benched.iter().filter(|(_, until)| **until > now_ms).map(|(w, _)| *w).collect();
-                let keeps = |w: &WorkerId| self.workers.kept(*w, id, job.record.started).is_some();
+                let keeps = |w: &WorkerId| {
+                    let kept = self.workers.kept(*w, id, job.record.started);
+                    kept.is_some_and(|at| job.record.checkpoint.is_none_or(|step| step <= at.step))
+                };
                 let mut kept: Vec<_> =
                     idle.iter().copied().filter(|w| keeps(w) && !barred.contains(w)).collect();
                 if !kept.is_empty() {

@@ -2,7 +2,8 @@
 
 use lockstep_common::ids::{Generation, HostKey, JobId, Rank, WorkerId};
 use lockstep_common::wire::{
-    FlightReport, FromWorker, InterfaceAddress, JobState, Outcome, Register, Running, StepRecord, ToWorker,
+    FlightReport, FromWorker, Held, InterfaceAddress, JobState, Outcome, Position, Register, Running,
+    StepRecord, ToWorker,
 };
 use lockstep_core::{Action, Config, Core, JobRecord, NewJob, Restored, WorkerRecord};
 use std::collections::BTreeMap;
@@ -175,11 +176,26 @@ impl World {
 
     /// The worker's connection breaks.
     pub(crate) fn cut(&mut self, worker: u64) {
+        self.disconnect(worker, false);
+    }
+
+    /// The worker's process ends, and its host says so.
+    pub(crate) fn die(&mut self, worker: u64) {
+        self.disconnect(worker, true);
+    }
+
+    fn disconnect(&mut self, worker: u64, process_ended: bool) {
         self.sent.retain(|(to, _)| to.0 != worker);
         if let Some(session) = self.sessions.remove(&WorkerId(worker)) {
-            self.core.handle_disconnected(WorkerId(worker), session, false, self.now_ms);
+            self.core.handle_disconnected(WorkerId(worker), session, process_ended, self.now_ms);
         }
         self.pump();
+    }
+
+    /// The worker opens a session and says that it keeps the state of a job after this step.
+    pub(crate) fn return_holding(&mut self, worker: u64, job: JobId, generation: u64, step: u64) {
+        let held = Held { job, generation: Generation(generation), position: Position::at(step) };
+        self.open(worker, Register { held: Some(held), ..introduction(worker) });
     }
 
     /// The worker says something.
@@ -191,6 +207,25 @@ impl World {
     /// The worker says how it ended a generation.
     pub(crate) fn end(&mut self, worker: u64, job: JobId, generation: u64, outcome: Outcome) {
         self.say(worker, FromWorker::Ended { job, generation: Generation(generation), outcome, held: None });
+    }
+
+    /// The worker says how it ended a generation, and that it keeps the state.
+    pub(crate) fn end_with(
+        &mut self,
+        worker: u64,
+        job: JobId,
+        generation: u64,
+        outcome: Outcome,
+        at: Position,
+    ) {
+        let generation = Generation(generation);
+        self.say(worker, FromWorker::Ended { job, generation, outcome, held: Some(at) });
+    }
+
+    /// The worker is ready to join.
+    pub(crate) fn following(&mut self, worker: u64, job: JobId, generation: u64, step: u64) {
+        let (generation, position) = (Generation(generation), Position::at(step));
+        self.say(worker, FromWorker::Following { job, generation, position });
     }
 
     /// The worker reports a step.
