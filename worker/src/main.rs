@@ -7,6 +7,8 @@ mod control;
 mod data;
 mod flight;
 mod identity;
+mod kept;
+mod ledger;
 mod mesh;
 mod metrics;
 mod models;

@@ -25,6 +25,7 @@ pub(crate) mod replica;
 pub(crate) mod staging;
 pub(crate) mod statistics;
 pub(crate) mod trainer;
+pub(crate) mod wishes;
 
 #[cfg(test)]
 mod tests;
