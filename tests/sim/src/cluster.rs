@@ -347,6 +347,8 @@ impl Cluster {
             hub.pause(false, &mut self.store, &mut self.world);
         }
         // A pause that was under way ends later.
-        self.later(30_000, Misfortune::Resume);
+        for ms in [20_000, 60_000, 120_000] {
+            self.later(ms, Misfortune::Resume);
+        }
     }
 }

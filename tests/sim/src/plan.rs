@@ -77,8 +77,8 @@ impl Setup {
         Self {
             workers,
             jobs,
-            calm_at_ms: between(10_000, 90_000),
-            misfortunes: between(1, 30),
+            calm_at_ms: between(10_000, 150_000),
+            misfortunes: between(1, 80),
             orphan_timeout_s,
         }
     }
