@@ -12,6 +12,7 @@ mod ledger;
 mod mesh;
 mod metrics;
 mod models;
+mod pace;
 mod report;
 mod session;
 mod tasks;

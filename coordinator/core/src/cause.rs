@@ -54,9 +54,9 @@ pub enum Cause {
         /// The newcomers.
         workers: Vec<WorkerId>,
     },
-    /// A slow rank is to have fewer logical shards.
+    /// Logical shards are shared out by the ranks' pace.
     Rebalance {
-        /// The slow rank.
+        /// The rank that loses most.
         who: Who,
         /// How many it has.
         from: u32,
@@ -132,7 +132,7 @@ impl fmt::Display for Cause {
                 write!(f, "{} {}", names.join(", "), if names.len() == 1 { "joins" } else { "join" })
             }
             Self::Rebalance { who, from, to } => {
-                write!(f, "{who} is slow and gets {to} logical shards instead of {from}")
+                write!(f, "by the ranks' pace, {who} gets {to} logical shards instead of {from}")
             }
             Self::AllLeft => f.write_str("all workers left before the last step"),
         }

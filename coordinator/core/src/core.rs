@@ -72,6 +72,8 @@ pub struct Config {
     pub gather_ms: u64,
     /// How long a leaving worker waits for others that leave at the same time.
     pub leave_ms: u64,
+    /// Between two changes of a job's placement for the pace of its ranks.
+    pub rebalance_ms: u64,
     /// Beyond a job's own time: for clocks that differ and packets on their way.
     pub lease_margin_ms: u64,
     /// After so many failures in a row without getting further a job is given up.
@@ -94,6 +96,7 @@ impl Default for Config {
             gather_ms: 1_000,
             // Those who end many workers at once do it within some milliseconds.
             leave_ms: 100,
+            rebalance_ms: 30_000,
             lease_margin_ms: 30_000,
             max_fruitless: 10,
         }
@@ -236,6 +239,7 @@ impl Core {
             | FromWorker::Log { job, generation, .. }
             | FromWorker::Flight { job, generation, .. }
             | FromWorker::Following { job, generation, .. }
+            | FromWorker::Pace { job, generation, .. }
             | FromWorker::Ended { job, generation, .. } => (*job, *generation),
         };
         if let FromWorker::Following { position, .. } = &message {
@@ -273,6 +277,7 @@ impl Core {
                     board.handle_report(rank, report, now_ms);
                 }
             }
+            FromWorker::Pace { pace, .. } => self.handle_pace(worker, job, pace, now_ms),
             FromWorker::Log { .. } | FromWorker::Leaving | FromWorker::Following { .. } => {}
         }
         Reception::Current

@@ -3,6 +3,7 @@
 use crate::core::{Action, Core};
 use crate::flight::Board;
 use crate::generation::Live;
+use crate::pace::Paces;
 use crate::record::{Ending, JobRecord, NewJob};
 use lockstep_common::ids::{Generation, JobId, WorkerId};
 use lockstep_common::wire::{FlightSummary, JobState, StepRecord};
@@ -51,6 +52,12 @@ pub(crate) struct Job {
     pub(crate) flight: Option<Board>,
     /// Where they were when the membership before it failed, until the job steps again.
     pub(crate) failed_flight: Option<Board>,
+    /// How fast the ranks of the present membership are.
+    pub(crate) paces: Paces,
+    /// Before this no rank is given other shards for its pace.
+    pub(crate) rebalance_from_ms: u64,
+    /// How many shards each worker is to own in the next membership, if it has the same workers.
+    pub(crate) wanted: Option<Vec<(WorkerId, u32)>>,
     /// When the members that are being shut down are let go.
     pub(crate) leave_at_ms: Option<u64>,
     /// Workers that its other workers could not reach, and until when they are left out.
@@ -65,6 +72,9 @@ impl Job {
             pace_s: None,
             flight: None,
             failed_flight: None,
+            paces: Paces::new(0),
+            rebalance_from_ms: 0,
+            wanted: None,
             leave_at_ms: None,
             benched: BTreeMap::new(),
         }
@@ -86,6 +96,7 @@ impl Job {
 
     /// A membership of `members`, with their hosts, is at work.
     pub(crate) fn begin_flight(&mut self, generation: Generation, members: Vec<(WorkerId, String)>) {
+        self.paces = Paces::new(members.len());
         let old = self.flight.replace(Board::new(generation, members));
         self.failed_flight = old.filter(Board::has_failed).or(self.failed_flight.take());
     }

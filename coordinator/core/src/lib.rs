@@ -13,10 +13,12 @@ mod flight;
 mod generation;
 mod jobs;
 mod joining;
+mod pace;
 mod presence;
 mod record;
 mod recovery;
 mod start;
+mod stragglers;
 mod words;
 mod workers;
 

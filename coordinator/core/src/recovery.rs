@@ -1,7 +1,6 @@
 //! The end of a membership, and what becomes of its job.
 
 use crate::cause::Cause;
-use crate::cause::Gone;
 use crate::core::Core;
 use crate::generation::{Live, MemberState, Verdict, verdict};
 use crate::jobs::{Job, Phase};

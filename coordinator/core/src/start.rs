@@ -6,8 +6,8 @@ use crate::core::{Action, Core};
 use crate::decide::{Decision, WaitReason, Waiting, decide};
 use crate::generation::{Live, MemberState};
 use crate::jobs::Phase;
+use crate::stragglers::placement;
 use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
-use lockstep_common::placement::Placement;
 use lockstep_common::wire::{Assignment, JobState, Peer, Position, Resumption, ToWorker};
 
 impl Core {
@@ -140,7 +140,9 @@ impl Core {
             StartReason::CheckpointOnly(step) | StartReason::CheckpointFurther { checkpoint: step, .. } => {
                 (Resumption::Checkpoint { step }, step)
             }
-            StartReason::Kept(position) => (self.from_peers(id, started, &workers, position), position.step),
+            StartReason::Kept(position) => {
+                (self.resumption_from_peers(id, started, &workers, position), position.step)
+            }
         };
         let names: Vec<_> = workers.iter().map(|w| format!("{w} on {}", self.workers.host(*w))).collect();
         let Some(job) = self.jobs.get_mut(&id) else { return };
@@ -151,7 +153,7 @@ impl Core {
         record.started = generation;
         record.step = step;
         record.weights_digest = None;
-        let placement = Placement::even(record.logical_shards, workers.len() as u32);
+        let placement = placement(record.logical_shards, &workers, job.wanted.take().as_deref());
         record.placement = Some(placement.clone());
         job.phase = Phase::Live(Live::new(generation, &workers, placement, &MemberState::Present));
         let hosts = workers.iter().map(|w| (*w, self.workers.host(*w).to_owned()));
@@ -178,7 +180,7 @@ impl Core {
         }
     }
 
-    fn from_peers(
+    fn resumption_from_peers(
         &self,
         id: JobId,
         started: Generation,

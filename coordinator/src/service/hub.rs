@@ -382,6 +382,7 @@ impl Hub {
             FromWorker::Ended { .. }
             | FromWorker::Leaving
             | FromWorker::Flight { .. }
+            | FromWorker::Pace { .. }
             | FromWorker::Following { .. } => Ok(()),
         };
         self.note_written(written);

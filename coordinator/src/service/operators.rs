@@ -145,7 +145,7 @@ pub(crate) fn check_job(shared: &Shared, file: &str, toml: &str) -> Result<NewJo
         wait_for: None,
         // What int8 and PowerSGD keep belongs to shards, not to replicas: only a checkpoint brings it together.
         state_in_memory: !matches!(spec.collective.wire, WireFormat::Int8 | WireFormat::PowerSgd),
-        orphan_timeout_ms: 3_600_000,
+        orphan_timeout_ms: spec.workers.orphan_timeout_s * 1000,
     })
 }
 

@@ -51,7 +51,7 @@ pub(super) async fn run(
         let reports_in = async {
             loop {
                 let report: FromWorker = read_frame(recv).await?;
-                if matches!(report, FromWorker::Flight { .. }) {
+                if matches!(report, FromWorker::Flight { .. } | FromWorker::Pace { .. }) {
                     // Only the newest counts, and it is of use while the store cannot be written too: a refusal for
                     // that reason changes nothing.
                     let _ = hub.call(move |hub| hub.hear_news(worker, report)).await;

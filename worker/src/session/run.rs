@@ -7,6 +7,7 @@ use crate::data::batch::Decoder;
 use crate::data::loader::{Loader, Timetable};
 use crate::kept::State;
 use crate::ledger::Ledger;
+use crate::pace::PaceReporter;
 use crate::train::clock::timed;
 use crate::train::compress;
 use crate::train::device_buckets::Carrier;
@@ -38,6 +39,7 @@ pub(super) struct Session<'a, T> {
     loader: Loader,
     test: Option<Arc<Decoder<T>>>,
     output: Output,
+    pace: PaceReporter,
 }
 
 /// Sums over the steps of this generation.
@@ -85,6 +87,7 @@ impl<'a, T: Number> Session<'a, T> {
             loader,
             test,
             output,
+            pace: PaceReporter::new(assignment),
         })
     }
 
@@ -155,6 +158,7 @@ impl<'a, T: Number> Session<'a, T> {
         totals.comm += done.times.comm(seconds);
         totals.gradients += done.times.gradients;
         self.environment.metrics.step(&done.figures, samples, &done.times, seconds);
+        self.pace.step(&self.environment.control, self.assignment, &done.times, seconds);
         self.environment.metrics.collectives(&before, &self.trainer.group.stats());
         self.count_shards();
         let (total_steps, values) = (self.total_steps, done.figures);
