@@ -19,10 +19,13 @@ pub enum Action {
     PersistJob(Box<JobRecord>),
     /// Make the worker's record durable before going on.
     PersistWorker(WorkerRecord),
-    /// Send to the worker's newest session; nothing happens if it has none.
+    /// Send in this session of the worker; nothing happens if it is over. A later session belongs to a worker that may have
+    /// lost what this is about.
     Send {
         /// To whom.
         worker: WorkerId,
+        /// The session that was its newest when this was decided.
+        session: u64,
         /// What.
         message: ToWorker,
     },
@@ -428,7 +431,9 @@ impl Core {
     }
 
     pub(crate) fn send(&mut self, worker: WorkerId, message: ToWorker) {
-        self.actions.push_back(Action::Send { worker, message });
+        if let Some(session) = self.workers.session(worker) {
+            self.actions.push_back(Action::Send { worker, session, message });
+        }
     }
 
     pub(crate) fn persist(&mut self, id: JobId) {

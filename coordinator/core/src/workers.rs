@@ -111,6 +111,11 @@ impl Workers {
         placed.into_iter().map(|(_, id)| id).collect()
     }
 
+    /// The worker's session, if it is connected.
+    pub(crate) fn session(&self, id: WorkerId) -> Option<u64> {
+        self.0.get(&id)?.session
+    }
+
     pub(crate) fn engaged(&self, id: WorkerId) -> Option<(JobId, Generation)> {
         self.0.get(&id)?.engaged
     }

@@ -256,8 +256,8 @@ impl Hub {
                 self.note_written(created);
             }
             Action::PersistWorker(record) => self.store.put_worker(record)?,
-            Action::Send { worker, message } => {
-                if let Some(session) = self.sessions.get(worker) {
+            Action::Send { worker, session, message } => {
+                if let Some(session) = self.sessions.get(worker).filter(|s| s.number == *session) {
                     // A session that has just broken is noticed by its own task.
                     let _ = session.outbox.send(message.clone());
                 }

@@ -562,6 +562,24 @@ fn a_job_that_waits_for_exactly_n_starts_with_n() {
     assert_eq!(world.core.job(J1).unwrap().members.len(), 2);
 }
 
+/// An order of the first process, sent to the second one in the same worker's newer session, once made it step in a
+/// generation that counted as over.
+#[test]
+fn an_order_decided_for_an_earlier_session_is_not_sent_in_a_later_one() {
+    let mut world = World::new();
+    world.enroll(1);
+    world.connect(1);
+    world.submit(job(1, 1));
+    // While the store cannot be written, the order to start waits, and the worker's process is replaced.
+    world.core.handle_checkpoint_found(J1, Generation(1), Ok(None), world.now_ms);
+    world.connect(1);
+    assert_eq!(world.inbox(), []);
+    world.pass(1_100);
+    world.find(None);
+    assert_eq!(world.generation(J1), Generation(2));
+    assert_eq!(starts(&mut world), [(1, Resumption::Fresh)]);
+}
+
 #[test]
 fn numbers_of_jobs_and_workers_are_never_used_again() {
     let restored = Restored { last_job: JobId(7), last_worker: WorkerId(4), ..Restored::default() };

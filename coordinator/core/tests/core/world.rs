@@ -99,10 +99,10 @@ impl World {
             let words = match &action {
                 Action::PersistJob(job) => format!("persist {} {} {}", job.id, job.state, job.generation),
                 Action::PersistWorker(worker) => format!("persist {}", worker.id),
-                Action::Send { worker, message: ToWorker::Start(a) } => {
+                Action::Send { worker, message: ToWorker::Start(a), .. } => {
                     format!("{worker}: start {} {} as {}", a.job, a.generation, a.rank)
                 }
-                Action::Send { worker, message } => format!("{worker}: {message:?}"),
+                Action::Send { worker, message, .. } => format!("{worker}: {message:?}"),
                 Action::FindCheckpoint { job, generation } => format!("find {job} {generation}"),
                 Action::Log { job, line } => format!("log {job} {line}"),
             };
@@ -110,7 +110,7 @@ impl World {
             match action {
                 Action::PersistJob(job) => drop(self.jobs.insert(job.id, *job)),
                 Action::PersistWorker(worker) => drop(self.workers.insert(worker.id, worker)),
-                Action::Send { worker, message } if self.sessions.contains_key(&worker) => {
+                Action::Send { worker, session, message } if self.sessions.get(&worker) == Some(&session) => {
                     self.sent.push((worker, message));
                 }
                 Action::FindCheckpoint { job, generation } => self.wanted.push((job, generation)),
