@@ -4,6 +4,7 @@
 //! generous because the test machine may be busy. Whatever is started dies with the value that stands for it, also
 //! when a test panics.
 
+pub mod chaos;
 pub mod cluster;
 pub mod data;
 pub mod hosts;
