@@ -216,6 +216,18 @@ fn holdings(pid: u32) -> [usize; 3] {
     [count("task"), count("fd"), maps.lines().filter(|line| line.contains("memfd:")).count()]
 }
 
+/// The number of a generation from `generation` on that is in mid-run, and what the process `pid` holds then.
+fn settled(cluster: &Cluster, job: &str, generation: u64, pid: u32) -> (u64, [usize; 3]) {
+    let status = cluster.until_status(job, "in its next generation", |status| {
+        status.state == "running" && status.generation >= generation
+    });
+    cluster.until_step(job, status.step + 20);
+    // Threads that end take a moment: the fewest of some looks is what stays.
+    let looks: Vec<_> = (0..20).map(|_| holdings(pid)).collect();
+    let least = |kind: usize| looks.iter().map(|look| look[kind]).min().unwrap_or_default();
+    (status.generation, [least(0), least(1), least(2)])
+}
+
 /// One worker stays while its neighbour is killed and replaced, again and again.
 #[test]
 fn a_survivor_keeps_nothing_of_the_generations_behind_it() {
@@ -224,30 +236,16 @@ fn a_survivor_keeps_nothing_of_the_generations_behind_it() {
     let mut victim = cluster.worker();
     let job = Job { steps: 100_000, every_steps: 5, min_workers: 2, max_workers: 2, ..Job::default() };
     let id = cluster.submit(job);
-    let settled = |generation: u64| {
-        let status = cluster.until_status(&id, "in its next generation", |status| {
-            status.state == "running" && status.generation >= generation
-        });
-        cluster.until_step(&id, status.step + 20);
-        // Threads that end take a moment: the fewest of some looks is what stays.
-        let looks: Vec<_> = (0..20).map(|_| holdings(survivor.id())).collect();
-        let least = |kind: usize| looks.iter().map(|look| look[kind]).min().unwrap_or_default();
-        (status.generation, [least(0), least(1), least(2)])
-    };
-    let (mut generation, first) = settled(1);
+    let (mut generation, first) = settled(&cluster, &id, 1, survivor.id());
     assert!(first[2] > 0, "they share no memory: {first:?}");
     for _ in 0..4 {
         victim.kill();
         let token = cluster.token();
-        let command = cluster.join_command(&token);
-        victim = Process::start(command);
-        let held = until("nothing of the last generation to be held", || {
-            let (now, held) = settled(generation + 1);
-            generation = now;
-            Some(held)
-        });
+        victim = Process::start(cluster.join_command(&token));
+        let (now, held) = settled(&cluster, &id, generation + 1, survivor.id());
+        generation = now;
         for (kind, (held, first)) in ["threads", "descriptors", "maps"].iter().zip(held.iter().zip(first)) {
-            // A thread of the runtime's pool for blocking work, and a connection to the coordinator, may come and go.
+            // A thread for blocking work, or a connection that is being made, may come and go.
             assert!(*held <= first + 3, "generation {generation}: {held} {kind} after {first}");
         }
     }
