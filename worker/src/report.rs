@@ -1,6 +1,7 @@
 //! What rank 0 tells the coordinator about steps: in batches, at most five a second.
 
 use crate::control::Control;
+use lockstep_common::audit::ShardSamples;
 use lockstep_common::ids::{Generation, JobId, Rank};
 use lockstep_common::wire::{Assignment, FromWorker, StepRecord};
 use std::collections::BTreeMap;
@@ -40,17 +41,20 @@ impl Reporter {
         samples: u64,
         seconds: f64,
         values: BTreeMap<String, f64>,
+        shards: Vec<ShardSamples>,
     ) {
         if !self.speaks {
             return;
         }
         self.records.push(StepRecord {
+            generation: self.generation,
             step,
             epoch,
             total_steps: self.total_steps,
             samples,
             seconds,
             values,
+            shards,
         });
         if self.sent.elapsed() >= INTERVAL || step == self.total_steps {
             self.flush();

@@ -403,7 +403,7 @@ impl<'a, T: Number> Session<'a, T> {
             self.environment.metrics.step(&done.figures, samples, &done.times, wall);
             self.environment.metrics.collectives(&before, &self.trainer.group.stats());
             self.count_shards();
-            self.reporter.step(step, epoch, samples, wall, done.figures);
+            self.reporter.step(step, epoch, samples, wall, done.figures, done.shards);
 
             let last = step == self.total_steps;
             let epoch_ends = last || step.is_multiple_of(per_epoch);

@@ -338,6 +338,15 @@ impl JobSpec {
         self.workers.max.unwrap_or(self.logical_shards).min(self.logical_shards)
     }
 
+    /// The minibatch of the step that each phase of a step sees. A phase whose minibatch is missing from an epoch's last
+    /// step is left out there.
+    pub fn phase_minibatches(&self) -> Vec<usize> {
+        match self.task {
+            Task::Classify => vec![0],
+            Task::Gan => (0..self.gan.discriminator_steps as usize).chain([0]).collect(),
+        }
+    }
+
     /// How many steps the job has, given the steps of one epoch.
     pub fn total_steps(&self, steps_per_epoch: u64) -> u64 {
         self.steps.unwrap_or_else(|| self.epochs.unwrap_or(0) * steps_per_epoch)

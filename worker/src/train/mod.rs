@@ -22,6 +22,7 @@ pub(crate) mod phase;
 pub(crate) mod picture;
 pub(crate) mod rendezvous;
 pub(crate) mod replica;
+pub(crate) mod samples;
 pub(crate) mod staging;
 pub(crate) mod statistics;
 pub(crate) mod trainer;

@@ -13,10 +13,12 @@ use super::permits::Permits;
 use super::phase::PhasePlan;
 use super::rendezvous::Rendezvous;
 use super::replica::{RawTensors, Replica, learning_rate};
+use super::samples;
 use super::statistics::PhaseStatistics;
 use crate::data::loader::StepBatches;
 use crate::tasks::TaskPlan;
 use lockstep_collectives::{CollectiveError, Group, Numbers, Pending, ReduceOp, Tag, TagKind};
+use lockstep_common::audit::{ShardSamples, StepAudit};
 use lockstep_common::checkpoint::WIRE_FILE;
 use lockstep_common::ids::{LogicalShard, Rank};
 use lockstep_common::job::{BatchNorm, JobSpec};
@@ -50,6 +52,8 @@ pub(crate) struct StepDone {
     pub(crate) figures: BTreeMap<String, f64>,
     /// Whether some rank asks to stop after this step.
     pub(crate) stop: bool,
+    /// What each logical shard was given.
+    pub(crate) shards: Vec<ShardSamples>,
     pub(crate) times: StepTimes,
 }
 
@@ -167,7 +171,13 @@ impl<T: Number> Trainer<T> {
         ask_stop: bool,
     ) -> Result<StepDone, TrainError> {
         let step = self.replica.step;
-        let mut done = StepDone { figures: BTreeMap::new(), stop: false, times: StepTimes::default() };
+        let mut done = StepDone {
+            figures: BTreeMap::new(),
+            stop: false,
+            shards: Vec::new(),
+            times: StepTimes::default(),
+        };
+        let mut audit = StepAudit::default();
         let plan = self.plan.clone();
         for (phase, phase_plan) in plan.phases.iter().enumerate() {
             let Some(minibatch) = batches.minibatches.get(phase_plan.minibatch) else { continue };
@@ -214,11 +224,14 @@ impl<T: Number> Trainer<T> {
                 timed(&mut done.times.gradients, || -> Result<_, TrainError> {
                     Ok((buckets.wait(self.device)?, statistics.finish()?, figures.wait()?))
                 })?;
-            done.stop |= self.take_figures(phase_plan, &figures, step, &mut done.figures)?;
+            let (shards, stop) = self.take_figures(phase_plan, &figures, step, &mut done.figures)?;
+            done.stop |= stop;
+            let first = plan.phases[..usize::from(phase)].iter().all(|p| p.minibatch != phase_plan.minibatch);
             timed(&mut done.times.optimizer, || -> Result<(), TrainError> {
                 self.replica.update(network, gradients, &self.job.clip, lr)?;
                 self.replica.apply_statistics(&statistics)
             })?;
+            audit.add_phase(shards, first);
             if phase_plan.learns == 0 {
                 done.figures.insert("lr".to_owned(), lr);
             }
@@ -227,10 +240,11 @@ impl<T: Number> Trainer<T> {
             }
         }
         self.replica.step += 1;
+        done.shards = audit.into_shards();
         Ok(done)
     }
 
-    /// Adds the shards' figures, and the ranks' wishes to stop, over all shards.
+    /// Adds the shards' figures, what they were given, and the ranks' wishes to stop, over all shards.
     fn share_figures(
         &self,
         step: u64,
@@ -240,20 +254,21 @@ impl<T: Number> Trainer<T> {
     ) -> Result<Pending<Numbers<f64>>, TrainError> {
         let leaf = |lane: &PhaseDone| {
             let stop = if ask_stop { 1.0 } else { 0.0 };
-            lane.figures.iter().copied().chain([stop]).collect::<Vec<f64>>()
+            let samples = samples::leaf(self.job.logical_shards, lane.shard, lane.samples);
+            lane.figures.iter().copied().chain(samples).chain([stop]).collect::<Vec<f64>>()
         };
         let tag = Tag::new(step, phase, TagKind::Commit);
         Ok(self.group.all_reduce(tag, lanes.iter().map(leaf).collect(), ReduceOp::Sum)?)
     }
 
-    /// Names the summed figures; says whether some rank asks to stop.
+    /// Names the summed figures; says what the shards were given, and whether some rank asks to stop.
     fn take_figures(
         &self,
         phase: &PhasePlan,
         sums: &[f64],
         step: u64,
         into: &mut BTreeMap<String, f64>,
-    ) -> Result<bool, TrainError> {
+    ) -> Result<(Vec<ShardSamples>, bool), TrainError> {
         for (name, value) in phase.figures.iter().zip(sums) {
             if name.starts_with("loss") && !value.is_finite() {
                 return Err(TrainError::Fatal(format!(
@@ -264,7 +279,9 @@ impl<T: Number> Trainer<T> {
             }
             into.insert((*name).to_owned(), *value);
         }
-        Ok(sums.last().is_some_and(|stop| *stop > 0.0))
+        let rest = sums.get(phase.figures.len()..).unwrap_or_default();
+        let (shards, flags) = samples::split(rest, self.job.logical_shards);
+        Ok((shards, flags.first().is_some_and(|stop| *stop > 0.0)))
     }
 
     /// From the next step on, buckets are packed in the order in which rank 0 saw the gradients become final.
