@@ -5,6 +5,7 @@ use crate::control::Control;
 use crate::data::batch::Decoder;
 use crate::data::loader::{Loader, Timetable};
 use crate::data::source;
+use crate::fault::{self, Point};
 use crate::flight::{SharedGroup, Watch};
 use crate::mesh::Mesh;
 use crate::metrics::Metrics;
@@ -19,12 +20,12 @@ use crate::train::evaluate::evaluate;
 use crate::train::gpu;
 use crate::train::replica::Replica;
 use crate::train::trainer::Trainer;
-use crate::train::{Number, picture};
+use crate::train::{Number, mismatch, picture};
 use lockstep_collectives::{CollectiveError, Group};
 use lockstep_common::checkpoint::CheckpointInfo;
 use lockstep_common::dataset::{DatasetReader, ShardCache};
 use lockstep_common::ids::{Generation, JobId, Rank};
-use lockstep_common::job::{JobSpec, Precision, Task};
+use lockstep_common::job::{JobSpec, OnMismatch, Precision, Task};
 use lockstep_common::sampler::Sampler;
 use lockstep_common::wire::{Assignment, FromWorker, Outcome, Resumption, Running, StopMode};
 use parking_lot::Mutex;
@@ -136,6 +137,7 @@ pub(crate) fn start(
             environment.runtime.block_on(previous.ended());
         }
         metrics.membership(generation.0, assignment.peers.len() as u32);
+        fault::set_rank(rank);
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             run(&environment, &assignment, &shared)
         }));
@@ -221,7 +223,7 @@ fn run_typed<T: Number>(
                 prepared,
                 carrier,
             )?;
-            let outcome = session.train();
+            let outcome = session.train().or_else(|error| session.part(error));
             session.count_shards();
             outcome
         });
@@ -388,6 +390,7 @@ impl<'a, T: Number> Session<'a, T> {
         while self.trainer.replica.step < self.total_steps {
             let start = Instant::now();
             let mut data = 0.0;
+            fault::point(Point::Data, self.trainer.replica.step + 1);
             let batches = timed(&mut data, || self.loader.next(&self.shared.aborted))?;
             let (samples, epoch) = (batches.samples, batches.epoch + 1);
             let before = self.trainer.group.stats();
@@ -403,6 +406,10 @@ impl<'a, T: Number> Session<'a, T> {
             self.environment.metrics.step(&done.figures, samples, &done.times, wall);
             self.environment.metrics.collectives(&before, &self.trainer.group.stats());
             self.count_shards();
+            fault::point(Point::Boundary, step);
+            if fault::flips(step) {
+                self.trainer.replica.flip_bit()?;
+            }
             self.reporter.step(step, epoch, samples, wall, done.figures, done.shards);
 
             let last = step == self.total_steps;
@@ -413,10 +420,12 @@ impl<'a, T: Number> Session<'a, T> {
             if epoch_ends {
                 self.end_of_epoch(step, epoch)?;
             }
-            if epoch_ends || needed || due {
+            if epoch_ends || needed || due || self.is_check_due(step) {
                 // Before a checkpoint hands the state on, and before rank 0 turns to the coordinator while the
                 // others wait.
-                digest = Some(self.trainer.compare_replicas()?);
+                let mut seconds = 0.0;
+                digest = Some(timed(&mut seconds, || self.trainer.compare_replicas())?);
+                self.environment.metrics.compared(seconds);
             }
             if needed || due {
                 self.store(step, needed)?;
@@ -443,6 +452,31 @@ impl<'a, T: Number> Session<'a, T> {
         self.leave();
         let epoch = self.timetable.position(step.max(1) - 1).0 + 1;
         Ok(Outcome::Finished { weights_digest, step, epoch, metrics: self.metrics.clone() })
+    }
+
+    /// Whether the replicas are to be compared after this step, besides where they always are.
+    fn is_check_due(&self, step: u64) -> bool {
+        let every = self.trainer.job.checks.digest_every_steps;
+        every > 0 && step.is_multiple_of(every) && self.trainer.group.world_size() > 1
+    }
+
+    /// Ends with the others, in good order, after an error that all ranks have come to together.
+    fn part(&mut self, error: TrainError) -> Result<Outcome, TrainError> {
+        let TrainError::Mismatch(mismatch) = error else { return Err(error) };
+        let what = mismatch::describe(&mismatch, &self.assignment.peers);
+        if mismatch.is_odd(self.assignment.rank) {
+            self.environment.metrics.mismatched();
+        }
+        self.reporter.flush();
+        let outcome = match self.trainer.job.checks.on_mismatch {
+            OnMismatch::Stop => Outcome::Failed { error: what },
+            OnMismatch::Heal => {
+                self.reporter.log(format!("{what}; all go back to the newest checkpoint"));
+                Outcome::Lost { error: what, culprit: mismatch.culprit() }
+            }
+        };
+        self.leave();
+        Ok(outcome)
     }
 
     /// Evaluates, and leaves a picture where the task has one.

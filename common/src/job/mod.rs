@@ -69,6 +69,9 @@ pub struct JobSpec {
     /// When checkpoints are written and how many are kept.
     #[serde(default)]
     pub checkpoint: CheckpointSpec,
+    /// How often the replicas are compared.
+    #[serde(default)]
+    pub checks: CheckSpec,
 }
 
 /// What kind of training a job is.
@@ -305,6 +308,34 @@ impl Default for CheckpointSpec {
     fn default() -> Self {
         Self { every_steps: 200, keep: 3 }
     }
+}
+
+/// How often the replicas are compared, and what follows when one is not what the others are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CheckSpec {
+    /// A comparison every so many steps, besides those at the end of an epoch and before a checkpoint; 0 for only
+    /// those.
+    pub digest_every_steps: u64,
+    /// What follows.
+    pub on_mismatch: OnMismatch,
+}
+
+impl Default for CheckSpec {
+    fn default() -> Self {
+        Self { digest_every_steps: 50, on_mismatch: OnMismatch::Heal }
+    }
+}
+
+/// What follows when a replica is not what the others are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnMismatch {
+    /// All go back to the newest checkpoint, before which all replicas were the same.
+    #[default]
+    Heal,
+    /// The job fails.
+    Stop,
 }
 
 impl JobSpec {

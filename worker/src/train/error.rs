@@ -1,5 +1,6 @@
 //! Why training stopped before its end.
 
+use super::mismatch::Mismatch;
 use lockstep_collectives::CollectiveError;
 use lockstep_common::ids::Rank;
 use lockstep_common::net::NetError;
@@ -19,6 +20,9 @@ pub(crate) enum TrainError {
     /// The coordinator refused or could not be reached.
     #[error(transparent)]
     Coordinator(#[from] NetError),
+    /// The replicas differ. [`Session`](crate::session) decides what follows.
+    #[error("the replicas have come to differ")]
+    Mismatch(Mismatch),
     /// Anything else that no other membership would mend.
     #[error("{0}")]
     Fatal(String),

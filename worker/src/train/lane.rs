@@ -6,6 +6,7 @@ use super::gradients::Gradients;
 use super::permits::Permits;
 use super::phase::{PhasePlan, ShardBatch};
 use super::rendezvous::{PhaseSync, Rendezvous};
+use crate::fault::{self, Point};
 use crate::tasks::LaneTask;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use lockstep_collectives::CollectiveError;
@@ -204,10 +205,12 @@ impl<T: Number> LaneState<T> {
         forward.phase = work.phase;
         self.rendezvous.take_waited(self.slot);
 
+        fault::point(Point::Forward, work.step + 1);
         let start = Instant::now();
         let shard_loss = self.task.forward(&work.plan, &work.batch, &mut forward)?;
         let forward_seconds = start.elapsed().as_secs_f64() - self.rendezvous.take_waited(self.slot);
 
+        fault::point(Point::Backward, work.step + 1);
         let start = Instant::now();
         if shard_loss.loss.requires_grad() {
             backward(&shard_loss.loss)?;

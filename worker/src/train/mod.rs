@@ -17,6 +17,7 @@ pub(crate) mod evaluate;
 pub(crate) mod gpu;
 pub(crate) mod gradients;
 pub(crate) mod lane;
+pub(crate) mod mismatch;
 pub(crate) mod permits;
 pub(crate) mod phase;
 pub(crate) mod picture;

@@ -9,6 +9,7 @@ use super::device_buckets::Carrier;
 use super::error::TrainError;
 use super::gradients::Gradients;
 use super::lane::{Lane, PhaseDone, PhaseWork};
+use super::mismatch::Mismatch;
 use super::permits::Permits;
 use super::phase::PhasePlan;
 use super::rendezvous::Rendezvous;
@@ -16,6 +17,7 @@ use super::replica::{RawTensors, Replica, learning_rate};
 use super::samples;
 use super::statistics::PhaseStatistics;
 use crate::data::loader::StepBatches;
+use crate::fault::{self, Point};
 use crate::tasks::TaskPlan;
 use lockstep_collectives::{CollectiveError, Group, Numbers, Pending, ReduceOp, Tag, TagKind};
 use lockstep_common::audit::{ShardSamples, StepAudit};
@@ -217,6 +219,7 @@ impl<T: Number> Trainer<T> {
             done.times.forward += forward / parallel;
             done.times.backward += backward / parallel;
 
+            fault::point(Point::Reduce, step + 1);
             let figures = self.share_figures(step, phase, &lanes, ask_stop)?;
             let records = lanes.into_iter().map(|l| l.records).collect();
             let statistics = PhaseStatistics::start(&self.group, step, phase, &self.modes, records)?;
@@ -227,6 +230,7 @@ impl<T: Number> Trainer<T> {
             let (shards, stop) = self.take_figures(phase_plan, &figures, step, &mut done.figures)?;
             done.stop |= stop;
             let first = plan.phases[..usize::from(phase)].iter().all(|p| p.minibatch != phase_plan.minibatch);
+            fault::point(Point::Optimizer, step + 1);
             timed(&mut done.times.optimizer, || -> Result<(), TrainError> {
                 self.replica.update(network, gradients, &self.job.clip, lr)?;
                 self.replica.apply_statistics(&statistics)
@@ -321,21 +325,18 @@ impl<T: Number> Trainer<T> {
         }
     }
 
-    /// Compares all replicas' digests; an error names the first rank that differs from rank 0.
+    /// Compares weights, buffers and optimizers' states of all replicas; returns the digest of the weights and buffers.
     pub(crate) fn compare_replicas(&self) -> Result<String, TrainError> {
-        let digest = self.replica.digest()?;
-        let tag = Tag::new(self.replica.step, 0, TagKind::Digest);
-        let all = self.group.all_gather(tag, digest.clone().into_bytes())?.wait()?;
-        for (rank, other) in all.iter().enumerate() {
-            if other.as_ref() != all[0].as_ref() {
-                return Err(TrainError::Fatal(format!(
-                    "after step {} rank {rank} holds other weights than rank 0: its memory or processor is at fault, \
-                     or its libtorch differs",
-                    self.replica.step
-                )));
+        let weights = self.replica.weights_digest()?;
+        if self.group.world_size() > 1 {
+            let own = weights.clone() + &self.replica.optimizers_digest()?;
+            let tag = Tag::new(self.replica.step, 0, TagKind::Digest);
+            let all = self.group.all_gather(tag, own.into_bytes())?.wait()?;
+            if let Some(mismatch) = Mismatch::find(self.replica.step, &all) {
+                return Err(TrainError::Mismatch(mismatch));
             }
         }
-        Ok(digest)
+        Ok(weights)
     }
 }
 
