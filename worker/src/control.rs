@@ -2,7 +2,8 @@
 //!
 //! Reports go into an outbox that outlives the connection, because a running job goes on while the coordinator
 //! is away. They stay there until the coordinator says that it has taken care of them: what was written to a
-//! connection whose other end had died is sent again over the next one. Requests block the calling thread until there is a connection and an answer.
+//! connection whose other end had died is sent again over the next one. Requests block the calling thread until there is a
+//! connection and an answer.
 
 use lockstep_common::ids::{Generation, JobId};
 use lockstep_common::net::{Exchange, NetError};
@@ -42,6 +43,8 @@ struct Queue {
     sent: usize,
     /// What is worth telling only while it is new.
     news: Option<FromWorker>,
+    /// The job whose steps were heard last, and the last of those.
+    heard: Option<(JobId, u64)>,
 }
 
 /// A message to the coordinator.
@@ -104,7 +107,11 @@ impl ControlFeed {
     pub(crate) fn heard(&self, reports: u64) {
         let mut queue = self.outbox.queue.lock();
         let heard = queue.sent.min(usize::try_from(reports).unwrap_or(usize::MAX));
-        queue.reports.drain(..heard);
+        let steps = queue.reports.drain(..heard).rev().find_map(|report| match report {
+            FromWorker::Steps { job, records, .. } => Some((job, records.last()?.step)),
+            _ => None,
+        });
+        queue.heard = steps.or(queue.heard);
         queue.sent -= heard;
     }
 
@@ -146,6 +153,12 @@ impl Control {
     /// Whether the coordinator is there, as far as this worker knows.
     pub(crate) fn is_connected(&self) -> bool {
         self.connection.borrow().is_some()
+    }
+
+    /// The last step of `job` that the coordinator has been heard to know; 0 if none.
+    pub(crate) fn heard_step(&self, job: JobId) -> u64 {
+        let heard = self.outbox.queue.lock().heard;
+        heard.filter(|(of, _)| *of == job).map_or(0, |(_, step)| step)
     }
 
     async fn connected(&self) -> Result<Connection, NetError> {

@@ -8,6 +8,8 @@ mod data;
 mod fault;
 mod flight;
 mod identity;
+mod kept;
+mod ledger;
 mod mesh;
 mod metrics;
 mod models;

@@ -217,11 +217,14 @@ pub struct WorkerRange {
     pub min: u32,
     /// The job never takes more; at most V.
     pub max: Option<u32>,
+    /// After so many seconds without its coordinator a worker pauses the job, with its state kept. Until then a
+    /// coordinator that can reach none of a job's workers does not give it to others.
+    pub orphan_timeout_s: u64,
 }
 
 impl Default for WorkerRange {
     fn default() -> Self {
-        Self { min: 1, max: None }
+        Self { min: 1, max: None, orphan_timeout_s: 3600 }
     }
 }
 

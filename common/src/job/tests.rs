@@ -33,6 +33,7 @@ fn a_good_file_parses_with_its_defaults() {
     assert_eq!(job.reduction, Reduction::Exact);
     assert_eq!(job.model.as_ref().unwrap().batch_norm, BatchNorm::Sync);
     assert_eq!(job.max_workers(), 8);
+    assert_eq!(job.workers.orphan_timeout_s, 3600);
     assert_eq!(job.total_steps(469), 938);
     assert_eq!(job.data.augment.len(), 2);
 }
@@ -63,6 +64,12 @@ fn errors_name_file_line_and_nearest_name() {
             "[collective]\nbackend = \"ncll\"\n[optimizer]",
             "tiny.toml:17: ",
             "did you mean `nccl`?",
+        ),
+        (
+            "[optimizer]",
+            "[workers]\norphan_timeout_s = 0\n[optimizer]",
+            "tiny.toml:17: `orphan_timeout_s` is 0",
+            "1 to 604800 seconds",
         ),
     ];
     for (from, to, start, part) in cases {

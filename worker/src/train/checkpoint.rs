@@ -10,7 +10,7 @@ use lockstep_common::checkpoint::{
     decode_tensors, encode_tensors,
 };
 use lockstep_common::ids::{Generation, JobId};
-use lockstep_common::wire::{CheckpointHead, FileHead};
+use lockstep_common::wire::{CheckpointHead, FileHead, Position};
 use lockstep_nn::bytes::RawTensor;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -131,7 +131,7 @@ pub(crate) fn restore(
     };
     let (weights, optimizer) = (tensors(WEIGHTS_FILE)?, tensors(OPTIMIZER_FILE)?);
     replica
-        .restore(plan, files.manifest.info.step, &weights, &optimizer)
+        .restore(plan, Position::at(files.manifest.info.step), &weights, &optimizer)
         .map_err(|e| refused(e.to_string()))?;
     let wires = files.file(WIRE_FILE).map(|_| tensors(WIRE_FILE)).transpose()?;
     Ok((files.manifest, wires))

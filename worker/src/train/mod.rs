@@ -27,6 +27,7 @@ pub(crate) mod samples;
 pub(crate) mod staging;
 pub(crate) mod statistics;
 pub(crate) mod trainer;
+pub(crate) mod wishes;
 
 #[cfg(test)]
 mod tests;
