@@ -21,7 +21,9 @@ pub fn program(name: &str) -> PathBuf {
 /// A command for `coordinator` or `worker` that takes nothing from this process's environment by accident.
 pub fn command(name: &str) -> Command {
     let mut command = Command::new(program(name));
-    for variable in ["LOCKSTEP_DATA_DIR", "LOCKSTEP_TOKEN", "LOCKSTEP_LOG", "LOCKSTEP_WORKER_DIR"] {
+    let variables =
+        ["LOCKSTEP_DATA_DIR", "LOCKSTEP_TOKEN", "LOCKSTEP_LOG", "LOCKSTEP_WORKER_DIR", "LOCKSTEP_FAULTS"];
+    for variable in variables {
         command.env_remove(variable);
     }
     command

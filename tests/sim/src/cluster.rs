@@ -116,6 +116,7 @@ impl Cluster {
         for job in setup.jobs {
             hub.submit(Rc::new(job), &mut store, &mut world);
         }
+        hub.new_disk = false;
         Self {
             world,
             hub: Some(hub),

@@ -1,5 +1,6 @@
 //! Whole training runs with all ranks in this process: the result must not depend on how many there are.
 
+mod audit;
 mod recovery;
 
 use super::Number;
