@@ -103,7 +103,7 @@ impl Hosts {
     }
 
     /// Runs `ip ARGS` on host `n`, counted from 1; whether it succeeded.
-    pub fn ip(&self, n: usize, args: &[&str]) -> bool {
+    pub fn ip_on(&self, n: usize, args: &[&str]) -> bool {
         self.inside(&self.names[n - 1], args)
     }
 

@@ -21,7 +21,9 @@ pub fn program(name: &str) -> PathBuf {
 /// A command for `coordinator` or `worker` that takes nothing from this process's environment by accident.
 pub fn command(name: &str) -> Command {
     let mut command = Command::new(program(name));
-    for variable in ["LOCKSTEP_DATA_DIR", "LOCKSTEP_TOKEN", "LOCKSTEP_LOG", "LOCKSTEP_WORKER_DIR"] {
+    let variables =
+        ["LOCKSTEP_DATA_DIR", "LOCKSTEP_TOKEN", "LOCKSTEP_LOG", "LOCKSTEP_WORKER_DIR", "LOCKSTEP_FAULTS"];
+    for variable in variables {
         command.env_remove(variable);
     }
     command
@@ -97,9 +99,16 @@ impl Process {
     /// Waits until standard error holds `text`.
     #[track_caller]
     pub fn until_stderr(&mut self, text: &str) {
+        self.until_stderr_times(text, 1);
+    }
+
+    /// Waits until standard error holds `text` so many times.
+    #[track_caller]
+    pub fn until_stderr_times(&mut self, text: &str, times: usize) {
         let path = self.output.path().join("stderr");
-        self.until(&format!("the line {text:?}"), || {
-            String::from_utf8_lossy(&std::fs::read(&path).unwrap_or_default()).contains(text).then_some(())
+        self.until(&format!("{times} times {text:?}"), || {
+            let log = std::fs::read(&path).unwrap_or_default();
+            (String::from_utf8_lossy(&log).matches(text).count() >= times).then_some(())
         });
     }
 

@@ -1,4 +1,4 @@
-//! Several hosts: network namespaces joined by bridges, each with addresses of its own.
+//! Jobs over several hosts.
 
 use lockstep_tests::hosts::Hosts;
 use lockstep_tests::job::Job;
@@ -65,8 +65,8 @@ fn ranks_meet_in_the_subnet_that_they_share_or_where_they_advertise() {
         hosts.link(n, "br9", "eth1", &format!("10.99.0.{n}/24")).expect("a link");
     }
     // Only host 2 knows of this one.
-    assert!(hosts.ip(3, &["addr", "add", "10.77.0.3/32", "dev", "eth1"]));
-    assert!(hosts.ip(2, &["route", "add", "10.77.0.3/32", "dev", "eth1"]));
+    assert!(hosts.ip_on(3, &["addr", "add", "10.77.0.3/32", "dev", "eth1"]));
+    assert!(hosts.ip_on(2, &["route", "add", "10.77.0.3/32", "dev", "eth1"]));
 
     let place = Place::new();
     let operator = |args: &[&str]| {

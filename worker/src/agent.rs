@@ -4,18 +4,18 @@ use crate::cli::{DeviceArg, JoinArgs};
 use crate::control::{self, ControlFeed};
 use crate::data::source;
 use crate::identity::{self, Home};
+use crate::kept::Kept;
 use crate::mesh::Mesh;
 use crate::metrics::Metrics;
-use crate::session::{self, Environment, SessionHandle};
+use crate::session::{self, Environment, SessionEnd, SessionHandle};
 use anyhow::{Context, Result, bail};
 use lockstep_common::http::{self, Readiness};
 use lockstep_common::net::{
     Exchange, Identity, NetError, Role, bind, bind_as, client_config, connect, host_key, interface_addresses,
     resolve, server_config,
 };
-use lockstep_common::wire::{
-    FrameError, FromWorker, Outcome, Register, Request, Response, StopMode, ToWorker, read_frame, write_frame,
-};
+use lockstep_common::wire::{FrameError, Register, Request, Response, ToWorker, read_frame, write_frame};
+use lockstep_member::{Action, Leave, Member};
 use quinn::{Connection, Endpoint};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -26,9 +26,6 @@ use tokio::sync::mpsc;
 
 /// Pauses between attempts to reach a coordinator that is away.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(500);
-
-/// How long a leaving worker waits for a coordinator that is away to take its checkpoint.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long a leaving worker tries to hand in its last reports.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -69,11 +66,46 @@ struct Agent {
     readiness: Readiness,
     metrics_address: Option<SocketAddr>,
     threads: u32,
+    /// What to do; the rest of this is how.
+    member: Member,
     current: Option<SessionHandle>,
-    /// Since when this worker has been leaving, counted anew when its last job has ended.
-    leaving: Option<Instant>,
+    ends: mpsc::UnboundedSender<SessionEnd>,
+    /// The zero of the member's clock.
+    started: Instant,
+    /// How this worker leaves, and since when it has nothing else to do.
+    leaves: Option<(Leave, Instant)>,
     /// Whether there is nobody left to say farewell to.
     orphaned: bool,
+}
+
+/// What happens to a worker beside its talk with the coordinator.
+struct Events {
+    departures: mpsc::Receiver<Departure>,
+    ends: mpsc::UnboundedReceiver<SessionEnd>,
+}
+
+enum Event {
+    Depart(Departure),
+    SessionEnded(SessionEnd),
+    /// The member wants to be told of the time.
+    Tick,
+}
+
+impl Events {
+    /// The next event, or a tick after `patience`. Nothing is lost when this is given up.
+    async fn next(&mut self, patience: Option<Duration>) -> Event {
+        let tick = async {
+            match patience {
+                Some(patience) => tokio::time::sleep(patience).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            Some(departure) = self.departures.recv() => Event::Depart(departure),
+            Some(end) = self.ends.recv() => Event::SessionEnded(end),
+            () = tick => Event::Tick,
+        }
+    }
 }
 
 impl Agent {
@@ -116,7 +148,9 @@ impl Agent {
             shards,
             device: args.device,
             threads: threads.max(1) as usize,
+            kept: Arc::new(Kept::default()),
         };
+        let (ends, ended) = mpsc::unbounded_channel();
         tracing::info!(
             "this is worker {worker} on {}, listening on {}",
             identity::host_name(),
@@ -131,11 +165,14 @@ impl Agent {
             readiness,
             metrics_address,
             threads,
+            member: Member::default(),
             current: None,
-            leaving: None,
+            ends,
+            started: Instant::now(),
+            leaves: None,
             orphaned: false,
         };
-        let result = agent.serve(&home).await;
+        let result = agent.serve(&home, ended).await;
         agent.endpoint.close(0u32.into(), b"leaving");
         if !agent.orphaned {
             let _ = tokio::time::timeout(Duration::from_secs(1), agent.endpoint.wait_idle()).await;
@@ -144,18 +181,21 @@ impl Agent {
     }
 
     /// Keeps a session with the coordinator until this worker has left.
-    async fn serve(&mut self, home: &Home) -> Result<()> {
-        let (departures, mut departure) = mpsc::channel(4);
+    async fn serve(&mut self, home: &Home, ends: mpsc::UnboundedReceiver<SessionEnd>) -> Result<()> {
+        let (departures, departure) = mpsc::channel(4);
         watch_for_departure(departures, self.args.exit_on_stdin_close)?;
+        let mut events = Events { departures: departure, ends };
         let mut away = false;
         let mut ever_welcome = false;
         loop {
+            let patience = self.patience();
+            let register = self.register();
             let opened = tokio::select! {
-                event = next_event(&mut departure, self.leaving.is_some(), self.current.as_ref()) => {
+                event = events.next(patience) => {
                     self.handle(event);
                     None
                 }
-                opened = self.open_session() => Some(opened),
+                opened = self.open_session(register) => Some(opened),
             };
             match opened {
                 None => {}
@@ -167,13 +207,16 @@ impl Agent {
                     self.readiness.set(true);
                     self.feed.restart();
                     let _ = self.feed.connection.send(Some(connection.clone()));
-                    let end = self.converse(exchange, &mut departure).await;
+                    self.member.handle_connected();
+                    let end = self.converse(exchange, &mut events).await;
                     self.readiness.set(false);
                     let _ = self.feed.connection.send(None);
                     connection.close(0u32.into(), b"session ended");
-                    if let Ok(Some(reason)) = end {
-                        bail!("dismissed by the coordinator: {reason}");
+                    if let Err(error) = end {
+                        tracing::debug!("{error}");
                     }
+                    self.member.handle_disconnected(self.now_ms());
+                    self.act();
                 }
                 Some(Err(NetError::Refused { reason, message })) if reason == "unknown_worker" => {
                     identity::forget(home);
@@ -183,77 +226,125 @@ impl Agent {
                 Some(Err(error)) => tracing::debug!("{error}"),
             }
             if self.has_left() {
-                return Ok(());
+                return match self.leaves.take() {
+                    Some((Leave::Dismissed { reason }, _)) => bail!("dismissed by the coordinator: {reason}"),
+                    Some((Leave::CoordinatorAway, _)) => {
+                        tracing::warn!("the coordinator is away: left without handing in the last steps");
+                        Ok(())
+                    }
+                    Some((Leave::Done, _)) | None => Ok(()),
+                };
             }
-            if self.leaving.is_some_and(|since| since.elapsed() > PATIENCE) {
-                tracing::warn!("the coordinator is away: left without a checkpoint of the last steps");
-                return Ok(());
-            }
-            if !away && self.leaving.is_none() {
+            if !away && !self.member.is_leaving() {
                 away = true;
                 tracing::warn!(
                     "lost the coordinator at {}; a running job goes on, trying to reconnect",
                     self.args.coordinator
                 );
             }
+            let patience = self.patience();
             tokio::select! {
-                event = next_event(&mut departure, self.leaving.is_some(), self.current.as_ref()) => self.handle(event),
+                event = events.next(patience) => self.handle(event),
                 () = tokio::time::sleep(RECONNECT_PAUSE) => {}
             }
         }
     }
 
+    fn now_ms(&self) -> u64 {
+        self.started.elapsed().as_millis() as u64
+    }
+
+    /// How long until the member wants to be told of the time.
+    fn patience(&self) -> Option<Duration> {
+        let due = self.member.poll_timeout()?;
+        Some(Duration::from_millis(due.saturating_sub(self.now_ms())))
+    }
+
     fn handle(&mut self, event: Event) {
+        let now_ms = self.now_ms();
         match event {
-            Event::Depart(departure) => {
-                self.leaving.get_or_insert_with(Instant::now);
-                match departure {
-                    Departure::Signal(name) => {
-                        tracing::info!("{name}: leaving after the step in progress");
-                        // At once, so that nothing new is assigned here and nobody takes the end for a failure.
-                        self.environment.control.tell(FromWorker::Leaving);
-                        if let Some(session) = &self.current {
-                            session.stop(StopMode::Checkpoint);
-                        }
-                    }
-                    Departure::ParentGone => {
-                        if let Some(session) = self.current.take() {
-                            session.abort("this worker's coordinator is gone");
-                        }
-                        self.orphaned = true;
+            Event::Depart(Departure::Signal(name)) => {
+                tracing::info!("{name}: leaving after the step in progress");
+                self.member.handle_departure(now_ms);
+            }
+            Event::Depart(Departure::ParentGone) => {
+                if let Some(session) = self.current.take() {
+                    session.abort("this worker's coordinator is gone");
+                }
+                self.orphaned = true;
+            }
+            Event::SessionEnded(SessionEnd { job, generation, outcome, held }) => {
+                self.current = None;
+                self.member.handle_session_ended(job, generation, outcome, held, now_ms);
+            }
+            Event::Tick => self.member.handle_tick(now_ms),
+        }
+        self.act();
+    }
+
+    /// Does what the member has decided.
+    fn act(&mut self) {
+        while let Some(action) = self.member.poll_action() {
+            match action {
+                Action::Begin { assignment, start } => {
+                    let (environment, ends) = (self.environment.clone(), self.ends.clone());
+                    self.current = Some(session::start(environment, *assignment, start, ends));
+                }
+                Action::Stop { mode } => {
+                    if let Some(session) = &self.current {
+                        session.stop(mode);
                     }
                 }
-            }
-            Event::SessionEnded => {
-                self.current = None;
-                self.leaving = Some(Instant::now());
+                Action::Abort { reason } => {
+                    if let Some(session) = &self.current {
+                        session.abort(&reason);
+                    }
+                }
+                Action::Follow(_) | Action::Unfollow => {}
+                Action::Drop => self.environment.kept.clear(),
+                Action::Tell(report) => self.environment.control.tell(report),
+                Action::Leave(how) => self.leaves = Some((how, Instant::now())),
             }
         }
     }
 
     /// Whether this worker has said all it had to say, or waited long enough for somebody to say it to.
     fn has_left(&self) -> bool {
-        let Some(since) = self.leaving else { return false };
-        self.orphaned || self.current.is_none() && (self.feed.is_drained() || since.elapsed() > FAREWELL)
+        self.orphaned
+            || match &self.leaves {
+                None => false,
+                Some((Leave::Done, since)) => self.feed.is_drained() || since.elapsed() > FAREWELL,
+                Some((Leave::CoordinatorAway | Leave::Dismissed { .. }, _)) => true,
+            }
     }
 
-    async fn open_session(&self) -> Result<(Connection, Exchange), NetError> {
+    /// What to introduce this worker as; its addresses depend on the connection.
+    fn register(&mut self) -> Register {
+        if let Some((job, generation, step)) = self.current.as_ref().map(SessionHandle::progress) {
+            self.member.handle_committed(job, generation, step);
+        }
+        let (running, held) = self.member.register();
+        Register {
+            host: identity::host_name(),
+            device: self.args.device.to_string(),
+            threads: self.threads,
+            host_key: host_key(),
+            addresses: Vec::new(),
+            advertised: self.args.advertise.clone(),
+            metrics: self.metrics_address,
+            running,
+            held,
+        }
+    }
+
+    async fn open_session(&self, register: Register) -> Result<(Connection, Exchange), NetError> {
         let addresses = resolve(&self.args.coordinator)?;
         let config = client_config(&self.identity)?;
         let connection =
             connect(&self.endpoint, &config, &addresses, &Role::Coordinator.server_name()).await?;
         let bound = self.endpoint.local_addr().unwrap_or(self.args.listen);
-        let register = Register {
-            host: identity::host_name(),
-            device: self.args.device.to_string(),
-            threads: self.threads,
-            host_key: host_key(),
-            addresses: interface_addresses(bound, connection.remote_address()),
-            advertised: self.args.advertise.clone(),
-            metrics: self.metrics_address,
-            running: self.current.as_ref().and_then(SessionHandle::running),
-            held: None,
-        };
+        let addresses = interface_addresses(bound, connection.remote_address());
+        let register = Register { addresses, ..register };
         let mut exchange = Exchange::open(&connection, &Request::Session(register)).await?;
         match exchange.answer().await? {
             Response::Welcome => Ok((connection, exchange)),
@@ -261,13 +352,8 @@ impl Agent {
         }
     }
 
-    /// Carries messages both ways until the stream breaks (`Err`), the coordinator dismisses this worker or this
-    /// worker has left.
-    async fn converse(
-        &mut self,
-        exchange: Exchange,
-        departure: &mut mpsc::Receiver<Departure>,
-    ) -> Result<Option<String>, FrameError> {
+    /// Carries messages both ways until the stream breaks (`Err`) or this worker has left.
+    async fn converse(&mut self, exchange: Exchange, events: &mut Events) -> Result<(), FrameError> {
         let Exchange { mut send, mut recv } = exchange;
         // Reading a frame is not cancel-safe, so a task of its own does it.
         let (incoming, mut inbox) = mpsc::channel(64);
@@ -282,19 +368,24 @@ impl Agent {
         });
         let end = loop {
             if self.orphaned {
-                break Ok(None);
+                break Ok(());
             }
             if self.has_left() {
                 let _ = send.finish();
                 let _ = tokio::time::timeout(FAREWELL, send.stopped()).await;
-                break Ok(None);
+                break Ok(());
             }
+            let patience = self.patience();
             tokio::select! {
-                event = next_event(departure, self.leaving.is_some(), self.current.as_ref()) => self.handle(event),
+                event = events.next(patience) => self.handle(event),
                 message = inbox.recv() => match message {
-                    Some(Ok(ToWorker::Dismiss { reason })) => break Ok(Some(reason)),
                     Some(Ok(ToWorker::Heard { reports })) => self.feed.heard(reports),
-                    Some(Ok(message)) => self.obey(message),
+                    Some(Ok(order)) => {
+                        if let Err(refused) = self.member.handle_order(order) {
+                            tracing::info!("an order was not obeyed: {refused}");
+                        }
+                        self.act();
+                    }
                     Some(Err(error)) => break Err(error),
                     None => break Err(FrameError::Closed),
                 },
@@ -308,54 +399,6 @@ impl Agent {
         };
         reader.abort();
         end
-    }
-
-    fn obey(&mut self, message: ToWorker) {
-        match message {
-            ToWorker::Start(assignment) => {
-                if self.leaving.is_some() {
-                    let (job, generation) = (assignment.job, assignment.generation);
-                    let outcome = Outcome::Stopped { step: 0 };
-                    self.environment.control.tell(FromWorker::Ended { job, generation, outcome, held: None });
-                    return;
-                }
-                let previous = self.current.take();
-                if let Some(previous) = &previous {
-                    previous.abort("a newer generation has begun");
-                }
-                self.current = Some(session::start(self.environment.clone(), *assignment, previous));
-            }
-            ToWorker::Stop { job, generation, mode } => match &self.current {
-                Some(session) if session.is(job, generation) => session.stop(mode),
-                _ => tracing::debug!("told to stop {job} {generation}, which does not run here"),
-            },
-            ToWorker::Follow(_)
-            | ToWorker::Release { .. }
-            | ToWorker::Heard { .. }
-            | ToWorker::Dismiss { .. } => {}
-        }
-    }
-}
-
-enum Event {
-    Depart(Departure),
-    SessionEnded,
-}
-
-async fn next_event(
-    departure: &mut mpsc::Receiver<Departure>,
-    leaving: bool,
-    current: Option<&SessionHandle>,
-) -> Event {
-    let ended = async {
-        match current {
-            Some(session) if leaving => session.ended().await,
-            _ => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        Some(reason) = departure.recv() => Event::Depart(reason),
-        () = ended => Event::SessionEnded,
     }
 }
 

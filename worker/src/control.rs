@@ -2,7 +2,8 @@
 //!
 //! Reports go into an outbox that outlives the connection, because a running job goes on while the coordinator
 //! is away. They stay there until the coordinator says that it has taken care of them: what was written to a
-//! connection whose other end had died is sent again over the next one. Requests block the calling thread until there is a connection and an answer.
+//! connection whose other end had died is sent again over the next one. Requests block the calling thread until there is a
+//! connection and an answer.
 
 use lockstep_common::ids::{Generation, JobId};
 use lockstep_common::net::{Exchange, NetError};
@@ -40,8 +41,10 @@ struct Queue {
     reports: VecDeque<FromWorker>,
     /// How many of them have been sent in this session.
     sent: usize,
-    /// What is worth telling only while it is new.
-    news: Option<FromWorker>,
+    /// What is worth telling only while it is new, one of a kind.
+    news: Vec<FromWorker>,
+    /// The job whose steps were heard last, and the last of those.
+    heard: Option<(JobId, u64)>,
 }
 
 /// A message to the coordinator.
@@ -83,7 +86,7 @@ impl ControlFeed {
             let added = self.outbox.added.notified();
             let next = {
                 let mut queue = self.outbox.queue.lock();
-                let news = queue.news.take().map(Outgoing::News);
+                let news = queue.news.pop().map(Outgoing::News);
                 news.or_else(|| queue.reports.get(queue.sent).cloned().map(Outgoing::Report))
             };
             if let Some(outgoing) = next {
@@ -104,7 +107,11 @@ impl ControlFeed {
     pub(crate) fn heard(&self, reports: u64) {
         let mut queue = self.outbox.queue.lock();
         let heard = queue.sent.min(usize::try_from(reports).unwrap_or(usize::MAX));
-        queue.reports.drain(..heard);
+        let steps = queue.reports.drain(..heard).rev().find_map(|report| match report {
+            FromWorker::Steps { job, records, .. } => Some((job, records.last()?.step)),
+            _ => None,
+        });
+        queue.heard = steps.or(queue.heard);
         queue.sent -= heard;
     }
 
@@ -112,7 +119,7 @@ impl ControlFeed {
     pub(crate) fn restart(&self) {
         let mut queue = self.outbox.queue.lock();
         queue.sent = 0;
-        queue.news = None;
+        queue.news.clear();
     }
 
     /// Whether the coordinator has taken care of everything.
@@ -135,10 +142,14 @@ impl Control {
     }
 
     /// Tells the coordinator what counts only while it is new: it is not kept while the coordinator is away, and takes
-    /// the place of older news that is still on the way.
+    /// the place of older news of its kind that is still on the way.
     pub(crate) fn tell_news(&self, news: FromWorker) {
         if self.is_connected() {
-            self.outbox.queue.lock().news = Some(news);
+            let kind = std::mem::discriminant(&news);
+            let mut queue = self.outbox.queue.lock();
+            queue.news.retain(|old| std::mem::discriminant(old) != kind);
+            queue.news.push(news);
+            drop(queue);
             self.outbox.added.notify_one();
         }
     }
@@ -146,6 +157,12 @@ impl Control {
     /// Whether the coordinator is there, as far as this worker knows.
     pub(crate) fn is_connected(&self) -> bool {
         self.connection.borrow().is_some()
+    }
+
+    /// The last step of `job` that the coordinator has been heard to know; 0 if none.
+    pub(crate) fn heard_step(&self, job: JobId) -> u64 {
+        let heard = self.outbox.queue.lock().heard;
+        heard.filter(|(of, _)| *of == job).map_or(0, |(_, step)| step)
     }
 
     async fn connected(&self) -> Result<Connection, NetError> {

@@ -12,7 +12,6 @@ pub(crate) struct Reporter {
     control: Control,
     job: JobId,
     generation: Generation,
-    total_steps: u64,
     /// Only rank 0 reports.
     speaks: bool,
     records: Vec<StepRecord>,
@@ -20,39 +19,32 @@ pub(crate) struct Reporter {
 }
 
 impl Reporter {
-    pub(crate) fn new(control: Control, assignment: &Assignment, total_steps: u64) -> Self {
+    pub(crate) fn new(control: Control, assignment: &Assignment) -> Self {
         Self {
             control,
             job: assignment.job,
             generation: assignment.generation,
-            total_steps,
             speaks: assignment.rank == Rank(0),
             records: Vec::new(),
             sent: Instant::now(),
         }
     }
 
+    /// Steps of earlier generations that the coordinator may not know. It leaves out those that it does.
+    pub(crate) fn catch_up<'a>(&mut self, records: impl Iterator<Item = &'a StepRecord>) {
+        if self.speaks {
+            self.records.extend(records.cloned());
+        }
+    }
+
     /// A step is committed.
-    pub(crate) fn step(
-        &mut self,
-        step: u64,
-        epoch: u64,
-        samples: u64,
-        seconds: f64,
-        values: BTreeMap<String, f64>,
-    ) {
+    pub(crate) fn step(&mut self, record: StepRecord) {
         if !self.speaks {
             return;
         }
-        self.records.push(StepRecord {
-            step,
-            epoch,
-            total_steps: self.total_steps,
-            samples,
-            seconds,
-            values,
-        });
-        if self.sent.elapsed() >= INTERVAL || step == self.total_steps {
+        let last = record.step == record.total_steps;
+        self.records.push(record);
+        if self.sent.elapsed() >= INTERVAL || last {
             self.flush();
         }
     }
@@ -75,9 +67,19 @@ impl Reporter {
 
     /// Sends what has gathered.
     pub(crate) fn flush(&mut self) {
-        if !self.records.is_empty() {
-            let records = std::mem::take(&mut self.records);
-            self.control.tell(FromWorker::Steps { job: self.job, generation: self.generation, records });
+        /// Many steps' records, and shards of them, in far less than a message may have.
+        const RECORDS: usize = 500;
+        const SHARDS: usize = 1 << 16;
+        let shards = self.records.first().map_or(0, |record| record.shards.len());
+        let at_a_time = (SHARDS / shards.max(1)).clamp(1, RECORDS);
+        let (job, generation) = (self.job, self.generation);
+        let mut rest = std::mem::take(&mut self.records).into_iter();
+        loop {
+            let records: Vec<StepRecord> = rest.by_ref().take(at_a_time).collect();
+            if records.is_empty() {
+                break;
+            }
+            self.control.tell(FromWorker::Steps { job, generation, records });
         }
         self.sent = Instant::now();
     }

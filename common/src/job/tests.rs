@@ -33,6 +33,7 @@ fn a_good_file_parses_with_its_defaults() {
     assert_eq!(job.reduction, Reduction::Exact);
     assert_eq!(job.model.as_ref().unwrap().batch_norm, BatchNorm::Sync);
     assert_eq!(job.max_workers(), 8);
+    assert_eq!(job.workers.orphan_timeout_s, 3600);
     assert_eq!(job.total_steps(469), 938);
     assert_eq!(job.data.augment.len(), 2);
 }
@@ -63,6 +64,12 @@ fn errors_name_file_line_and_nearest_name() {
             "[collective]\nbackend = \"ncll\"\n[optimizer]",
             "tiny.toml:17: ",
             "did you mean `nccl`?",
+        ),
+        (
+            "[optimizer]",
+            "[workers]\norphan_timeout_s = 0\n[optimizer]",
+            "tiny.toml:17: `orphan_timeout_s` is 0",
+            "1 to 604800 seconds",
         ),
     ];
     for (from, to, start, part) in cases {
@@ -97,6 +104,24 @@ fn wire_formats_are_checked_against_precision_and_rank() {
         if let Err(error) = parsed {
             assert!(error.to_string().starts_with("tiny.toml:22: a compressed `wire`"), "{error}");
         }
+    }
+}
+
+#[test]
+fn checks_have_defaults_and_refuse_what_they_do_not_know() {
+    let checks = |lines: &str| JobSpec::parse("tiny.toml", &format!("{GOOD}[checks]\n{lines}\n"));
+    let spec = |digest_every_steps, on_mismatch| CheckSpec { digest_every_steps, on_mismatch };
+    assert_eq!(JobSpec::parse("tiny.toml", GOOD).unwrap().checks, spec(50, OnMismatch::Heal));
+    let stop = "digest_every_steps = 0\non_mismatch = \"stop\"";
+    assert_eq!(checks(stop).unwrap().checks, spec(0, OnMismatch::Stop));
+    for (lines, start, part) in [
+        ("digest_every_step = 5", "tiny.toml:21: unknown field", "did you mean `digest_every_steps`?"),
+        ("digest_every_steps = -1", "tiny.toml:21: ", ""),
+        ("on_mismatch = \"heel\"", "tiny.toml:21: unknown variant `heel`", "did you mean `heal`?"),
+    ] {
+        let message = checks(lines).unwrap_err().to_string();
+        assert!(message.starts_with(start) && message.contains(part), "{message}");
+        assert_eq!(message.lines().count(), 1);
     }
 }
 

@@ -25,6 +25,9 @@ fn require(condition: bool, path: &[&str], what: impl FnOnce() -> String) -> Res
 /// More logical shards than this would make one message per shard and layer a burden, and no cluster needs it.
 const MAX_LOGICAL_SHARDS: u32 = 4096;
 
+/// A week: who is away for longer does not come back by itself.
+const MAX_ORPHAN_S: u64 = 604_800;
+
 pub(super) fn check(job: &JobSpec) -> Result<(), Fault> {
     require(!job.name.is_empty() && job.name.len() <= 100, &["name"], || {
         "`name` must have 1 to 100 characters".to_owned()
@@ -229,5 +232,9 @@ fn check_workers(job: &JobSpec) -> Result<(), Fault> {
     })?;
     require(job.workers.max.is_none_or(|max| max >= min), &["workers", "max"], || {
         format!("`max` is below `min` = {min}")
+    })?;
+    let orphan = job.workers.orphan_timeout_s;
+    require((1..=MAX_ORPHAN_S).contains(&orphan), &["workers", "orphan_timeout_s"], || {
+        format!("`orphan_timeout_s` is {orphan}; it must be 1 to {MAX_ORPHAN_S} seconds")
     })
 }

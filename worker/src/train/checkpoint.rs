@@ -3,13 +3,14 @@
 use super::error::TrainError;
 use super::replica::{RawTensors, Replica, tensor_bytes};
 use crate::control::Control;
+use crate::fault::{self, Point};
 use crate::tasks::TaskPlan;
 use lockstep_common::checkpoint::{
     CheckpointFiles, CheckpointInfo, CheckpointManifest, OPTIMIZER_FILE, WEIGHTS_FILE, WIRE_FILE,
     decode_tensors, encode_tensors,
 };
 use lockstep_common::ids::{Generation, JobId};
-use lockstep_common::wire::{CheckpointHead, FileHead};
+use lockstep_common::wire::{CheckpointHead, FileHead, Position};
 use lockstep_nn::bytes::RawTensor;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -61,6 +62,7 @@ impl Checkpointer {
             }
             let packed = CheckpointFiles::new(info, files).and_then(CheckpointFiles::into_parts);
             let all = packed.map_err(|e| TrainError::Fatal(e.to_string()))?;
+            fault::point(Point::Checkpoint, step);
             let heads =
                 all.iter().map(|(n, b)| FileHead { name: n.clone(), bytes: b.len() as u64 }).collect();
             control.store_checkpoint(CheckpointHead { job, generation, step, files: heads }, &all)?;
@@ -129,7 +131,7 @@ pub(crate) fn restore(
     };
     let (weights, optimizer) = (tensors(WEIGHTS_FILE)?, tensors(OPTIMIZER_FILE)?);
     replica
-        .restore(plan, files.manifest.info.step, &weights, &optimizer)
+        .restore(plan, Position::at(files.manifest.info.step), &weights, &optimizer)
         .map_err(|e| refused(e.to_string()))?;
     let wires = files.file(WIRE_FILE).map(|_| tensors(WIRE_FILE)).transpose()?;
     Ok((files.manifest, wires))

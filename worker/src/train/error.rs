@@ -1,5 +1,6 @@
 //! Why training stopped before its end.
 
+use super::mismatch::Mismatch;
 use lockstep_collectives::CollectiveError;
 use lockstep_common::ids::Rank;
 use lockstep_common::net::NetError;
@@ -19,6 +20,17 @@ pub(crate) enum TrainError {
     /// The coordinator refused or could not be reached.
     #[error(transparent)]
     Coordinator(#[from] NetError),
+    /// The training state is not where it should be; another generation can go on with what the others have.
+    #[error("{what}")]
+    Unavailable {
+        /// What is missing.
+        what: String,
+        /// The rank that is to blame, if it can be told.
+        culprit: Option<Rank>,
+    },
+    /// The replicas differ. The [session](crate::session) decides what follows.
+    #[error("the replicas have come to differ")]
+    Mismatch(Mismatch),
     /// Anything else that no other membership would mend.
     #[error("{0}")]
     Fatal(String),
@@ -55,6 +67,7 @@ impl TrainError {
                 let culprit: Option<Rank> = error.culprit();
                 Outcome::Lost { error: error.to_string(), culprit }
             }
+            Self::Unavailable { what, culprit } => Outcome::Lost { error: what.clone(), culprit: *culprit },
             // A refusal is the coordinator's last word; anything else is the connection's fault.
             Self::Coordinator(error) if !matches!(error, NetError::Refused { .. }) => {
                 Outcome::Lost { error: error.to_string(), culprit: None }

@@ -17,14 +17,17 @@ pub(crate) mod evaluate;
 pub(crate) mod gpu;
 pub(crate) mod gradients;
 pub(crate) mod lane;
+pub(crate) mod mismatch;
 pub(crate) mod permits;
 pub(crate) mod phase;
 pub(crate) mod picture;
 pub(crate) mod rendezvous;
 pub(crate) mod replica;
+pub(crate) mod samples;
 pub(crate) mod staging;
 pub(crate) mod statistics;
 pub(crate) mod trainer;
+pub(crate) mod wishes;
 
 #[cfg(test)]
 mod tests;

@@ -1,14 +1,20 @@
-//! A worker's copy of the training state: every network's variables, every optimizer, the step.
+//! A worker's copy of the training state: every network's variables, every optimizer, the position.
+//!
+//! It changes by [`PhaseUpdate`]s only, whole ones: the same on all replicas, and in one that follows.
 
 use super::error::TrainError;
 use super::statistics;
 use crate::tasks::TaskPlan;
-use lockstep_common::digest::{TensorBytes, weights_digest};
+use lockstep_common::audit::{ShardSamples, StepAudit};
+use lockstep_common::digest::{TensorBytes, TensorHasher};
 use lockstep_common::job::{ClipSpec, JobSpec};
-use lockstep_nn::bytes::RawTensor;
+use lockstep_common::wire::Position;
+use lockstep_nn::NnError;
+use lockstep_nn::bytes::{RawTensor, describe};
 use lockstep_nn::forward::BnRecord;
 use lockstep_nn::optim::{NamedGradient, Optimizer, clip_norm, clip_value};
 use lockstep_nn::schedule::lr_factor;
+use lockstep_nn::shim::with_bytes;
 use lockstep_nn::vars::Vars;
 use std::collections::BTreeMap;
 use tch::Tensor;
@@ -25,6 +31,33 @@ pub(crate) struct Replica {
     updates: Vec<u64>,
     /// Committed steps.
     pub(crate) step: u64,
+    /// Phases of the next step that have been applied.
+    phase: u16,
+    /// What those came to, by name.
+    figures: BTreeMap<String, f64>,
+    /// What the shards were given in those.
+    samples: StepAudit,
+    /// Whether an update has begun and not ended.
+    torn: bool,
+}
+
+/// What a phase does to every replica: the same on all of them.
+#[derive(Debug)]
+pub(crate) struct PhaseUpdate {
+    /// The phase within its step.
+    pub(crate) phase: u16,
+    /// Whether it is the last one of its step, which is committed with it.
+    pub(crate) commits: bool,
+    /// The network that learns.
+    pub(crate) network: usize,
+    /// Its learning rate.
+    pub(crate) lr: f64,
+    /// Its reduced gradients.
+    pub(crate) gradients: Vec<NamedGradient>,
+    /// The batch statistics of all networks.
+    pub(crate) statistics: Vec<BnRecord>,
+    /// What the phase came to, by name.
+    pub(crate) figures: BTreeMap<String, f64>,
 }
 
 impl Replica {
@@ -38,7 +71,26 @@ impl Replica {
             updates: vec![0; vars.len()],
             vars,
             step: 0,
+            phase: 0,
+            figures: BTreeMap::new(),
+            samples: StepAudit::default(),
+            torn: false,
         })
+    }
+
+    /// How far it is.
+    pub(crate) fn position(&self) -> Position {
+        Position { step: self.step, phase: self.phase }
+    }
+
+    /// Whether it is what [`Self::position`] says, and not in the middle of an update that failed.
+    pub(crate) fn is_whole(&self) -> bool {
+        !self.torn
+    }
+
+    /// What the phases of the next step that have been applied came to.
+    pub(crate) fn figures(&self) -> &BTreeMap<String, f64> {
+        &self.figures
     }
 
     /// Where the weights are.
@@ -51,32 +103,39 @@ impl Replica {
         &self.updates
     }
 
-    /// One update of `network`: clips, then lets the optimizer act.
-    pub(crate) fn update(
+    /// Applies a phase. Returns the whole step's figures if that commits it.
+    ///
+    /// After an error the replica is of no use any more.
+    pub(crate) fn apply(
         &mut self,
-        network: usize,
-        mut gradients: Vec<NamedGradient>,
+        mut update: PhaseUpdate,
         clip: &ClipSpec,
-        lr: f64,
-    ) -> Result<(), TrainError> {
+    ) -> Result<Option<BTreeMap<String, f64>>, TrainError> {
+        self.torn = true;
         if let Some(max) = clip.value {
-            clip_value(&mut gradients, max)?;
+            clip_value(&mut update.gradients, max)?;
         }
         if let Some(max) = clip.norm {
-            clip_norm(&mut gradients, max)?;
+            clip_norm(&mut update.gradients, max)?;
         }
-        self.optimizers[network].step(&self.vars[network], &gradients, lr, self.updates[network])?;
+        let network = update.network;
+        self.optimizers[network].step(
+            &self.vars[network],
+            &update.gradients,
+            update.lr,
+            self.updates[network],
+        )?;
         self.updates[network] += 1;
-        Ok(())
-    }
-
-    /// Moves running statistics towards the batches of a phase.
-    pub(crate) fn apply_statistics(&self, records: &[BnRecord]) -> Result<(), TrainError> {
         for (network, vars) in self.vars.iter().enumerate() {
-            let own = records.iter().filter(|r| usize::from(r.network) == network);
+            let own = update.statistics.iter().filter(|r| usize::from(r.network) == network);
             statistics::apply(vars, own)?;
         }
-        Ok(())
+        self.figures.append(&mut update.figures);
+        let committed = update.commits.then(|| std::mem::take(&mut self.figures));
+        (self.step, self.phase) =
+            if update.commits { (self.step + 1, 0) } else { (self.step, update.phase + 1) };
+        self.torn = false;
+        Ok(committed)
     }
 
     /// Weights and buffers of all networks.
@@ -103,11 +162,11 @@ impl Replica {
         Ok(tensors)
     }
 
-    /// Takes over a checkpoint: all of it, or nothing and an error that names what does not fit.
+    /// Takes over a stored state: all of it, or an error that names what does not fit.
     pub(crate) fn restore(
         &mut self,
         plan: &TaskPlan,
-        step: u64,
+        position: Position,
         weights: &BTreeMap<String, Tensor>,
         optimizer: &BTreeMap<String, Tensor>,
     ) -> Result<(), TrainError> {
@@ -116,27 +175,96 @@ impl Replica {
                 all.iter().filter_map(|(n, t)| Some((n.strip_prefix(prefix)?.to_owned(), t.shallow_clone())));
             own.collect()
         };
+        self.torn = true;
         for (i, network) in plan.networks.iter().enumerate() {
             self.vars[i].load(&part(weights, &self.prefixes[i]))?;
             let mut state = part(optimizer, &format!("{}/", network.name));
             let Some(updates) = state.remove("updates") else {
                 return Err(TrainError::Fatal(format!(
-                    "the checkpoint has no update counter of `{}`",
+                    "the state has no update counter of `{}`",
                     network.name
                 )));
             };
             self.updates[i] = u64::try_from(updates.f_int64_value(&[0])?).unwrap_or(0);
             self.optimizers[i].load_state(&state)?;
         }
-        self.step = step;
+        (self.step, self.phase) = (position.step, position.phase);
+        self.figures.clear();
+        self.samples = StepAudit::default();
+        self.torn = false;
         Ok(())
     }
 
-    /// BLAKE3 of all weights and buffers in name order.
-    pub(crate) fn digest(&self) -> Result<String, TrainError> {
-        let weights = self.weights()?;
-        Ok(weights_digest(weights.iter().map(|(name, tensor)| tensor_bytes(name, tensor))))
+    /// Takes over what the phases of the next step that have been applied came to.
+    pub(crate) fn set_figures(&mut self, figures: BTreeMap<String, f64>) {
+        self.figures = figures;
     }
+
+    /// What the shards were given in the phases of the next step that have been applied.
+    pub(crate) fn samples(&self) -> &StepAudit {
+        &self.samples
+    }
+
+    /// Takes that over.
+    pub(crate) fn set_samples(&mut self, samples: StepAudit) {
+        self.samples = samples;
+    }
+
+    /// Notes what the shards were given in the phase that is applied next; a minibatch counts in the first phase of the
+    /// step that sees it.
+    pub(crate) fn note_samples(&mut self, shards: Vec<ShardSamples>, first_of_minibatch: bool) {
+        self.samples.add_phase(shards, first_of_minibatch);
+    }
+
+    /// Hands over what the shards were given in the step that has just been committed.
+    pub(crate) fn take_samples(&mut self) -> Vec<ShardSamples> {
+        std::mem::take(&mut self.samples).into_shards()
+    }
+
+    /// BLAKE3 of all weights and buffers in name order.
+    pub(crate) fn weights_digest(&self) -> Result<String, TrainError> {
+        let networks = self.vars.iter().zip(&self.prefixes);
+        let named = networks.flat_map(|(vars, prefix)| {
+            vars.iter().map(move |(name, var)| (format!("{prefix}{name}"), var.tensor.shallow_clone()))
+        });
+        digest(named.collect())
+    }
+
+    /// BLAKE3 of every optimizer's state and the update counters.
+    pub(crate) fn optimizers_digest(&self) -> Result<String, TrainError> {
+        let mut tensors = BTreeMap::new();
+        for (network, (optimizer, updates)) in self.optimizers.iter().zip(&self.updates).enumerate() {
+            let state = optimizer.state().into_iter();
+            tensors.extend(state.map(|(name, tensor)| (format!("{network}/{name}"), tensor)));
+            tensors.insert(format!("{network}/updates"), Tensor::f_from_slice(&[*updates as i64])?);
+        }
+        digest(tensors)
+    }
+
+    /// Changes the lowest bit of one weight, for tests of what follows.
+    pub(crate) fn flip_bit(&self) -> Result<(), TrainError> {
+        let Some((_, var)) = self.vars.first().and_then(|vars| vars.parameters().next()) else {
+            return Ok(());
+        };
+        let mut raw = RawTensor::copy_from(&var.tensor)?;
+        if let Some(byte) = raw.bytes.first_mut() {
+            *byte ^= 1;
+        }
+        Ok(tch::no_grad(|| var.tensor.f_detach()?.f_copy_(&raw.to_tensor()?).map_err(NnError::from))?)
+    }
+}
+
+/// The digest of tensors in name order, straight from their memory: no lane works on a replica between two steps.
+fn digest(tensors: BTreeMap<String, Tensor>) -> Result<String, TrainError> {
+    let mut hasher = TensorHasher::new();
+    for (name, tensor) in &tensors {
+        let (dtype, shape) = describe(tensor)?;
+        with_bytes(tensor, |bytes| {
+            let (name, dtype) = (name.as_str().into(), dtype.into());
+            hasher.add(&TensorBytes { name, dtype, shape: shape.as_slice().into(), bytes: bytes.into() });
+        })?;
+    }
+    Ok(hasher.finish())
 }
 
 /// A raw tensor as checkpoints and digests take it.

@@ -9,17 +9,23 @@ use super::device_buckets::Carrier;
 use super::error::TrainError;
 use super::gradients::Gradients;
 use super::lane::{Lane, PhaseDone, PhaseWork};
+use super::mismatch::Mismatch;
 use super::permits::Permits;
 use super::phase::PhasePlan;
 use super::rendezvous::Rendezvous;
-use super::replica::{RawTensors, Replica, learning_rate};
+use super::replica::{PhaseUpdate, RawTensors, Replica, learning_rate};
+use super::samples;
 use super::statistics::PhaseStatistics;
+use super::wishes::Wishes;
 use crate::data::loader::StepBatches;
+use crate::fault::{self, Point};
 use crate::tasks::TaskPlan;
 use lockstep_collectives::{CollectiveError, Group, Numbers, Pending, ReduceOp, Tag, TagKind};
+use lockstep_common::audit::ShardSamples;
 use lockstep_common::checkpoint::WIRE_FILE;
 use lockstep_common::ids::{LogicalShard, Rank};
 use lockstep_common::job::{BatchNorm, JobSpec};
+use lockstep_common::wire::Position;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tch::{Device, Tensor};
@@ -48,8 +54,10 @@ pub(crate) struct Trainer<T> {
 pub(crate) struct StepDone {
     /// Figures by name, averaged over the global batch.
     pub(crate) figures: BTreeMap<String, f64>,
-    /// Whether some rank asks to stop after this step.
-    pub(crate) stop: bool,
+    /// What the ranks together want.
+    pub(crate) wishes: Wishes,
+    /// What each logical shard was given.
+    pub(crate) shards: Vec<ShardSamples>,
     pub(crate) times: StepTimes,
 }
 
@@ -127,20 +135,26 @@ impl<T: Number> Trainer<T> {
         Arc::new(BucketPlan::new(vars, order, self.job.collective.bucket_bytes, size_of::<T>()))
     }
 
+    /// Ends the lanes; hands back the replica.
+    pub(crate) fn into_replica(self) -> Replica {
+        self.replica
+    }
+
     /// The lanes, for evaluation.
     pub(crate) fn lanes(&self) -> &[Lane<T>] {
         &self.lanes
     }
 
-    /// Runs the step that comes next on its `batches` and commits it. `ask_stop` is this rank's wish to stop.
+    /// Runs the step that comes next on its `batches`, from the phase that comes next, and commits it. `wishes` are this
+    /// rank's.
     pub(crate) fn step(
         &mut self,
         batches: StepBatches,
         total_steps: u64,
         steps_per_epoch: u64,
-        ask_stop: bool,
+        wishes: Wishes,
     ) -> Result<StepDone, TrainError> {
-        let result = self.try_step(batches, total_steps, steps_per_epoch, ask_stop);
+        let result = self.try_step(batches, total_steps, steps_per_epoch, wishes);
         if let Err(error) = &result {
             // Whoever still waits, here or elsewhere, hears the first cause.
             self.group.abort(match error {
@@ -164,13 +178,22 @@ impl<T: Number> Trainer<T> {
         batches: StepBatches,
         total_steps: u64,
         steps_per_epoch: u64,
-        ask_stop: bool,
+        wishes: Wishes,
     ) -> Result<StepDone, TrainError> {
-        let step = self.replica.step;
-        let mut done = StepDone { figures: BTreeMap::new(), stop: false, times: StepTimes::default() };
+        let Position { step, phase: applied } = self.replica.position();
+        let mut done = StepDone {
+            figures: BTreeMap::new(),
+            wishes: Wishes::default(),
+            shards: Vec::new(),
+            times: StepTimes::default(),
+        };
         let plan = self.plan.clone();
-        for (phase, phase_plan) in plan.phases.iter().enumerate() {
-            let Some(minibatch) = batches.minibatches.get(phase_plan.minibatch) else { continue };
+        let runs = |(_, phase): &(usize, &PhasePlan)| phase.minibatch < batches.minibatches.len();
+        let last = plan.phases.iter().enumerate().filter(runs).map(|(phase, _)| phase).last();
+        let phases = plan.phases.iter().enumerate().filter(runs);
+        for (phase, phase_plan) in phases.skip_while(|(phase, _)| *phase < usize::from(applied)) {
+            let minibatch = &batches.minibatches[phase_plan.minibatch];
+            let commits = Some(phase) == last;
             let network = usize::from(phase_plan.learns);
             let lr = learning_rate(&self.job, &plan, network, step, total_steps, steps_per_epoch);
             let phase = phase as u16;
@@ -207,53 +230,63 @@ impl<T: Number> Trainer<T> {
             done.times.forward += forward / parallel;
             done.times.backward += backward / parallel;
 
-            let figures = self.share_figures(step, phase, &lanes, ask_stop)?;
+            fault::point(Point::Reduce, step + 1);
+            let figures = self.share_figures(step, phase, &lanes, &wishes)?;
             let records = lanes.into_iter().map(|l| l.records).collect();
             let statistics = PhaseStatistics::start(&self.group, step, phase, &self.modes, records)?;
             let (gradients, statistics, figures) =
                 timed(&mut done.times.gradients, || -> Result<_, TrainError> {
                     Ok((buckets.wait(self.device)?, statistics.finish()?, figures.wait()?))
                 })?;
-            done.stop |= self.take_figures(phase_plan, &figures, step, &mut done.figures)?;
-            timed(&mut done.times.optimizer, || -> Result<(), TrainError> {
-                self.replica.update(network, gradients, &self.job.clip, lr)?;
-                self.replica.apply_statistics(&statistics)
-            })?;
+            let (mut figures, shards) = self.take_figures(phase_plan, &figures, step, &mut done.wishes)?;
             if phase_plan.learns == 0 {
-                done.figures.insert("lr".to_owned(), lr);
+                figures.insert("lr".to_owned(), lr);
             }
+            // Nothing that can fail on one rank alone comes after the update.
             if !self.learnt[network] {
                 self.learn_order(step, phase, network, &buckets)?;
             }
+            fault::point(Point::Optimizer, step + 1);
+            let seen = plan.phases[..usize::from(phase)].iter().any(|p| p.minibatch == phase_plan.minibatch);
+            self.replica.note_samples(shards, !seen);
+            let update = PhaseUpdate { phase, commits, network, lr, gradients, statistics, figures };
+            let committed = timed(&mut done.times.optimizer, || self.replica.apply(update, &self.job.clip))?;
+            done.figures.extend(committed.into_iter().flatten());
         }
-        self.replica.step += 1;
-        Ok(done)
+        match self.replica.step == step {
+            true => Err(TrainError::Fatal(format!("no phase is left in step {}", step + 1))),
+            false => {
+                done.shards = self.replica.take_samples();
+                Ok(done)
+            }
+        }
     }
 
-    /// Adds the shards' figures, and the ranks' wishes to stop, over all shards.
+    /// Adds the shards' figures, what they were given, and the ranks' wishes, over all shards.
     fn share_figures(
         &self,
         step: u64,
         phase: u16,
         lanes: &[PhaseDone],
-        ask_stop: bool,
+        wishes: &Wishes,
     ) -> Result<Pending<Numbers<f64>>, TrainError> {
-        let leaf = |lane: &PhaseDone| {
-            let stop = if ask_stop { 1.0 } else { 0.0 };
-            lane.figures.iter().copied().chain([stop]).collect::<Vec<f64>>()
+        let leaf = |(slot, lane): (usize, &PhaseDone)| {
+            let samples = samples::leaf(self.job.logical_shards, lane.shard, lane.samples);
+            lane.figures.iter().copied().chain(samples).chain(wishes.to_numbers(slot)).collect::<Vec<f64>>()
         };
         let tag = Tag::new(step, phase, TagKind::Commit);
-        Ok(self.group.all_reduce(tag, lanes.iter().map(leaf).collect(), ReduceOp::Sum)?)
+        Ok(self.group.all_reduce(tag, lanes.iter().enumerate().map(leaf).collect(), ReduceOp::Sum)?)
     }
 
-    /// Names the summed figures; says whether some rank asks to stop.
+    /// Names the summed figures and what the shards were given; adds what the ranks together want to `wishes`.
     fn take_figures(
         &self,
         phase: &PhasePlan,
         sums: &[f64],
         step: u64,
-        into: &mut BTreeMap<String, f64>,
-    ) -> Result<bool, TrainError> {
+        wishes: &mut Wishes,
+    ) -> Result<(BTreeMap<String, f64>, Vec<ShardSamples>), TrainError> {
+        let mut figures = BTreeMap::new();
         for (name, value) in phase.figures.iter().zip(sums) {
             if name.starts_with("loss") && !value.is_finite() {
                 return Err(TrainError::Fatal(format!(
@@ -262,9 +295,12 @@ impl<T: Number> Trainer<T> {
                     step + 1
                 )));
             }
-            into.insert((*name).to_owned(), *value);
+            figures.insert((*name).to_owned(), *value);
         }
-        Ok(sums.last().is_some_and(|stop| *stop > 0.0))
+        let rest = sums.get(phase.figures.len()..).unwrap_or_default();
+        let (shards, rest) = samples::split(rest, self.job.logical_shards);
+        wishes.add(rest);
+        Ok((figures, shards))
     }
 
     /// From the next step on, buckets are packed in the order in which rank 0 saw the gradients become final.
@@ -304,21 +340,18 @@ impl<T: Number> Trainer<T> {
         }
     }
 
-    /// Compares all replicas' digests; an error names the first rank that differs from rank 0.
+    /// Compares weights, buffers and optimizers' states of all replicas; returns the digest of the weights and buffers.
     pub(crate) fn compare_replicas(&self) -> Result<String, TrainError> {
-        let digest = self.replica.digest()?;
-        let tag = Tag::new(self.replica.step, 0, TagKind::Digest);
-        let all = self.group.all_gather(tag, digest.clone().into_bytes())?.wait()?;
-        for (rank, other) in all.iter().enumerate() {
-            if other.as_ref() != all[0].as_ref() {
-                return Err(TrainError::Fatal(format!(
-                    "after step {} rank {rank} holds other weights than rank 0: its memory or processor is at fault, \
-                     or its libtorch differs",
-                    self.replica.step
-                )));
+        let weights = self.replica.weights_digest()?;
+        if self.group.world_size() > 1 {
+            let own = weights.clone() + &self.replica.optimizers_digest()?;
+            let tag = Tag::new(self.replica.step, 0, TagKind::Digest);
+            let all = self.group.all_gather(tag, own.into_bytes())?.wait()?;
+            if let Some(mismatch) = Mismatch::find(self.replica.step, &all) {
+                return Err(TrainError::Mismatch(mismatch));
             }
         }
-        Ok(digest)
+        Ok(weights)
     }
 }
 

@@ -106,6 +106,14 @@ impl<T: Element + tch::kind::Element> Arriving for Pending<Numbers<T>> {
     }
 }
 
+/// Whether gradients that travel so leave something behind on every rank, which belongs to the training state.
+pub(crate) fn keeps_state(spec: &CollectiveSpec) -> bool {
+    match spec.wire {
+        WireFormat::F32 | WireFormat::Bf16 => false,
+        WireFormat::Int8 | WireFormat::PowerSgd => true,
+    }
+}
+
 /// The wire of a network with 32-bit gradients, for `owned` shards of `shards`.
 pub(crate) fn wire(
     spec: &CollectiveSpec,

@@ -1,24 +1,30 @@
 //! Whole training runs with all ranks in this process: the result must not depend on how many there are.
 
+mod audit;
+mod recovery;
+
 use super::Number;
+use super::error::TrainError;
 use super::evaluate::evaluate;
-use super::replica::{RawTensors, Replica};
-use super::trainer::Trainer;
+use super::replica::{PhaseUpdate, RawTensors, Replica};
+use super::trainer::{StepDone, Trainer};
+use super::wishes::Wishes;
 use crate::data::batch::Decoder;
 use crate::data::loader::{Loader, Timetable};
 use crate::tasks::TaskPlan;
-use lockstep_collectives::Group;
+use lockstep_collectives::{CollectiveError, Group};
 use lockstep_common::dataset::{DatasetReader, ShardCache, Store};
 use lockstep_common::job::JobSpec;
 use lockstep_common::placement::Placement;
 use lockstep_common::rng::Stream;
 use lockstep_common::sampler::Sampler;
+use lockstep_common::wire::Position;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// 70 images of 8 × 8 and their labels: an epoch of nine batches of 8, the last of them uneven.
 fn write_idx(folder: &Path) {
@@ -33,6 +39,15 @@ fn write_idx(folder: &Path) {
     }
     std::fs::write(folder.join("train-images-idx3-ubyte"), images).unwrap();
     std::fs::write(folder.join("train-labels-idx1-ubyte"), labels).unwrap();
+}
+
+/// A store with those images.
+fn tiny() -> (tempfile::TempDir, Store) {
+    let folder = tempfile::tempdir().unwrap();
+    write_idx(folder.path());
+    let store = Store::open(&folder.path().join("store")).unwrap();
+    store.import_idx("tiny", folder.path(), |_| {}).unwrap();
+    (folder, store)
 }
 
 fn job(networks: &str, more: &str) -> JobSpec {
@@ -75,10 +90,7 @@ fn train_part<T: Number>(
     saved: Option<&Saved>,
     until: Option<u64>,
 ) -> Outcome {
-    let folder = tempfile::tempdir().unwrap();
-    write_idx(folder.path());
-    let store = Store::open(&folder.path().join("store")).unwrap();
-    store.import_idx("tiny", folder.path(), |_| {}).unwrap();
+    let (folder, store) = tiny();
     let placement = Placement::even(job.logical_shards, ranks);
     let groups = Group::in_process(&placement, job.reduction, Duration::from_secs(60)).unwrap();
     let mut outcomes: Vec<Outcome> = std::thread::scope(|scope| {
@@ -101,12 +113,12 @@ fn train_part<T: Number>(
         assert_eq!(other.digest, first.digest);
         assert_eq!(other.losses, first.losses);
         assert_eq!(other.evaluation, first.evaluation);
-        assert_eq!(other.saved.wires, first.saved.wires);
+        assert!(other.saved.wires.is_none(), "only rank 0 has what goes into a checkpoint");
     }
     first
 }
 
-/// A trainer of `plan` and its data, from the first step on.
+/// A trainer of `plan` and its data, from its replica's next step on.
 struct Bench<T> {
     trainer: Trainer<T>,
     loader: Loader,
@@ -123,7 +135,7 @@ impl<T: Number> Bench<T> {
         store: &Store,
         cache: &Arc<ShardCache>,
         threads: usize,
-        saved: Option<&Saved>,
+        replica: Replica,
     ) -> Self {
         let decoder = || {
             let manifest = store.manifest("tiny/train").unwrap();
@@ -138,24 +150,21 @@ impl<T: Number> Bench<T> {
         let timetable = Timetable { sampler: Arc::new(sampler), per_step: plan.minibatches as u64 };
         let (per_epoch, total) = (timetable.steps_per_epoch(), job.total_steps(timetable.steps_per_epoch()));
         let shards = group.placement().range(group.rank());
-        let mut replica = Replica::new(&plan, T::KIND, Device::Cpu).unwrap();
-        if let Some(saved) = saved {
-            let (weights, optimizer) = (unpacked(&saved.weights), unpacked(&saved.optimizer));
-            replica.restore(&plan, saved.step, &weights, &optimizer).unwrap();
-        }
         let next = replica.step;
         let trainer = Trainer::<T>::new(job.clone(), Arc::new(plan), group, replica, threads).unwrap();
-        if let Some(saved) = saved {
-            trainer.restore_wires(saved.wires.as_ref().map(unpacked).as_ref()).unwrap();
-        }
         let loader = Loader::start(decoder(), timetable, shards, next..total).unwrap();
         Self { trainer, loader, test: Arc::new(decoder()), total, per_epoch }
     }
 
+    /// One step.
+    fn try_step(&mut self, wishes: Wishes) -> Result<StepDone, TrainError> {
+        let batches = self.loader.next(&AtomicBool::new(false))?;
+        self.trainer.step(batches, self.total, self.per_epoch, wishes)
+    }
+
     /// One step; its loss.
     fn step(&mut self) -> f64 {
-        let batches = self.loader.next(&AtomicBool::new(false)).unwrap();
-        let done = self.trainer.step(batches, self.total, self.per_epoch, false).unwrap();
+        let done = self.try_step(Wishes::default()).unwrap();
         done.figures.get("loss").copied().unwrap_or(f64::NAN)
     }
 }
@@ -169,7 +178,16 @@ fn run<T: Number>(
     saved: Option<&Saved>,
     until: Option<u64>,
 ) -> Outcome {
-    let mut bench = Bench::<T>::new(job, TaskPlan::new(job), group, store, cache, threads, saved);
+    let plan = TaskPlan::new(job);
+    let mut replica = Replica::new(&plan, T::KIND, Device::Cpu).unwrap();
+    if let Some(saved) = saved {
+        let (weights, optimizer) = (unpacked(&saved.weights), unpacked(&saved.optimizer));
+        replica.restore(&plan, Position::at(saved.step), &weights, &optimizer).unwrap();
+    }
+    let mut bench = Bench::<T>::new(job, plan, group, store, cache, threads, replica);
+    if let Some(saved) = saved {
+        bench.trainer.restore_wires(saved.wires.as_ref().map(unpacked).as_ref()).unwrap();
+    }
     let steps = bench.trainer.replica.step..until.unwrap_or(bench.total);
     let losses = steps.map(|_| bench.step()).collect();
     let evaluation = evaluate(&bench.trainer, &bench.test).unwrap();
@@ -286,10 +304,7 @@ fn a_run_resumes_with_what_its_wires_kept_on_another_number_of_workers() {
 
 /// Which tensors of generator and discriminator change in a step that has only the phases that learn `network`.
 fn changed_by(network: u16) -> Vec<String> {
-    let folder = tempfile::tempdir().unwrap();
-    write_idx(folder.path());
-    let store = Store::open(&folder.path().join("store")).unwrap();
-    store.import_idx("tiny", folder.path(), |_| {}).unwrap();
+    let (folder, store) = tiny();
     let cache = ShardCache::new(&folder.path().join("cache"), 1 << 30).unwrap();
     let cache = Arc::new(cache.with_local([store.shards_dir().to_owned()]));
     let job = job(GAN, "");
@@ -297,7 +312,8 @@ fn changed_by(network: u16) -> Vec<String> {
     plan.phases.retain(|p| p.learns == network);
     assert!(!plan.phases.is_empty());
     let group = Group::solo(Placement::even(4, 1), job.reduction).unwrap();
-    let mut bench = Bench::<f64>::new(&job, plan, group, &store, &cache, 2, None);
+    let replica = Replica::new(&plan, Kind::Double, Device::Cpu).unwrap();
+    let mut bench = Bench::<f64>::new(&job, plan, group, &store, &cache, 2, replica);
     let before = bench.trainer.replica.weights().unwrap();
     bench.step();
     let after = bench.trainer.replica.weights().unwrap();

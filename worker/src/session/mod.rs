@@ -1,0 +1,260 @@
+//! One worker's part in one generation of one job, on a thread of its own.
+
+mod output;
+mod prepare;
+mod run;
+
+use crate::cli::DeviceArg;
+use crate::control::Control;
+use crate::fault;
+use crate::flight::{SharedGroup, Watch};
+use crate::kept::{Kept, State};
+use crate::mesh::Mesh;
+use crate::metrics::Metrics;
+use crate::train::Number;
+use crate::train::compress;
+use crate::train::device::device;
+use crate::train::error::TrainError;
+use crate::train::gpu;
+use crate::train::wishes::Wishes;
+use lockstep_collectives::CollectiveError;
+use lockstep_common::dataset::ShardCache;
+use lockstep_common::ids::{Generation, JobId};
+use lockstep_common::job::{JobSpec, Precision};
+use lockstep_common::wire::{Assignment, Outcome, Position, StopMode};
+use lockstep_member::Start;
+use parking_lot::Mutex;
+use prepare::Prepared;
+use run::Session;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+use tokio::sync::mpsc::UnboundedSender;
+
+/// What a worker has whatever it is assigned.
+#[derive(Clone)]
+pub(crate) struct Environment {
+    pub(crate) control: Control,
+    pub(crate) metrics: Metrics,
+    pub(crate) mesh: Mesh,
+    pub(crate) runtime: Handle,
+    pub(crate) shards: Arc<ShardCache>,
+    pub(crate) device: DeviceArg,
+    pub(crate) threads: usize,
+    /// What is left of the last session.
+    pub(crate) kept: Arc<Kept>,
+}
+
+/// What the agent and the training thread share.
+struct Shared {
+    boundary: AtomicBool,
+    checkpoint: AtomicBool,
+    aborted: AtomicBool,
+    /// Wakes a session that is still connecting when it is told to leave at once.
+    abort: Notify,
+    step: AtomicU64,
+    /// The group to wake when the session is told to leave at once.
+    group: Arc<SharedGroup>,
+}
+
+impl Shared {
+    fn is_aborted(&self) -> bool {
+        self.aborted.load(Ordering::Relaxed)
+    }
+
+    /// How this rank has been told to end its part, if it has.
+    fn wishes(&self) -> Wishes {
+        Wishes {
+            boundary: self.boundary.load(Ordering::Relaxed),
+            checkpoint: self.checkpoint.load(Ordering::Relaxed),
+            ..Wishes::default()
+        }
+    }
+}
+
+/// The agent's handle on a session.
+pub(crate) struct SessionHandle {
+    job: JobId,
+    generation: Generation,
+    shared: Arc<Shared>,
+}
+
+/// How a session has ended.
+pub(crate) struct SessionEnd {
+    pub(crate) job: JobId,
+    pub(crate) generation: Generation,
+    pub(crate) outcome: Outcome,
+    /// How far the state is that is kept.
+    pub(crate) held: Option<Position>,
+}
+
+impl SessionHandle {
+    /// Which part this is, and the last step that it has committed.
+    pub(crate) fn progress(&self) -> (JobId, Generation, u64) {
+        (self.job, self.generation, self.shared.step.load(Ordering::Relaxed))
+    }
+
+    /// Leaves as told.
+    pub(crate) fn stop(&self, mode: StopMode) {
+        match mode {
+            StopMode::Boundary => self.shared.boundary.store(true, Ordering::Relaxed),
+            StopMode::Checkpoint => self.shared.checkpoint.store(true, Ordering::Relaxed),
+            StopMode::Abort => self.abort("told to leave at once"),
+        }
+    }
+
+    /// Leaves at once.
+    pub(crate) fn abort(&self, reason: &str) {
+        self.shared.aborted.store(true, Ordering::Relaxed);
+        self.shared.abort.notify_one();
+        if let Some(group) = &*self.shared.group.lock() {
+            group.abort(CollectiveError::Aborted(reason.to_owned()));
+        }
+    }
+}
+
+/// Starts the session for `assignment`; its end goes to `ends`. No other session runs.
+pub(crate) fn start(
+    environment: Environment,
+    assignment: Assignment,
+    start: Start,
+    ends: UnboundedSender<SessionEnd>,
+) -> SessionHandle {
+    let shared = Arc::new(Shared {
+        boundary: AtomicBool::new(false),
+        checkpoint: AtomicBool::new(false),
+        aborted: AtomicBool::new(false),
+        abort: Notify::new(),
+        step: AtomicU64::new(0),
+        group: Arc::new(Mutex::new(None)),
+    });
+    let (job, generation) = (assignment.job, assignment.generation);
+    let handle = SessionHandle { job, generation, shared: shared.clone() };
+    let failed = ends.clone();
+    let work = move || {
+        environment.metrics.membership(generation.0, assignment.peers.len() as u32);
+        fault::set_rank(assignment.rank);
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            run(&environment, &assignment, start, &shared)
+        }));
+        let step = shared.step.load(Ordering::Relaxed);
+        let outcome = match result {
+            Ok(Ok(outcome)) => outcome,
+            // Only what the abort itself brought about; an error that came first is the one to tell.
+            Ok(Err(TrainError::Collective(_))) if shared.is_aborted() => TrainError::Aborted.outcome(step),
+            Ok(Err(error)) => error.outcome(step),
+            Err(_) => Outcome::Failed {
+                error: "internal error: the training thread panicked; see the worker's log".to_owned(),
+            },
+        };
+        if let Outcome::Lost { error, .. } | Outcome::Failed { error } = &outcome {
+            tracing::warn!("{job} {generation}: {error}");
+        }
+        *shared.group.lock() = None;
+        environment.metrics.membership(0, 0);
+        let held = environment.kept.position(job);
+        // An agent that is gone needs no word.
+        let _ = ends.send(SessionEnd { job, generation, outcome, held });
+    };
+    if let Err(error) = std::thread::Builder::new().name(format!("train-{job}")).spawn(work) {
+        let outcome = Outcome::Failed { error: format!("cannot start the training thread: {error}") };
+        let _ = failed.send(SessionEnd { job, generation, outcome, held: None });
+    }
+    handle
+}
+
+fn run(
+    environment: &Environment,
+    assignment: &Assignment,
+    start: Start,
+    shared: &Arc<Shared>,
+) -> Result<Outcome, TrainError> {
+    // The optimizer's operations are short, and the other workers of this host have the other cores.
+    tch::set_num_threads(1);
+    let job =
+        JobSpec::parse(&assignment.file, &assignment.toml).map_err(|e| TrainError::Fatal(e.to_string()))?;
+    if !assignment.placement.is_valid() || assignment.placement.shards() != job.logical_shards {
+        return Err(TrainError::Fatal("the coordinator placed other shards than the job has".to_owned()));
+    }
+    let keeps = !compress::keeps_state(&job.collective);
+    // Filled as soon as there is a state, so that whatever comes after that does not lose it.
+    let mut state = None;
+    let result = match job.precision {
+        Precision::F32 => run_typed::<f32>(environment, assignment, start, job, shared, &mut state),
+        Precision::F64 => run_typed::<f64>(environment, assignment, start, job, shared, &mut state),
+    };
+    let goes_on = match &result {
+        Ok(outcome) => matches!(outcome, Outcome::Stopped { .. }),
+        Err(error) => !matches!(error.outcome(0), Outcome::Failed { .. }),
+    };
+    if let Some(state) = state.filter(|_| keeps && goes_on) {
+        environment.kept.put(assignment.job, state);
+    }
+    result
+}
+
+fn run_typed<T: Number>(
+    environment: &Environment,
+    assignment: &Assignment,
+    start: Start,
+    job: JobSpec,
+    shared: &Arc<Shared>,
+    state: &mut Option<State>,
+) -> Result<Outcome, TrainError> {
+    let choice = gpu::choice(&assignment.peers, job.collective.backend)?;
+    // All that may take long comes before the ranks connect: from then on they wait for each other.
+    let prepared = Prepared::<T>::new(environment, assignment, start, &job, shared, state)?;
+    let group = environment.runtime.block_on(async {
+        tokio::select! {
+            group = environment.mesh.group(assignment, job.reduction, &job.collective) => group.map_err(TrainError::from),
+            () = shared.abort.notified() => Err(TrainError::Aborted),
+        }
+    })?;
+    *shared.group.lock() = Some(group.clone());
+    if shared.is_aborted() {
+        return Err(TrainError::Aborted);
+    }
+    let watch = (assignment.peers.len() > 1).then(|| {
+        let (control, metrics) = (&environment.control, &environment.metrics);
+        let of = (assignment.job, assignment.generation);
+        Watch::start(&environment.runtime, control, metrics, of, shared.group.clone())
+    });
+    let device = device(environment.device);
+    let result = gpu::carrier::<T>(&group, &assignment.peers, &job.collective, choice, device)
+        .and_then(|carrier| {
+            Session::begin(
+                environment,
+                assignment,
+                job,
+                shared.clone(),
+                group.clone(),
+                prepared,
+                carrier,
+                state,
+            )
+        })
+        .and_then(|mut session| {
+            let outcome = session.train().or_else(|error| session.part(error));
+            if let Err(error) = &outcome {
+                abort(&group, error);
+            }
+            *state = Some(session.end());
+            outcome
+        });
+    if let Err(error) = &result {
+        abort(&group, error);
+        if let Some(watch) = watch {
+            watch.failed(&group);
+        }
+    }
+    result
+}
+
+/// Ends the group, so that nobody waits for this rank.
+fn abort(group: &lockstep_collectives::Group, error: &TrainError) {
+    group.abort(match error {
+        TrainError::Collective(cause) => cause.clone(),
+        other => CollectiveError::Aborted(other.to_string()),
+    });
+}
