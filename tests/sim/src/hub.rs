@@ -87,6 +87,8 @@ pub(crate) struct Hub {
     last_background: u64,
     /// The process dies at its so many-th write from now.
     pub(crate) doom: Option<u64>,
+    /// Writes take no time, so that all that is there from the start is durable.
+    pub(crate) new_disk: bool,
     /// Workers that have enrolled and are to be started.
     pub(crate) enrolled: Vec<WorkerId>,
 }
@@ -113,6 +115,7 @@ impl Hub {
             background: BTreeMap::new(),
             last_background: 0,
             doom: None,
+            new_disk: world.clock.now_ms() == 0,
             enrolled: Vec::new(),
         };
         hub.wake(world, TICK_MS, Timer::Tick);
@@ -288,7 +291,7 @@ impl Hub {
                         return false;
                     }
                 }
-                Action::Send { worker, message } => self.send(worker, message, world),
+                Action::Send { worker, session, message } => self.send(worker, session, message, world),
                 Action::FindCheckpoint { job, generation } => {
                     let search_ms = world.clock.between(1, 50);
                     self.begin(Background::Search { job, generation }, search_ms, world);
@@ -317,7 +320,7 @@ impl Hub {
         }
         let ms = if world.clock.one_in(5) { world.clock.between(1, 40) } else { 0 };
         let ms = if world.clock.one_in(200) { 800 } else { ms };
-        if ms == 0 {
+        if ms == 0 || self.new_disk {
             self.written(store, world);
             return true;
         }
@@ -434,9 +437,9 @@ impl Hub {
         }
     }
 
-    fn send(&mut self, worker: WorkerId, message: ToWorker, world: &mut World) {
+    fn send(&mut self, worker: WorkerId, number: u64, message: ToWorker, world: &mut World) {
         let Some(connection) = self.newest.get(&worker) else { return };
-        let Some(session) = self.sessions.get_mut(connection) else { return };
+        let Some(session) = self.sessions.get_mut(connection).filter(|s| s.number == number) else { return };
         if session.welcome {
             world.send(*connection, COORDINATOR, Lane::Talk, Message::Order(Box::new(message)));
         } else {

@@ -69,7 +69,7 @@ impl Setup {
                 let min = between(1, workers.min(3)) as u32;
                 let max = between(u64::from(min), 6) as u32;
                 let numbers =
-                    [between(0, 1), between(40, 120), between(1, 3), between(2, 12), between(5, 60)];
+                    [between(0, 1), between(60, 400), between(1, 12), between(2, 40), between(20, 800)];
                 let state_in_memory = between(0, 5) > 0;
                 Workload::new(seed * 8 + job, numbers, (min, max), (orphan_timeout_s, state_in_memory))
             })
