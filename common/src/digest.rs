@@ -23,17 +23,43 @@ pub struct TensorBytes<'a> {
 pub fn weights_digest<'a>(tensors: impl IntoIterator<Item = TensorBytes<'a>>) -> String {
     let mut tensors: Vec<_> = tensors.into_iter().collect();
     tensors.sort_by(|a, b| a.name.cmp(&b.name));
-    let mut hasher = blake3::Hasher::new_derive_key("lockstep 2026-11 weights digest");
-    for tensor in &tensors {
-        length_prefixed(&mut hasher, tensor.name.as_bytes());
-        length_prefixed(&mut hasher, tensor.dtype.as_bytes());
+    let mut hasher = TensorHasher::new();
+    tensors.iter().for_each(|tensor| hasher.add(tensor));
+    hasher.finish()
+}
+
+/// [`weights_digest`] of tensors that come one after the other, in name order.
+#[derive(Debug)]
+pub struct TensorHasher(blake3::Hasher);
+
+impl TensorHasher {
+    /// Without any tensor yet.
+    pub fn new() -> Self {
+        Self(blake3::Hasher::new_derive_key("lockstep 2026-11 weights digest"))
+    }
+
+    /// Adds the tensor whose name comes next.
+    pub fn add(&mut self, tensor: &TensorBytes<'_>) {
+        let Self(hasher) = self;
+        length_prefixed(hasher, tensor.name.as_bytes());
+        length_prefixed(hasher, tensor.dtype.as_bytes());
         hasher.update(&(tensor.shape.len() as u64).to_le_bytes());
         for &size in tensor.shape.iter() {
             hasher.update(&(size as u64).to_le_bytes());
         }
-        length_prefixed(&mut hasher, &tensor.bytes);
+        length_prefixed(hasher, &tensor.bytes);
     }
-    hasher.finalize().to_hex().to_string()
+
+    /// The digest of all of them, in hex.
+    pub fn finish(&self) -> String {
+        self.0.finalize().to_hex().to_string()
+    }
+}
+
+impl Default for TensorHasher {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 /// BLAKE3, in hex, of `bytes`.

@@ -3,6 +3,7 @@
 //! This crate knows neither libtorch nor the command line. Everything here is deterministic or does plain
 //! I/O; the training itself lives in `worker`, the scheduling decisions in `coordinator/core`.
 
+pub mod audit;
 pub mod checkpoint;
 pub mod dataset;
 pub mod digest;

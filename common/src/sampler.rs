@@ -13,7 +13,7 @@ use std::sync::Arc;
 const KEPT_EPOCHS: usize = 2;
 
 /// A value from which no sampler or plan can be made.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SamplerError {
     /// The dataset is empty.
     #[error("the dataset has no samples; import it again with `coordinator dataset add`")]

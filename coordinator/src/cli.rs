@@ -96,6 +96,13 @@ pub(crate) enum Command {
     /// Look at checkpoints, check and export them.
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
+    /// Prove that every sample counted exactly once per epoch, whatever happened to the job.
+    Audit {
+        /// The job, such as `j1`.
+        job: JobId,
+        #[command(flatten)]
+        json: Json,
+    },
 }
 
 #[derive(Debug, Args)]

@@ -1,14 +1,15 @@
 //! A job's folder: its file, log, metrics, checkpoints and artifacts.
 
+use crate::audit_log::append;
 use lockstep_common::checkpoint::{CheckpointError, CheckpointStore};
 use lockstep_common::durable::{self, FileError};
 use lockstep_common::ids::Generation;
 use lockstep_common::wire::{LogLine, StepRecord};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -17,9 +18,6 @@ const MAX_LINE_BYTES: usize = 4 << 10;
 
 /// The longest line that is sent: one of the log with its time, or whatever else somebody has put there.
 const MAX_SENT_LINE_BYTES: usize = MAX_LINE_BYTES + 100;
-
-/// How much of `metrics.jsonl` is read at first to find its last step.
-const TAIL_BYTES: u64 = 64 << 10;
 
 /// A job's folder.
 #[derive(Clone, Debug)]
@@ -61,6 +59,11 @@ impl JobDir {
         self.root.join("metrics.jsonl")
     }
 
+    /// What each logical shard was given in each step.
+    pub fn audit(&self) -> PathBuf {
+        self.root.join("audit.jsonl")
+    }
+
     /// The folder of checkpoints.
     pub fn checkpoints(&self) -> PathBuf {
         self.root.join("checkpoints")
@@ -99,13 +102,9 @@ impl JobDir {
     }
 
     /// Adds committed steps to `metrics.jsonl`.
-    pub(crate) fn append_steps(
-        &self,
-        generation: Generation,
-        records: &[StepRecord],
-    ) -> Result<(), FileError> {
+    pub(crate) fn append_steps(&self, records: &[StepRecord]) -> Result<(), FileError> {
         let lines = records.iter().map(|r| MetricsLine {
-            generation,
+            generation: r.generation,
             step: r.step,
             epoch: r.epoch,
             samples: Some(r.samples),
@@ -113,32 +112,6 @@ impl JobDir {
             values: &r.values,
         });
         append(&self.metrics(), &json_lines(lines))
-    }
-
-    /// The generation and step of the last line about a step in `metrics.jsonl`, if it can be read.
-    pub(crate) fn last_noted_step(&self) -> Option<(Generation, u64)> {
-        #[derive(Deserialize)]
-        struct Noted {
-            generation: Generation,
-            step: u64,
-            #[serde(rename = "samples")]
-            _samples: u64,
-        }
-        let mut file = File::open(self.metrics()).ok()?;
-        let length = file.metadata().ok()?.len();
-        let mut wanted = TAIL_BYTES;
-        loop {
-            let start = length.saturating_sub(wanted);
-            file.seek(SeekFrom::Start(start)).ok()?;
-            let mut tail = Vec::new();
-            (&mut file).take(length - start).read_to_end(&mut tail).ok()?;
-            let noted = |line: &[u8]| serde_json::from_slice::<Noted>(line).ok();
-            match tail.rsplit(|&b| b == b'\n').find_map(noted) {
-                Some(noted) => return Some((noted.generation, noted.step)),
-                None if start == 0 => return None,
-                None => wanted *= 2,
-            }
-        }
     }
 
     /// Adds figures that belong to a step, such as those of an evaluation, to `metrics.jsonl`.
@@ -171,19 +144,6 @@ fn json_lines<'a>(lines: impl Iterator<Item = MetricsLine<'a>>) -> Vec<u8> {
         }
     }
     bytes
-}
-
-/// Adds all of `bytes` or nothing: half a line would spoil the next one too.
-fn append(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
-    let append = || {
-        let mut file = OpenOptions::new().create(true).append(true).open(path)?;
-        let length = file.metadata()?.len();
-        file.write_all(bytes).inspect_err(|_| {
-            // If this fails too, the reader meets a broken line, which it must expect after a power cut anyway.
-            let _ = file.set_len(length);
-        })
-    };
-    append().map_err(FileError::on("append to", path))
 }
 
 /// At most `max_bytes` of `text`, which ends in `…` if something is missing.
@@ -250,7 +210,7 @@ mod tests {
 
     fn step(step: u64, loss: f64) -> StepRecord {
         let values = [("loss".to_owned(), loss)].into();
-        StepRecord { step, epoch: 1, total_steps: 9, samples: 8, seconds: f64::INFINITY, values }
+        StepRecord { step, seconds: f64::INFINITY, values, ..StepRecord::default() }
     }
 
     #[test]
@@ -288,21 +248,9 @@ mod tests {
     }
 
     #[test]
-    fn the_last_noted_step_is_found_behind_any_number_of_other_figures() {
-        let (_folder, dir) = folder();
-        assert_eq!(dir.last_noted_step(), None);
-        dir.append_steps(Generation(2), &[step(6, 0.5), step(7, f64::NAN)]).unwrap();
-        assert_eq!(dir.last_noted_step(), Some((Generation(2), 7)));
-        let values = [("test_top1".to_owned(), 0.5)].into();
-        (0..3000).for_each(|_| dir.append_values(Generation(2), 7, 1, &values).unwrap());
-        assert!(std::fs::metadata(dir.metrics()).unwrap().len() > 2 * TAIL_BYTES);
-        assert_eq!(dir.last_noted_step(), Some((Generation(2), 7)));
-    }
-
-    #[test]
     fn figures_that_are_no_numbers_leave_the_lines_valid_json() {
         let (_folder, dir) = folder();
-        dir.append_steps(Generation(1), &[step(1, f64::NAN), step(2, f64::NEG_INFINITY)]).unwrap();
+        dir.append_steps(&[step(1, f64::NAN), step(2, f64::NEG_INFINITY)]).unwrap();
         let text = std::fs::read_to_string(dir.metrics()).unwrap();
         let lines: Vec<serde_json::Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
         assert_eq!(lines.len(), 2);

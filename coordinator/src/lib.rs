@@ -3,6 +3,7 @@
 //! [`service::Service`] is the running coordinator, the same for `coordinator serve` and, embedded, for
 //! `coordinator run`. [`commands`] is what a person types. Nothing here knows libtorch.
 
+mod audit_log;
 pub mod cli;
 pub mod client;
 pub mod commands;

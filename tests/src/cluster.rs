@@ -123,10 +123,12 @@ impl Cluster {
         })
     }
 
-    /// Waits until the job has finished.
+    /// Waits until the job has finished, with every sample counted once.
     #[track_caller]
     pub fn until_finished(&self, job: &str) -> Report {
-        self.until_status(job, "finished", |status| status.state == "finished")
+        let status = self.until_status(job, "finished", |status| status.state == "finished");
+        self.place.prove(job);
+        status
     }
 
     /// Waits until the job has a checkpoint and has committed this step, by its metrics file.

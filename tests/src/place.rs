@@ -83,6 +83,11 @@ impl Place {
         self.coordinator(args.into_iter().chain([source.as_os_str()])).ok();
     }
 
+    /// Leaves all files where they are, and says where.
+    pub fn keep(self) -> PathBuf {
+        self.root.keep()
+    }
+
     /// The data directory.
     pub fn dir(&self) -> PathBuf {
         self.root.path().join("data")
@@ -132,7 +137,25 @@ impl Place {
     /// Runs the job to its end, which must be a good one.
     #[track_caller]
     pub fn run(&self, job: impl ToString, workers: u32) -> Report {
-        report(&self.start_run(job, workers).wait().ok())
+        self.finished(&self.start_run(job, workers).wait().ok())
+    }
+
+    /// The report of a run that has finished, with every sample counted once.
+    #[track_caller]
+    pub fn finished(&self, ended: &Ended) -> Report {
+        let report = report(ended);
+        if report.state == "finished" {
+            self.prove(&report.job);
+        }
+        report
+    }
+
+    /// Proves by the job's audit that every step, and in each epoch every sample, counted exactly once.
+    #[track_caller]
+    pub fn prove(&self, job: &str) -> Value {
+        let proof = self.json(&["audit", job]);
+        assert_eq!((&proof["ok"], &proof["complete"]), (&true.into(), &true.into()), "{proof}");
+        proof
     }
 
     /// A job's folder.

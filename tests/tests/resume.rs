@@ -37,7 +37,7 @@ fn killed(job: &Job) -> Place {
 #[track_caller]
 fn again(place: &Place, job: &Job, workers: u32) -> (Report, String) {
     let ended = place.start_run(job, workers).wait().ok();
-    (report(&ended), ended.stderr)
+    (place.finished(&ended), ended.stderr)
 }
 
 #[test]

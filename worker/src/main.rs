@@ -5,6 +5,7 @@ mod bench;
 mod cli;
 mod control;
 mod data;
+mod fault;
 mod flight;
 mod identity;
 mod kept;
@@ -26,6 +27,10 @@ fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_env("LOCKSTEP_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    if let Err(error) = fault::arm() {
+        eprintln!("error: {error}");
+        return ExitCode::from(2);
+    }
     let result = match cli::Cli::parse().command {
         cli::Command::Join(args) => agent::join(*args),
         cli::Command::Bench(command) => bench::run(command),

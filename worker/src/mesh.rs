@@ -25,6 +25,11 @@ impl Mesh {
     pub(crate) fn listen(endpoint: Endpoint, mut client_config: ClientConfig) -> Self {
         client_config.transport_config(Arc::new(transport_config()));
         let lobby = Arc::new(Lobby::new());
+        if let Err(error) = endpoint.local_addr().and_then(|address| lobby.listen(address)) {
+            tracing::warn!(
+                "cannot listen on this worker's port over TCP: {error}; other ranks may notice its death some seconds late"
+            );
+        }
         let mesh = Self { endpoint: endpoint.clone(), client_config, lobby: lobby.clone() };
         tokio::spawn(async move {
             while let Some(incoming) = endpoint.accept().await {

@@ -27,6 +27,8 @@ struct Inner {
     generation: IntGauge,
     workers: IntGauge,
     checkpoint_seconds: Histogram,
+    digest_seconds: Histogram,
+    mismatches: IntCounter,
     shard_hash_failures: IntCounter,
     shard_fetches: IntCounter,
 }
@@ -73,7 +75,18 @@ impl Metrics {
                     "lockstep_checkpoint_seconds",
                     "From copying the state to its being durable",
                 )
+                .buckets(seconds.clone()),
+            )?,
+            digest_seconds: Histogram::with_opts(
+                HistogramOpts::new(
+                    "lockstep_replica_digest_seconds",
+                    "What each comparison of the replicas takes from training",
+                )
                 .buckets(seconds),
+            )?,
+            mismatches: IntCounter::new(
+                "lockstep_replica_mismatches_total",
+                "Times that this worker's replica was not what the others' were",
             )?,
             shard_hash_failures: IntCounter::new(
                 "lockstep_shard_hash_failures_total",
@@ -96,6 +109,8 @@ impl Metrics {
         r.register(Box::new(inner.generation.clone()))?;
         r.register(Box::new(inner.workers.clone()))?;
         r.register(Box::new(inner.checkpoint_seconds.clone()))?;
+        r.register(Box::new(inner.digest_seconds.clone()))?;
+        r.register(Box::new(inner.mismatches.clone()))?;
         r.register(Box::new(inner.shard_hash_failures.clone()))?;
         r.register(Box::new(inner.shard_fetches.clone()))?;
         for part in PARTS {
@@ -149,6 +164,16 @@ impl Metrics {
         {
             counter.inc_by(total.saturating_sub(counter.get()));
         }
+    }
+
+    /// The replicas have been compared.
+    pub(crate) fn compared(&self, seconds: f64) {
+        self.0.digest_seconds.observe(seconds);
+    }
+
+    /// This worker's replica was not what the others' were.
+    pub(crate) fn mismatched(&self) {
+        self.0.mismatches.inc();
     }
 
     /// A checkpoint is durable.

@@ -67,12 +67,15 @@ impl Reporter {
 
     /// Sends what has gathered.
     pub(crate) fn flush(&mut self) {
-        /// Many steps' records, and far less than a message may have.
+        /// Many steps' records, and shards of them, in far less than a message may have.
         const RECORDS: usize = 500;
+        const SHARDS: usize = 1 << 16;
+        let shards = self.records.first().map_or(0, |record| record.shards.len());
+        let at_a_time = (SHARDS / shards.max(1)).clamp(1, RECORDS);
         let (job, generation) = (self.job, self.generation);
         let mut rest = std::mem::take(&mut self.records).into_iter();
         loop {
-            let records: Vec<StepRecord> = rest.by_ref().take(RECORDS).collect();
+            let records: Vec<StepRecord> = rest.by_ref().take(at_a_time).collect();
             if records.is_empty() {
                 break;
             }

@@ -69,6 +69,9 @@ pub struct JobSpec {
     /// When checkpoints are written and how many are kept.
     #[serde(default)]
     pub checkpoint: CheckpointSpec,
+    /// How often the replicas are compared.
+    #[serde(default)]
+    pub checks: CheckSpec,
 }
 
 /// What kind of training a job is.
@@ -233,7 +236,8 @@ pub struct CollectiveSpec {
     pub backend: Backend,
     /// Gradients per all-reduce, in bytes.
     pub bucket_bytes: u64,
-    /// After how many seconds without progress a collective is given up.
+    /// After how many seconds without progress a collective is given up. A rank of another host of which nothing at all is
+    /// heard, stopped or cut off, is given up after five seconds if this is more.
     pub timeout_s: f64,
     /// The form in which gradients travel.
     pub wire: WireFormat,
@@ -310,6 +314,34 @@ impl Default for CheckpointSpec {
     }
 }
 
+/// How often the replicas are compared, and what follows when one is not what the others are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CheckSpec {
+    /// A comparison every so many steps, besides those at the end of an epoch and before a checkpoint; 0 for only
+    /// those.
+    pub digest_every_steps: u64,
+    /// What follows.
+    pub on_mismatch: OnMismatch,
+}
+
+impl Default for CheckSpec {
+    fn default() -> Self {
+        Self { digest_every_steps: 50, on_mismatch: OnMismatch::Heal }
+    }
+}
+
+/// What follows when a replica is not what the others are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnMismatch {
+    /// All go back to the newest checkpoint, before which all replicas were the same.
+    #[default]
+    Heal,
+    /// The job fails.
+    Stop,
+}
+
 impl JobSpec {
     /// Parses and checks a job file. `file` is the name used in errors.
     pub fn parse(file: &str, text: &str) -> Result<Self, JobError> {
@@ -339,6 +371,15 @@ impl JobSpec {
     /// The largest number of workers that the job can use.
     pub fn max_workers(&self) -> u32 {
         self.workers.max.unwrap_or(self.logical_shards).min(self.logical_shards)
+    }
+
+    /// The minibatch of the step that each phase of a step sees. A phase whose minibatch is missing from an epoch's last
+    /// step is left out there.
+    pub fn phase_minibatches(&self) -> Vec<usize> {
+        match self.task {
+            Task::Classify => vec![0],
+            Task::Gan => (0..self.gan.discriminator_steps as usize).chain([0]).collect(),
+        }
     }
 
     /// How many steps the job has, given the steps of one epoch.

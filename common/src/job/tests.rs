@@ -108,6 +108,24 @@ fn wire_formats_are_checked_against_precision_and_rank() {
 }
 
 #[test]
+fn checks_have_defaults_and_refuse_what_they_do_not_know() {
+    let checks = |lines: &str| JobSpec::parse("tiny.toml", &format!("{GOOD}[checks]\n{lines}\n"));
+    let spec = |digest_every_steps, on_mismatch| CheckSpec { digest_every_steps, on_mismatch };
+    assert_eq!(JobSpec::parse("tiny.toml", GOOD).unwrap().checks, spec(50, OnMismatch::Heal));
+    let stop = "digest_every_steps = 0\non_mismatch = \"stop\"";
+    assert_eq!(checks(stop).unwrap().checks, spec(0, OnMismatch::Stop));
+    for (lines, start, part) in [
+        ("digest_every_step = 5", "tiny.toml:21: unknown field", "did you mean `digest_every_steps`?"),
+        ("digest_every_steps = -1", "tiny.toml:21: ", ""),
+        ("on_mismatch = \"heel\"", "tiny.toml:21: unknown variant `heel`", "did you mean `heal`?"),
+    ] {
+        let message = checks(lines).unwrap_err().to_string();
+        assert!(message.starts_with(start) && message.contains(part), "{message}");
+        assert_eq!(message.lines().count(), 1);
+    }
+}
+
+#[test]
 fn caller_faults_point_at_the_value() {
     let e = JobSpec::fault("tiny.toml", GOOD, &["data", "train"], "unknown dataset".into());
     assert_eq!(e.to_string(), "tiny.toml:13: unknown dataset");

@@ -7,7 +7,8 @@
 //! The probe is one byte, which is no QUIC packet and is dropped by a peer that lives. It comes from a socket of its own
 //! that is connected to the peer, so that the kernel takes only an answer that quotes the probe's addresses and ports, one
 //! of them random; and it counts only while the connection itself stays silent. Where a firewall drops ICMP, the idle
-//! time-out remains.
+//! time-out remains. Where one refuses the probe itself, or a NAT that knows only the connection's own port, a peer that
+//! lives is refused too: each connection is probed once at its beginning, and what is refused then proves nothing later.
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;
@@ -32,18 +33,21 @@ pub async fn process_ended(
     silence: Duration,
     wanted: impl Fn() -> bool,
 ) -> Option<Duration> {
-    let mut heard = received(connection);
+    let refused_at_first = refuses(connection).await;
+    let first = received(connection);
+    let mut heard = first;
     let mut heard_at = Instant::now();
     while connection.close_reason().is_none() && wanted() {
-        let silent = heard_at.elapsed() >= silence;
-        let refused = if silent { refuses(connection).await } else { false };
+        let proves = !refused_at_first || heard == first;
+        let probes = proves && heard_at.elapsed() >= silence;
+        let refused = if probes { refuses(connection).await } else { false };
         let now = received(connection);
         if now != heard {
             (heard, heard_at) = (now, Instant::now());
         } else if refused {
             return Some(heard_at.elapsed());
         }
-        if !silent {
+        if !probes {
             sleep(LOOK).await;
         }
     }

@@ -4,6 +4,7 @@
 //! worker's [`Request::Session`] stays open and carries [`FromWorker`] one way and [`ToWorker`] the other.
 
 use super::flight::{FlightReport, FlightSummary};
+use crate::audit::ShardSamples;
 use crate::ids::{Generation, HostKey, JobId, Rank, WorkerId};
 use crate::placement::Placement;
 use serde::{Deserialize, Serialize};
@@ -537,8 +538,11 @@ impl Pace {
 }
 
 /// One committed step.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StepRecord {
+    /// The generation that committed it. One that began after it reports it again if the older one may not have come to
+    /// do so.
+    pub generation: Generation,
     /// The step, from 1: how many are committed.
     pub step: u64,
     /// The epoch it belongs to, from 1.
@@ -551,6 +555,8 @@ pub struct StepRecord {
     pub seconds: f64,
     /// Figures by name: `loss` always, `top1` for a classifier, `lr`.
     pub values: BTreeMap<String, f64>,
+    /// What each logical shard was given.
+    pub shards: Vec<ShardSamples>,
 }
 
 /// How a worker ended a generation.

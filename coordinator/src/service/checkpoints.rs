@@ -35,6 +35,9 @@ pub(super) async fn put(call: &mut Call, worker: WorkerId, head: CheckpointHead)
     }
     must_be_current(&shared, worker, head.job, head.generation).await?;
     let (job, step) = (head.job, head.step);
+    // Whoever resumes from it does not do its steps again, so they must have been taken down.
+    let synced = call.shared.hub.settle(move |hub| hub.sync_audit(job)).await?;
+    synced.map_err(|e| refuse("audit", e))?;
     if let Err(e) = blocking(move || install(&shared, &head, files)).await? {
         // The job goes on without this checkpoint; the log says so.
         let line = format!("the checkpoint of step {step} was not stored: {}", e.message);

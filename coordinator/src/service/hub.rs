@@ -4,11 +4,12 @@
 //! the store cannot be written, nothing further is sent until it can be: operators are refused with the reason, and
 //! workers' reports are not acknowledged until then.
 
+use super::audits::Audits;
 use super::refuse;
 use super::resent::Reports;
 use crate::data_dir::DataDir;
 use crate::metrics::Metrics;
-use crate::store::{Store, StoreError};
+use crate::store::Store;
 use lockstep_common::durable::FileError;
 use lockstep_common::http::Readiness;
 use lockstep_common::ids::{Generation, JobId, WorkerId};
@@ -53,6 +54,7 @@ type Task = Box<dyn FnOnce(&mut Hub) + Send>;
 /// What the hub needs from the start.
 pub(crate) struct Parts {
     pub(crate) core: Core,
+    pub(super) audits: Audits,
     pub(crate) store: Store,
     pub(crate) dir: DataDir,
     pub(crate) metrics: Arc<Metrics>,
@@ -65,7 +67,7 @@ struct Session {
     outbox: mpsc::UnboundedSender<ToWorker>,
 }
 
-/// An action that the store could not take yet.
+/// An action that could not be made durable yet.
 struct Blocked {
     action: Action,
     error: String,
@@ -75,6 +77,7 @@ struct Blocked {
 /// The owner of the core.
 pub(crate) struct Hub {
     pub(crate) core: Core,
+    audits: Audits,
     dir: DataDir,
     pub(crate) store: Store,
     metrics: Arc<Metrics>,
@@ -82,8 +85,6 @@ pub(crate) struct Hub {
     clock: Clock,
     sessions: HashMap<WorkerId, Session>,
     last_session: u64,
-    /// The generation and step of the last line about a step in each job's `metrics.jsonl`.
-    noted_steps: HashMap<JobId, (Generation, u64)>,
     /// What each worker has reported, to tell what it repeats.
     reports: HashMap<WorkerId, Reports>,
     blocked: Option<Blocked>,
@@ -110,6 +111,7 @@ pub(crate) fn start(parts: Parts) -> std::io::Result<(HubHandle, JoinHandle<()>)
     let handle = HubHandle { tasks, changes: changed };
     let hub = Hub {
         core: parts.core,
+        audits: parts.audits,
         dir: parts.dir,
         store: parts.store,
         metrics: parts.metrics,
@@ -117,7 +119,6 @@ pub(crate) fn start(parts: Parts) -> std::io::Result<(HubHandle, JoinHandle<()>)
         clock: parts.clock,
         sessions: HashMap::new(),
         last_session: 0,
-        noted_steps: HashMap::new(),
         reports: HashMap::new(),
         blocked: None,
         deferred: Vec::new(),
@@ -213,7 +214,9 @@ impl Hub {
                 self.core.handle_tick(self.clock.now_ms());
             }
             let writable = self.carry_out().is_ok();
-            self.readiness.set(writable);
+            let audited = self.audits.write().and_then(|()| self.audits.sync_in_time());
+            self.note_written(audited);
+            self.readiness.set(writable && self.audits.is_written());
             self.metrics.observe(&self.core, self.clock.now_ms());
             self.changes.send_modify(|n| *n += 1);
         }
@@ -230,8 +233,7 @@ impl Hub {
             },
         };
         while let Some(action) = next {
-            if let Err(e) = self.perform(&action) {
-                let error = e.to_string();
+            if let Err(error) = self.perform(&action) {
                 if !was_blocked {
                     tracing::error!("{error}; nothing new starts until it can be written");
                 }
@@ -248,15 +250,18 @@ impl Hub {
         Ok(())
     }
 
-    fn perform(&mut self, action: &Action) -> Result<(), StoreError> {
+    fn perform(&mut self, action: &Action) -> Result<(), String> {
         match action {
             Action::PersistJob(record) => {
-                self.store.put_job(record)?;
+                self.store.put_job(record).map_err(|e| e.to_string())?;
                 let created = self.dir.job(record.id).create(&record.toml);
                 self.note_written(created);
             }
-            Action::PersistWorker(record) => self.store.put_worker(record)?,
+            Action::PersistWorker(record) => self.store.put_worker(record).map_err(|e| e.to_string())?,
             Action::Send { worker, session, message } => {
+                if let ToWorker::Start(assignment) = message {
+                    self.audits.start(assignment).map_err(|e| e.to_string())?;
+                }
                 if let Some(session) = self.sessions.get(worker).filter(|s| s.number == *session) {
                     // A session that has just broken is noticed by its own task.
                     let _ = session.outbox.send(message.clone());
@@ -339,22 +344,20 @@ impl Hub {
     }
 
     /// Notes committed steps, without those that were told before: a worker repeats what it was not heard to say.
-    fn note_steps(
-        &mut self,
-        job: JobId,
-        generation: Generation,
-        records: &[StepRecord],
-    ) -> Result<(), FileError> {
-        let folder = self.dir.job(job);
-        let noted =
-            self.noted_steps.entry(job).or_insert_with(|| folder.last_noted_step().unwrap_or_default());
-        let known = if noted.0 == generation { noted.1 } else { 0 };
-        let new = &records[records.partition_point(|record| record.step <= known)..];
-        if let Some(last) = new.last() {
-            *noted = (generation, last.step);
-        }
+    fn note_steps(&mut self, job: JobId, records: &[StepRecord]) -> Result<(), FileError> {
+        let new = self.audits.take(job, records)?;
         self.metrics.stepped(job, new);
-        folder.append_steps(generation, new)
+        self.dir.job(job).append_steps(new)
+    }
+
+    /// Says to `heard` that one more report was taken care of, as soon as the audits say so.
+    pub(crate) fn acknowledge(&mut self, heard: mpsc::UnboundedSender<u64>) {
+        self.audits.acknowledge(heard);
+    }
+
+    /// Brings the audit of a job to the disk, before something that must not go beyond it.
+    pub(crate) fn sync_audit(&mut self, job: JobId) -> Result<(), FileError> {
+        self.audits.sync(job)
     }
 
     /// A worker has said something that is never repeated and need not be kept.
@@ -371,7 +374,7 @@ impl Hub {
             return;
         }
         let written = match &message {
-            FromWorker::Steps { job, generation, records } => self.note_steps(*job, *generation, records),
+            FromWorker::Steps { job, records, .. } => self.note_steps(*job, records),
             FromWorker::Metrics { job, generation, step, epoch, values } => {
                 self.dir.job(*job).append_values(*generation, *step, *epoch, values)
             }

@@ -3,6 +3,7 @@
 //! Connections are tasks, one each; what they decide nothing about goes to the `hub`, which owns the core.
 
 mod artifacts;
+mod audits;
 mod checkpoints;
 mod enroll;
 mod http;
@@ -21,6 +22,7 @@ pub(crate) use operators::{check_job, submit};
 use crate::data_dir::{DataDir, Endpoint};
 use crate::metrics::Metrics;
 use crate::store::{Store, StoreError};
+use audits::Audits;
 use hub::{Clock, Parts};
 use lockstep_common::dataset::{self, DatasetError};
 use lockstep_common::durable::FileError;
@@ -166,6 +168,8 @@ impl Service {
         };
         let restored = Restored { jobs, workers: workers.records, last_job, last_worker };
         let core = Core::new(Config::default(), restored, clock.now_ms());
+        let running = core.jobs().filter(|job| matches!(job.state, JobState::Running | JobState::Stopping));
+        let audits = Audits::open(dir.clone(), running.map(|job| job.id))?;
 
         let registry = process_registry();
         let metrics = Arc::new(Metrics::new(&registry)?);
@@ -174,6 +178,7 @@ impl Service {
         let address = endpoint.local_addr().map_err(StartError::System)?;
         let parts = Parts {
             core,
+            audits,
             store,
             dir: dir.clone(),
             metrics: metrics.clone(),

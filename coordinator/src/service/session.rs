@@ -59,8 +59,9 @@ pub(super) async fn run(
                 }
                 // As long as the store cannot be written, the worker neither hears of this report nor gets rid of more.
                 hub.settle(move |hub| hub.hear(worker, report)).await?;
-                // The receiver lives as long as this loop.
-                let _ = heard.send(1);
+                // As long as an audit cannot be, it gets rid of more and does not hear of it.
+                let heard = heard.clone();
+                hub.post(move |hub| hub.acknowledge(heard));
             }
         };
         tokio::select! {

@@ -1,9 +1,12 @@
 //! A job's life, seen from workers and operators.
 
-use crate::cluster::{Cluster, JOB, checkpoint};
+use crate::cluster::{Cluster, JOB, PATIENCE, checkpoint};
+use lockstep_common::audit::{self, AuditLine, ShardSamples, StepAudit};
 use lockstep_common::checkpoint::{MANIFEST_FILE, OPTIMIZER_FILE, WEIGHTS_FILE};
-use lockstep_common::ids::{Generation, JobId, Rank};
+use lockstep_common::ids::{Generation, JobId, LogicalShard, Rank};
+use lockstep_common::job::JobSpec;
 use lockstep_common::net::{Exchange, NetError};
+use lockstep_common::sampler::Sampler;
 use lockstep_common::wire::{
     FileHead, FrameError, FromWorker, JobState, LogLine, Outcome, Request, Response, Resumption, Running,
     StepRecord, StopMode, ToWorker,
@@ -15,9 +18,29 @@ use std::collections::BTreeMap;
 fn steps(job: JobId, generation: Generation, range: std::ops::RangeInclusive<u64>) -> FromWorker {
     let record = |step| {
         let values = [("loss".to_owned(), 1.0 / step as f64)].into();
-        StepRecord { step, epoch: 1, total_steps: 4, samples: 8, seconds: 0.1, values }
+        let shards = shards_of(step);
+        StepRecord {
+            generation,
+            step,
+            epoch: step.div_ceil(3),
+            total_steps: 4,
+            samples: 8,
+            seconds: 0.1,
+            values,
+            shards,
+        }
     };
     FromWorker::Steps { job, generation, records: range.map(record).collect() }
+}
+
+/// What a step of `JOB` gives its shards: 20 samples, 8 a step.
+fn shards_of(step: u64) -> Vec<ShardSamples> {
+    let sampler = Sampler::new(1, 20, 8, 4, true).unwrap();
+    let (epoch, step) = ((step - 1) / 3, (step - 1) % 3);
+    let shard = |s| ShardSamples::of(&sampler.shard_samples(epoch, step, LogicalShard(s)));
+    let mut audit = StepAudit::default();
+    audit.add_phase((0..4).map(shard), true);
+    audit.into_shards()
 }
 
 fn finished(job: JobId, generation: Generation) -> FromWorker {
@@ -240,6 +263,43 @@ async fn old_reports_are_ignored_and_counted() {
     assert_eq!(cluster.status(job).await.metrics, BTreeMap::new());
 }
 
+/// The coordinator is killed between writing and acknowledging; another generation starts before what it had reached.
+#[tokio::test]
+async fn every_step_is_audited_once_through_a_restart_and_a_new_generation() {
+    let cluster = Cluster::start().await;
+    let job = cluster.submit(JOB).await;
+    let mut worker = cluster.worker().await;
+    let assignment = worker.start().await;
+    let generation = assignment.generation;
+    worker.put(job, generation, 1, &checkpoint(job, 1)).await.unwrap();
+    worker.say(&steps(job, generation, 1..=2)).await;
+    assert_eq!(worker.heard(PATIENCE).await, Some(ToWorker::Heard { reports: 1 }));
+
+    let cluster = cluster.restart().await;
+    let running = Running { job, generation, rank: assignment.rank, step: 3 };
+    let mut worker = cluster.session(worker.identity.clone(), worker.id, Some(running)).await.unwrap();
+    worker.say(&steps(job, generation, 1..=2)).await;
+    worker.say(&steps(job, generation, 3..=3)).await;
+    let outcome = Outcome::Lost { error: "x".to_owned(), culprit: None };
+    worker.say(&FromWorker::Ended { job, generation, outcome, held: None }).await;
+    let again = worker.start().await;
+    assert_eq!(again.resume, Resumption::Checkpoint { step: 1 });
+    worker.say(&steps(job, again.generation, 2..=4)).await;
+    worker.say(&finished(job, again.generation)).await;
+    cluster.wait(job, |j| j.state == JobState::Finished).await;
+
+    let text = std::fs::read_to_string(cluster.dir.job(job).audit()).unwrap();
+    let line = |line: &str| match AuditLine::from_json(line.as_bytes()).unwrap() {
+        AuditLine::Start(start) => format!("{} from {}", start.generation, start.from),
+        AuditLine::Entry(entry) => format!("{} {}", entry.generation, entry.step),
+    };
+    let lines: Vec<_> = text.lines().map(line).collect();
+    assert_eq!(lines, ["g1 from step 0", "g1 1", "g1 2", "g1 3", "g2 from step 1", "g2 2", "g2 3", "g2 4"]);
+    let spec = JobSpec::parse("tiny.toml", JOB).unwrap();
+    let proof = audit::check(&spec, 20, text.as_bytes()).unwrap();
+    assert!(proof.is_complete() && proof.undone == 2, "{proof:?}");
+}
+
 #[tokio::test]
 async fn what_a_worker_repeats_after_a_broken_session_is_noted_once() {
     let cluster = Cluster::start().await;
@@ -312,7 +372,7 @@ async fn figures_that_are_no_numbers_are_not_kept_and_spoil_nothing() {
     let generation = worker.start().await.generation;
     worker.say(&steps(job, generation, 1..=1)).await;
     let values = [("loss".to_owned(), f64::NAN), ("test_loss".to_owned(), f64::INFINITY)].into();
-    let record = StepRecord { step: 2, epoch: 1, total_steps: 4, samples: 8, seconds: f64::NAN, values };
+    let record = StepRecord { generation, step: 2, seconds: f64::NAN, values, ..StepRecord::default() };
     worker.say(&FromWorker::Steps { job, generation, records: vec![record] }).await;
     let values = [("test_top1".to_owned(), 0.5), ("test_loss".to_owned(), f64::NAN)].into();
     worker.say(&FromWorker::Metrics { job, generation, step: 2, epoch: 1, values }).await;

@@ -285,12 +285,14 @@ impl Process {
             (session.assignment.job, session.assignment.generation, state.position.step);
         let rank = session.rank();
         let record = StepRecord {
+            generation,
             step,
             epoch: session.workload.epoch(Position::at(step.saturating_sub(1))) + 1,
             total_steps: session.workload.total_steps,
             samples: 16,
             seconds: 0.1,
             values: BTreeMap::new(),
+            shards: Vec::new(),
         };
         let last = session.is_last(state.position);
         let due = step.is_multiple_of(session.workload.checkpoint_every);

@@ -99,9 +99,7 @@ impl<T: Element> Chunked<T> {
         finish: Finish<T>,
         fail: Fail,
     ) -> Self {
-        let world = parties.members.len();
-        let piece = (PIECE_BYTES / parties.union.most_nodes().max(1)).max(MIN_PIECE_BYTES) / size_of::<T>();
-        let geometry = Geometry { len, world, piece };
+        let (world, geometry) = (parties.members.len(), Self::geometry(&parties, len));
         let own: Vec<_> = (0..geometry.pieces(parties.me))
             .map(|_| Piece { nodes: (0..world).map(|_| None).collect(), missing: world - 1 })
             .collect();
@@ -120,6 +118,17 @@ impl<T: Element> Chunked<T> {
         };
         let nodes = nodes.into_iter().map(Arc::new).collect();
         Self { task, geometry, parties, nodes, fail, state: Mutex::new(state) }
+    }
+
+    fn geometry(parties: &Parties, len: usize) -> Geometry {
+        let piece = (PIECE_BYTES / parties.union.most_nodes().max(1)).max(MIN_PIECE_BYTES) / size_of::<T>();
+        Geometry { len, world: parties.members.len(), piece }
+    }
+
+    /// The most frames that one party sends to another in a reduction of `len` elements: the pieces of two chunks.
+    pub(crate) fn most_frames(parties: &Parties, len: usize) -> usize {
+        let geometry = Self::geometry(parties, len);
+        (0..geometry.world).map(|party| geometry.pieces(party)).sum()
     }
 
     /// The other members, starting behind this one, so that not everybody sends to the first one first.

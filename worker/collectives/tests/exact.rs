@@ -12,7 +12,7 @@ use lockstep_common::placement::Placement;
 use lockstep_common::rng::Stream;
 use proptest::prelude::*;
 use std::time::Duration;
-use support::{Bits, Draw, assert_same, in_ranks, leaves_of, placement_strategy, reference};
+use support::{Bits, Draw, assert_same, expected, in_ranks, leaves_of, placement_strategy, reference};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -58,10 +58,7 @@ fn check_groups<T: Draw + Element + Bits>(
     op: ReduceOp,
 ) {
     let leaves: Vec<Vec<T>> = (0..placement.shards()).map(|s| T::leaf(seed, s, len, op)).collect();
-    let mut expected = reference(&leaves, op);
-    if op == ReduceOp::Average {
-        expected.iter_mut().for_each(|e| *e = e.divided(placement.shards()));
-    }
+    let expected = expected(&leaves, op);
     let tag = Tag::new(1, 0, TagKind::Gradient);
     in_ranks(groups, |group| {
         let own = leaves_of(group, &leaves);

@@ -1,7 +1,8 @@
 //! Tensors as plain bytes, for digests, checkpoints and the wire.
 
 use crate::error::NnError;
-use tch::{Device, Kind, Tensor};
+use crate::shim::with_bytes;
+use tch::{Kind, Tensor};
 
 /// A tensor outside of libtorch.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,15 +28,17 @@ const DTYPES: [(&str, Kind); 7] = [
 impl RawTensor {
     /// Copies a tensor out of libtorch, whatever its device and layout.
     pub fn copy_from(tensor: &Tensor) -> Result<Self, NnError> {
-        let kind = tensor.f_kind()?;
-        let (dtype, _) = DTYPES
-            .into_iter()
-            .find(|(_, k)| *k == kind)
-            .ok_or_else(|| NnError::Torch(format!("tensors of type {kind:?} are never stored")))?;
-        let host = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
-        let mut bytes = vec![0; host.numel() * kind.elt_size_in_bytes()];
-        host.f_copy_data_u8(&mut bytes, host.numel())?;
-        Ok(Self { dtype, shape: tensor.size().into_iter().map(|d| d as usize).collect(), bytes })
+        let (dtype, shape) = describe(tensor)?;
+        Ok(Self { dtype, shape, bytes: with_bytes(tensor, <[u8]>::to_vec)? })
+    }
+
+    /// [`copy_from`](Self::copy_from) into the memory of an earlier copy.
+    pub fn copy_again(&mut self, tensor: &Tensor) -> Result<(), NnError> {
+        (self.dtype, self.shape) = describe(tensor)?;
+        with_bytes(tensor, |bytes| {
+            self.bytes.clear();
+            self.bytes.extend_from_slice(bytes);
+        })
     }
 
     /// The tensor that these bytes describe, on the CPU. Fails on an unknown type and on a length that does not
@@ -64,6 +67,15 @@ impl RawTensor {
     }
 }
 
+/// Element type, as safetensors names it, and shape of a tensor.
+pub fn describe(tensor: &Tensor) -> Result<(&'static str, Vec<usize>), NnError> {
+    let kind = tensor.f_kind()?;
+    let known = DTYPES.into_iter().find(|(_, k)| *k == kind);
+    let (dtype, _) =
+        known.ok_or_else(|| NnError::Torch(format!("tensors of type {kind:?} are never stored")))?;
+    Ok((dtype, tensor.size().into_iter().map(|d| d as usize).collect()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -74,6 +86,11 @@ mod tests {
         let mut raw = RawTensor::copy_from(&t).unwrap();
         assert_eq!((raw.dtype, raw.shape.as_slice()), ("F32", [3, 2].as_slice()));
         assert_eq!(raw.bytes[4..8], 4.0f32.to_le_bytes());
+        assert_eq!(raw.to_tensor().unwrap(), t);
+        let (memory, other) = (raw.bytes.as_ptr(), Tensor::from_slice(&[1i64, 2]));
+        raw.copy_again(&other).unwrap();
+        assert_eq!((raw.to_tensor().unwrap(), raw.bytes.as_ptr()), (other, memory));
+        raw.copy_again(&t).unwrap();
         assert_eq!(raw.to_tensor().unwrap(), t);
         raw.bytes.pop();
         assert!(raw.to_tensor().is_err());

@@ -6,6 +6,7 @@ mod run;
 
 use crate::cli::DeviceArg;
 use crate::control::Control;
+use crate::fault;
 use crate::flight::{SharedGroup, Watch};
 use crate::kept::{Kept, State};
 use crate::mesh::Mesh;
@@ -133,6 +134,7 @@ pub(crate) fn start(
     let failed = ends.clone();
     let work = move || {
         environment.metrics.membership(generation.0, assignment.peers.len() as u32);
+        fault::set_rank(assignment.rank);
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             run(&environment, &assignment, start, &shared)
         }));
@@ -233,7 +235,7 @@ fn run_typed<T: Number>(
             )
         })
         .and_then(|mut session| {
-            let outcome = session.train();
+            let outcome = session.train().or_else(|error| session.part(error));
             if let Err(error) = &outcome {
                 abort(&group, error);
             }

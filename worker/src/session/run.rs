@@ -5,6 +5,7 @@ use super::prepare::Prepared;
 use super::{Environment, Shared};
 use crate::data::batch::Decoder;
 use crate::data::loader::{Loader, Timetable};
+use crate::fault::{self, Point};
 use crate::kept::State;
 use crate::ledger::Ledger;
 use crate::pace::PaceReporter;
@@ -15,11 +16,12 @@ use crate::train::error::TrainError;
 use crate::train::evaluate::evaluate;
 use crate::train::trainer::Trainer;
 use crate::train::wishes::Wishes;
-use crate::train::{Number, picture};
+use crate::train::{Number, mismatch, picture};
 use lockstep_collectives::{Group, Tag, TagKind};
+use lockstep_common::audit::StepAudit;
 use lockstep_common::ids::Rank;
-use lockstep_common::job::{JobSpec, Task};
-use lockstep_common::wire::{Assignment, Outcome, Position, StepRecord, StopMode};
+use lockstep_common::job::{JobSpec, OnMismatch, Task};
+use lockstep_common::wire::{Assignment, Outcome, Position, StepRecord, StopMode, decode, encode};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -67,10 +69,11 @@ impl<'a, T: Number> Session<'a, T> {
     ) -> Result<Self, TrainError> {
         let Prepared { plan, wires, timetable, total_steps, loader, test } = prepared;
         let Some(here) = state else { return Err(TrainError::Fatal("no state was prepared".to_owned())) };
-        let ledger = compare(&group, here)?;
-        let Some(State { replica, .. }) = state.take() else {
+        let (ledger, samples) = compare(&group, here)?;
+        let Some(State { mut replica, .. }) = state.take() else {
             return Err(TrainError::Fatal("no state was prepared".to_owned()));
         };
+        replica.set_samples(samples);
         let output = Output::new(environment, assignment, &ledger);
         let trainer = Trainer::<T>::new(job, plan, group, replica, environment.threads)?.carried_by(carrier);
         if let Some(wires) = wires {
@@ -139,6 +142,7 @@ impl<'a, T: Number> Session<'a, T> {
     fn step(&mut self, totals: &mut Totals) -> Result<Wishes, TrainError> {
         let start = Instant::now();
         let mut data = 0.0;
+        fault::point(Point::Data, self.trainer.replica.step + 1);
         let batches = timed(&mut data, || self.loader.next(&self.shared.aborted))?;
         let (samples, epoch) = (batches.samples, batches.epoch + 1);
         let before = self.trainer.group.stats();
@@ -162,10 +166,15 @@ impl<'a, T: Number> Session<'a, T> {
         self.environment.metrics.collectives(&before, &self.trainer.group.stats());
         self.count_shards();
         let (total_steps, values) = (self.total_steps, done.figures);
-        let record = StepRecord { step, epoch, total_steps, samples, seconds, values };
+        let (generation, shards) = (self.assignment.generation, done.shards);
+        let record = StepRecord { generation, step, epoch, total_steps, samples, seconds, values, shards };
         self.ledger.heard(done.wishes.heard);
         self.ledger.note(record.clone());
         self.output.reporter.step(record);
+        fault::point(Point::Boundary, step);
+        if fault::flips(step) {
+            self.trainer.replica.flip_bit()?;
+        }
         Ok(done.wishes)
     }
 
@@ -181,9 +190,11 @@ impl<'a, T: Number> Session<'a, T> {
         if epoch_ends {
             self.end_of_epoch(step)?;
         }
-        if epoch_ends || needed || due {
+        if epoch_ends || needed || due || self.is_check_due(step) {
             // Before a checkpoint hands the state on, and before rank 0 turns to the coordinator while the others wait.
-            digest = Some(self.trainer.compare_replicas()?);
+            let mut seconds = 0.0;
+            digest = Some(timed(&mut seconds, || self.trainer.compare_replicas())?);
+            self.environment.metrics.compared(seconds);
         }
         if needed || due {
             let wires = self.trainer.wire_state()?;
@@ -194,6 +205,30 @@ impl<'a, T: Number> Session<'a, T> {
         }
         self.ledger.settled = Some(step);
         Ok(digest)
+    }
+
+    /// Whether the replicas are to be compared after this step, besides where they always are.
+    fn is_check_due(&self, step: u64) -> bool {
+        let every = self.trainer.job.checks.digest_every_steps;
+        every > 0 && step.is_multiple_of(every) && self.trainer.group.world_size() > 1
+    }
+
+    /// Ends in good order after an error to which all ranks have come together; any other is handed back.
+    pub(super) fn part(&mut self, error: TrainError) -> Result<Outcome, TrainError> {
+        let TrainError::Mismatch(mismatch) = error else { return Err(error) };
+        let what = mismatch::describe(&mismatch, &self.assignment.peers);
+        if mismatch.is_odd(self.assignment.rank) {
+            self.environment.metrics.mismatched();
+        }
+        let outcome = match self.trainer.job.checks.on_mismatch {
+            OnMismatch::Stop => Outcome::Failed { error: what },
+            OnMismatch::Heal => {
+                self.output.reporter.log(format!("{what}; all go back to the newest checkpoint"));
+                Outcome::Lost { error: what, culprit: mismatch.culprit() }
+            }
+        };
+        self.leave();
+        Ok(outcome)
     }
 
     /// Evaluates, and leaves a picture where the task has one.
@@ -257,18 +292,23 @@ impl<'a, T: Number> Session<'a, T> {
     }
 }
 
-/// Compares where the ranks of `group` are, which must be the same place, and what each has told.
-fn compare(group: &Group, state: &State) -> Result<Ledger, TrainError> {
+/// Compares where the ranks of `group` are, which must be the same place, what each has told, and what the shards were
+/// given in the phases of the next step that have been applied.
+fn compare(group: &Group, state: &State) -> Result<(Ledger, StepAudit), TrainError> {
     let position = state.replica.position();
     let mut mine = position.step.to_le_bytes().to_vec();
     mine.extend_from_slice(&position.phase.to_le_bytes());
+    let samples = encode(state.replica.samples()).map_err(|e| TrainError::Fatal(e.to_string()))?;
+    mine.extend_from_slice(&(samples.len() as u32).to_le_bytes());
+    mine.extend_from_slice(&samples);
     mine.extend_from_slice(&state.ledger.to_bytes());
     // Positions may differ here, so the tag must not have them.
     let tag = Tag::new(0, 0, TagKind::State).index(1);
     let all = group.all_gather(tag, mine)?.wait()?;
     let mut ledgers = Vec::with_capacity(all.len());
+    let mut samples = StepAudit::default();
     for (rank, bytes) in (0..).map(Rank).zip(all.iter()) {
-        let Some((at, ledger)) = account(bytes) else {
+        let Some((at, given, ledger)) = account(bytes) else {
             return Err(TrainError::Fatal(format!("{rank} sent an unintelligible account of its state")));
         };
         if at != position {
@@ -276,13 +316,19 @@ fn compare(group: &Group, state: &State) -> Result<Ledger, TrainError> {
             return Err(TrainError::Unavailable { what, culprit: None });
         }
         ledgers.push(ledger);
+        // At one position all that know it know the same; one that was healed does not.
+        if given != StepAudit::default() {
+            samples = given;
+        }
     }
-    Ok(Ledger::merged(&ledgers, position.step))
+    Ok((Ledger::merged(&ledgers, position.step), samples))
 }
 
-fn account(bytes: &[u8]) -> Option<(Position, Ledger)> {
+fn account(bytes: &[u8]) -> Option<(Position, StepAudit, Ledger)> {
     let (step, rest) = bytes.split_first_chunk()?;
-    let (phase, ledger) = rest.split_first_chunk()?;
+    let (phase, rest) = rest.split_first_chunk()?;
+    let (length, rest) = rest.split_first_chunk()?;
+    let (samples, ledger) = rest.split_at_checked(u32::from_le_bytes(*length) as usize)?;
     let position = Position { step: u64::from_le_bytes(*step), phase: u16::from_le_bytes(*phase) };
-    Some((position, Ledger::from_bytes(ledger)?))
+    Some((position, decode(samples).ok()?, Ledger::from_bytes(ledger)?))
 }

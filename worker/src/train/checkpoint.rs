@@ -3,6 +3,7 @@
 use super::error::TrainError;
 use super::replica::{RawTensors, Replica, tensor_bytes};
 use crate::control::Control;
+use crate::fault::{self, Point};
 use crate::tasks::TaskPlan;
 use lockstep_common::checkpoint::{
     CheckpointFiles, CheckpointInfo, CheckpointManifest, OPTIMIZER_FILE, WEIGHTS_FILE, WIRE_FILE,
@@ -61,6 +62,7 @@ impl Checkpointer {
             }
             let packed = CheckpointFiles::new(info, files).and_then(CheckpointFiles::into_parts);
             let all = packed.map_err(|e| TrainError::Fatal(e.to_string()))?;
+            fault::point(Point::Checkpoint, step);
             let heads =
                 all.iter().map(|(n, b)| FileHead { name: n.clone(), bytes: b.len() as u64 }).collect();
             control.store_checkpoint(CheckpointHead { job, generation, step, files: heads }, &all)?;

@@ -1,5 +1,6 @@
 //! Why training stopped before its end.
 
+use super::mismatch::Mismatch;
 use lockstep_collectives::CollectiveError;
 use lockstep_common::ids::Rank;
 use lockstep_common::net::NetError;
@@ -27,6 +28,9 @@ pub(crate) enum TrainError {
         /// The rank that is to blame, if it can be told.
         culprit: Option<Rank>,
     },
+    /// The replicas differ. The [session](crate::session) decides what follows.
+    #[error("the replicas have come to differ")]
+    Mismatch(Mismatch),
     /// Anything else that no other membership would mend.
     #[error("{0}")]
     Fatal(String),

@@ -6,9 +6,11 @@ use super::gradients::Gradients;
 use super::permits::Permits;
 use super::phase::{PhasePlan, ShardBatch};
 use super::rendezvous::{PhaseSync, Rendezvous};
+use crate::fault::{self, Point};
 use crate::tasks::LaneTask;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use lockstep_collectives::CollectiveError;
+use lockstep_common::audit::ShardSamples;
 use lockstep_common::ids::LogicalShard;
 use lockstep_nn::NnError;
 use lockstep_nn::forward::{BatchNormSync, BnRecord, Forward};
@@ -32,6 +34,9 @@ pub(crate) struct PhaseWork<T> {
 
 /// What a lane has done in a phase.
 pub(crate) struct PhaseDone {
+    pub(crate) shard: LogicalShard,
+    /// The samples that it was given.
+    pub(crate) samples: ShardSamples,
     pub(crate) figures: Vec<f64>,
     pub(crate) records: Vec<BnRecord>,
     /// Seconds of computing, without waiting.
@@ -195,14 +200,17 @@ impl<T: Number> LaneState<T> {
         let sync: Arc<dyn BatchNormSync> =
             Arc::new(PhaseSync { rendezvous: self.rendezvous.clone(), step: work.step, phase: work.phase });
         let samples = work.batch.samples.clone();
+        let audited = ShardSamples::of(&samples);
         let mut forward = Forward::training(work.seed, work.step, self.shard, samples, sync);
         forward.phase = work.phase;
         self.rendezvous.take_waited(self.slot);
 
+        fault::point(Point::Forward, work.step + 1);
         let start = Instant::now();
         let shard_loss = self.task.forward(&work.plan, &work.batch, &mut forward)?;
         let forward_seconds = start.elapsed().as_secs_f64() - self.rendezvous.take_waited(self.slot);
 
+        fault::point(Point::Backward, work.step + 1);
         let start = Instant::now();
         if shard_loss.loss.requires_grad() {
             backward(&shard_loss.loss)?;
@@ -210,6 +218,8 @@ impl<T: Number> LaneState<T> {
         work.buckets.finish(self.slot)?;
         let backward_seconds = start.elapsed().as_secs_f64() - self.rendezvous.take_waited(self.slot);
         Ok(PhaseDone {
+            shard: self.shard,
+            samples: audited,
             figures: shard_loss.figures,
             records: std::mem::take(&mut forward.records),
             forward: forward_seconds,

@@ -5,13 +5,16 @@
 use super::error::TrainError;
 use super::statistics;
 use crate::tasks::TaskPlan;
-use lockstep_common::digest::{TensorBytes, weights_digest};
+use lockstep_common::audit::{ShardSamples, StepAudit};
+use lockstep_common::digest::{TensorBytes, TensorHasher};
 use lockstep_common::job::{ClipSpec, JobSpec};
 use lockstep_common::wire::Position;
-use lockstep_nn::bytes::RawTensor;
+use lockstep_nn::NnError;
+use lockstep_nn::bytes::{RawTensor, describe};
 use lockstep_nn::forward::BnRecord;
 use lockstep_nn::optim::{NamedGradient, Optimizer, clip_norm, clip_value};
 use lockstep_nn::schedule::lr_factor;
+use lockstep_nn::shim::with_bytes;
 use lockstep_nn::vars::Vars;
 use std::collections::BTreeMap;
 use tch::Tensor;
@@ -32,6 +35,8 @@ pub(crate) struct Replica {
     phase: u16,
     /// What those came to, by name.
     figures: BTreeMap<String, f64>,
+    /// What the shards were given in those.
+    samples: StepAudit,
     /// Whether an update has begun and not ended.
     torn: bool,
 }
@@ -68,6 +73,7 @@ impl Replica {
             step: 0,
             phase: 0,
             figures: BTreeMap::new(),
+            samples: StepAudit::default(),
             torn: false,
         })
     }
@@ -184,6 +190,7 @@ impl Replica {
         }
         (self.step, self.phase) = (position.step, position.phase);
         self.figures.clear();
+        self.samples = StepAudit::default();
         self.torn = false;
         Ok(())
     }
@@ -193,11 +200,71 @@ impl Replica {
         self.figures = figures;
     }
 
-    /// BLAKE3 of all weights and buffers in name order.
-    pub(crate) fn digest(&self) -> Result<String, TrainError> {
-        let weights = self.weights()?;
-        Ok(weights_digest(weights.iter().map(|(name, tensor)| tensor_bytes(name, tensor))))
+    /// What the shards were given in the phases of the next step that have been applied.
+    pub(crate) fn samples(&self) -> &StepAudit {
+        &self.samples
     }
+
+    /// Takes that over.
+    pub(crate) fn set_samples(&mut self, samples: StepAudit) {
+        self.samples = samples;
+    }
+
+    /// Notes what the shards were given in the phase that is applied next; a minibatch counts in the first phase of the
+    /// step that sees it.
+    pub(crate) fn note_samples(&mut self, shards: Vec<ShardSamples>, first_of_minibatch: bool) {
+        self.samples.add_phase(shards, first_of_minibatch);
+    }
+
+    /// Hands over what the shards were given in the step that has just been committed.
+    pub(crate) fn take_samples(&mut self) -> Vec<ShardSamples> {
+        std::mem::take(&mut self.samples).into_shards()
+    }
+
+    /// BLAKE3 of all weights and buffers in name order.
+    pub(crate) fn weights_digest(&self) -> Result<String, TrainError> {
+        let networks = self.vars.iter().zip(&self.prefixes);
+        let named = networks.flat_map(|(vars, prefix)| {
+            vars.iter().map(move |(name, var)| (format!("{prefix}{name}"), var.tensor.shallow_clone()))
+        });
+        digest(named.collect())
+    }
+
+    /// BLAKE3 of every optimizer's state and the update counters.
+    pub(crate) fn optimizers_digest(&self) -> Result<String, TrainError> {
+        let mut tensors = BTreeMap::new();
+        for (network, (optimizer, updates)) in self.optimizers.iter().zip(&self.updates).enumerate() {
+            let state = optimizer.state().into_iter();
+            tensors.extend(state.map(|(name, tensor)| (format!("{network}/{name}"), tensor)));
+            tensors.insert(format!("{network}/updates"), Tensor::f_from_slice(&[*updates as i64])?);
+        }
+        digest(tensors)
+    }
+
+    /// Changes the lowest bit of one weight, for tests of what follows.
+    pub(crate) fn flip_bit(&self) -> Result<(), TrainError> {
+        let Some((_, var)) = self.vars.first().and_then(|vars| vars.parameters().next()) else {
+            return Ok(());
+        };
+        let mut raw = RawTensor::copy_from(&var.tensor)?;
+        if let Some(byte) = raw.bytes.first_mut() {
+            *byte ^= 1;
+        }
+        Ok(tch::no_grad(|| var.tensor.f_detach()?.f_copy_(&raw.to_tensor()?).map_err(NnError::from))?)
+    }
+}
+
+/// The digest of tensors in name order, straight from their memory: no lane works on a replica between two steps.
+fn digest(tensors: BTreeMap<String, Tensor>) -> Result<String, TrainError> {
+    let mut hasher = TensorHasher::new();
+    for (name, tensor) in &tensors {
+        let (dtype, shape) = describe(tensor)?;
+        with_bytes(tensor, |bytes| {
+            let (name, dtype) = (name.as_str().into(), dtype.into());
+            hasher.add(&TensorBytes { name, dtype, shape: shape.as_slice().into(), bytes: bytes.into() });
+        })?;
+    }
+    Ok(hasher.finish())
 }
 
 /// A raw tensor as checkpoints and digests take it.

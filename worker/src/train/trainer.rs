@@ -9,15 +9,19 @@ use super::device_buckets::Carrier;
 use super::error::TrainError;
 use super::gradients::Gradients;
 use super::lane::{Lane, PhaseDone, PhaseWork};
+use super::mismatch::Mismatch;
 use super::permits::Permits;
 use super::phase::PhasePlan;
 use super::rendezvous::Rendezvous;
 use super::replica::{PhaseUpdate, RawTensors, Replica, learning_rate};
+use super::samples;
 use super::statistics::PhaseStatistics;
 use super::wishes::Wishes;
 use crate::data::loader::StepBatches;
+use crate::fault::{self, Point};
 use crate::tasks::TaskPlan;
 use lockstep_collectives::{CollectiveError, Group, Numbers, Pending, ReduceOp, Tag, TagKind};
+use lockstep_common::audit::ShardSamples;
 use lockstep_common::checkpoint::WIRE_FILE;
 use lockstep_common::ids::{LogicalShard, Rank};
 use lockstep_common::job::{BatchNorm, JobSpec};
@@ -52,6 +56,8 @@ pub(crate) struct StepDone {
     pub(crate) figures: BTreeMap<String, f64>,
     /// What the ranks together want.
     pub(crate) wishes: Wishes,
+    /// What each logical shard was given.
+    pub(crate) shards: Vec<ShardSamples>,
     pub(crate) times: StepTimes,
 }
 
@@ -175,8 +181,12 @@ impl<T: Number> Trainer<T> {
         wishes: Wishes,
     ) -> Result<StepDone, TrainError> {
         let Position { step, phase: applied } = self.replica.position();
-        let mut done =
-            StepDone { figures: BTreeMap::new(), wishes: Wishes::default(), times: StepTimes::default() };
+        let mut done = StepDone {
+            figures: BTreeMap::new(),
+            wishes: Wishes::default(),
+            shards: Vec::new(),
+            times: StepTimes::default(),
+        };
         let plan = self.plan.clone();
         let runs = |(_, phase): &(usize, &PhasePlan)| phase.minibatch < batches.minibatches.len();
         let last = plan.phases.iter().enumerate().filter(runs).map(|(phase, _)| phase).last();
@@ -220,6 +230,7 @@ impl<T: Number> Trainer<T> {
             done.times.forward += forward / parallel;
             done.times.backward += backward / parallel;
 
+            fault::point(Point::Reduce, step + 1);
             let figures = self.share_figures(step, phase, &lanes, &wishes)?;
             let records = lanes.into_iter().map(|l| l.records).collect();
             let statistics = PhaseStatistics::start(&self.group, step, phase, &self.modes, records)?;
@@ -227,7 +238,7 @@ impl<T: Number> Trainer<T> {
                 timed(&mut done.times.gradients, || -> Result<_, TrainError> {
                     Ok((buckets.wait(self.device)?, statistics.finish()?, figures.wait()?))
                 })?;
-            let mut figures = self.take_figures(phase_plan, &figures, step, &mut done.wishes)?;
+            let (mut figures, shards) = self.take_figures(phase_plan, &figures, step, &mut done.wishes)?;
             if phase_plan.learns == 0 {
                 figures.insert("lr".to_owned(), lr);
             }
@@ -235,17 +246,23 @@ impl<T: Number> Trainer<T> {
             if !self.learnt[network] {
                 self.learn_order(step, phase, network, &buckets)?;
             }
+            fault::point(Point::Optimizer, step + 1);
+            let seen = plan.phases[..usize::from(phase)].iter().any(|p| p.minibatch == phase_plan.minibatch);
+            self.replica.note_samples(shards, !seen);
             let update = PhaseUpdate { phase, commits, network, lr, gradients, statistics, figures };
             let committed = timed(&mut done.times.optimizer, || self.replica.apply(update, &self.job.clip))?;
             done.figures.extend(committed.into_iter().flatten());
         }
         match self.replica.step == step {
             true => Err(TrainError::Fatal(format!("no phase is left in step {}", step + 1))),
-            false => Ok(done),
+            false => {
+                done.shards = self.replica.take_samples();
+                Ok(done)
+            }
         }
     }
 
-    /// Adds the shards' figures, and the ranks' wishes, over all shards.
+    /// Adds the shards' figures, what they were given, and the ranks' wishes, over all shards.
     fn share_figures(
         &self,
         step: u64,
@@ -254,20 +271,21 @@ impl<T: Number> Trainer<T> {
         wishes: &Wishes,
     ) -> Result<Pending<Numbers<f64>>, TrainError> {
         let leaf = |(slot, lane): (usize, &PhaseDone)| {
-            lane.figures.iter().copied().chain(wishes.to_numbers(slot)).collect::<Vec<f64>>()
+            let samples = samples::leaf(self.job.logical_shards, lane.shard, lane.samples);
+            lane.figures.iter().copied().chain(samples).chain(wishes.to_numbers(slot)).collect::<Vec<f64>>()
         };
         let tag = Tag::new(step, phase, TagKind::Commit);
         Ok(self.group.all_reduce(tag, lanes.iter().enumerate().map(leaf).collect(), ReduceOp::Sum)?)
     }
 
-    /// Names the summed figures; adds what the ranks together want to `wishes`.
+    /// Names the summed figures and what the shards were given; adds what the ranks together want to `wishes`.
     fn take_figures(
         &self,
         phase: &PhasePlan,
         sums: &[f64],
         step: u64,
         wishes: &mut Wishes,
-    ) -> Result<BTreeMap<String, f64>, TrainError> {
+    ) -> Result<(BTreeMap<String, f64>, Vec<ShardSamples>), TrainError> {
         let mut figures = BTreeMap::new();
         for (name, value) in phase.figures.iter().zip(sums) {
             if name.starts_with("loss") && !value.is_finite() {
@@ -279,8 +297,10 @@ impl<T: Number> Trainer<T> {
             }
             figures.insert((*name).to_owned(), *value);
         }
-        wishes.add(sums.get(phase.figures.len()..).unwrap_or_default());
-        Ok(figures)
+        let rest = sums.get(phase.figures.len()..).unwrap_or_default();
+        let (shards, rest) = samples::split(rest, self.job.logical_shards);
+        wishes.add(rest);
+        Ok((figures, shards))
     }
 
     /// From the next step on, buckets are packed in the order in which rank 0 saw the gradients become final.
@@ -320,21 +340,18 @@ impl<T: Number> Trainer<T> {
         }
     }
 
-    /// Compares all replicas' digests; an error names the first rank that differs from rank 0.
+    /// Compares weights, buffers and optimizers' states of all replicas; returns the digest of the weights and buffers.
     pub(crate) fn compare_replicas(&self) -> Result<String, TrainError> {
-        let digest = self.replica.digest()?;
-        let tag = Tag::new(self.replica.step, 0, TagKind::Digest);
-        let all = self.group.all_gather(tag, digest.clone().into_bytes())?.wait()?;
-        for (rank, other) in all.iter().enumerate() {
-            if other.as_ref() != all[0].as_ref() {
-                return Err(TrainError::Fatal(format!(
-                    "after step {} rank {rank} holds other weights than rank 0: its memory or processor is at fault, \
-                     or its libtorch differs",
-                    self.replica.step
-                )));
+        let weights = self.replica.weights_digest()?;
+        if self.group.world_size() > 1 {
+            let own = weights.clone() + &self.replica.optimizers_digest()?;
+            let tag = Tag::new(self.replica.step, 0, TagKind::Digest);
+            let all = self.group.all_gather(tag, own.into_bytes())?.wait()?;
+            if let Some(mismatch) = Mismatch::find(self.replica.step, &all) {
+                return Err(TrainError::Mismatch(mismatch));
             }
         }
-        Ok(digest)
+        Ok(weights)
     }
 }
 

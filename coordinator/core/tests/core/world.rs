@@ -231,7 +231,15 @@ impl World {
     /// The worker reports a step.
     pub(crate) fn step(&mut self, worker: u64, job: JobId, generation: u64, step: u64) {
         let values = [("loss".to_owned(), 0.5)].into();
-        let record = StepRecord { step, epoch: 1, total_steps: 100, samples: 64, seconds: 0.1, values };
+        let record = StepRecord {
+            step,
+            epoch: 1,
+            total_steps: 100,
+            samples: 64,
+            seconds: 0.1,
+            values,
+            ..Default::default()
+        };
         self.say(
             worker,
             FromWorker::Steps { job, generation: Generation(generation), records: vec![record] },

@@ -1,6 +1,7 @@
 //! Reaching another rank under one of its addresses.
 
 use super::hello::{self, Hello, HelloError};
+use super::lifeline::Lifeline;
 use super::{Peer, VerifyPeer, close};
 use crate::error::CollectiveError;
 use lockstep_common::ids::Rank;
@@ -18,6 +19,15 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(3);
 /// The head start of each address over the next one, as long as a round trip around the world.
 const STAGGER: Duration = Duration::from_millis(250);
 
+/// For how long a peer is dialled.
+#[derive(Clone, Copy)]
+pub(super) struct Patience {
+    /// Until when a peer that answers may prepare.
+    pub(super) deadline: Instant,
+    /// How long none of its addresses may answer: its worker listens before it is given a job.
+    pub(super) unreachable: Duration,
+}
+
 /// Connects to `peer` and waits until it has formed the same group.
 pub(super) async fn dial(
     endpoint: quinn::Endpoint,
@@ -25,28 +35,49 @@ pub(super) async fn dial(
     peer: Peer,
     me: Hello,
     verify: VerifyPeer,
-    deadline: Instant,
-) -> Result<quinn::Connection, CollectiveError> {
+    Patience { deadline, unreachable }: Patience,
+) -> Result<(quinn::Connection, Lifeline), CollectiveError> {
     let failed = |detail: String| CollectiveError::Connect { rank: peer.rank, detail };
     let mut last = "time ran out".to_owned();
     let mut pause = RETRY;
+    let mut silent_since = Instant::now();
+    let mut told = false;
     while Instant::now() < deadline {
-        match dial_any(&endpoint, &tls, &peer).await {
-            Err(reason) => last = reason,
+        let until = deadline.min(silent_since + unreachable);
+        match dial_any(&endpoint, &tls, &peer, until).await {
+            Err(reason) if Instant::now() >= silent_since + unreachable => {
+                let seconds = unreachable.as_secs_f64();
+                return Err(failed(format!("it cannot be reached: {reason}; tried for {seconds:.1} s")));
+            }
+            Err(reason) => {
+                if !std::mem::replace(&mut told, true) {
+                    let seconds = unreachable.as_secs_f64();
+                    tracing::warn!(
+                        "{} cannot reach {}: {reason}; trying for {seconds:.1} s",
+                        me.rank,
+                        peer.rank
+                    );
+                }
+                last = reason;
+            }
             Ok(Reached { address, connection, passed_over }) => {
                 if !verify(&connection, peer.worker) {
                     connection.close(close::REFUSED, b"not the expected worker");
                     return Err(failed(format!("{address} is not {}, by its certificate", peer.worker)));
                 }
                 match timeout_at(deadline, hello::introduce(&connection, me, peer.rank)).await {
-                    Ok(Ok(())) => {
+                    Ok(Ok(secret)) => {
                         tell(me.rank, peer.rank, address, &connection, &passed_over);
-                        return Ok(connection);
+                        return Ok((connection, Lifeline::to(address, secret)));
                     }
-                    Ok(Err(HelloError::Lost(reason))) => last = format!("{address}: {reason}"),
+                    Ok(Err(HelloError::Lost(reason) | HelloError::Busy(reason))) => {
+                        last = format!("{address}: {reason}");
+                    }
                     Ok(Err(error)) => return Err(failed(format!("{address}: {error}"))),
                     Err(_) => last = format!("{address}: connected, but it has not formed this group"),
                 }
+                silent_since = Instant::now();
+                told = false;
             }
         }
         sleep(pause).await;
@@ -77,11 +108,13 @@ fn tell(me: Rank, peer: Rank, address: SocketAddr, connection: &quinn::Connectio
     }
 }
 
-/// Dials all of the peer's addresses, each a little after the one before, and takes the first that answers.
+/// Dials all of the peer's addresses, each a little after the one before, `until` some time, and takes the first that
+/// answers.
 async fn dial_any(
     endpoint: &quinn::Endpoint,
     tls: &quinn::ClientConfig,
     peer: &Peer,
+    until: Instant,
 ) -> Result<Reached, String> {
     let mut attempts = JoinSet::new();
     for (place, &address) in peer.addresses.iter().enumerate() {
@@ -92,8 +125,8 @@ async fn dial_any(
         });
     }
     let mut reasons: Vec<_> =
-        peer.addresses.iter().map(|address| format!("{address} has not answered yet")).collect();
-    while let Some(attempt) = attempts.join_next().await {
+        peer.addresses.iter().map(|address| format!("{address} has not answered")).collect();
+    while let Ok(Some(attempt)) = timeout_at(until, attempts.join_next()).await {
         match attempt {
             Ok((place, Ok(connection))) => {
                 reasons.truncate(place);

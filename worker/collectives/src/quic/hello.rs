@@ -1,28 +1,32 @@
 //! The first words on a connection between two ranks, and where accepted connections wait for their group.
 
 use super::close;
+use super::lifeline::{Landing, Lifeline, Secret};
 use lockstep_common::ids::{Generation, JobId, Rank};
+use lockstep_common::net::{Role, peer_role};
 use parking_lot::Mutex;
 use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 /// The version of everything ranks say to each other.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 
 const HELLO_MAGIC: [u8; 4] = *b"LKSH";
 const WELCOME_MAGIC: [u8; 4] = *b"LKSW";
 /// Magic 4, version 2, job 8, generation 8, rank 4.
 const HELLO_LEN: usize = 26;
-/// Magic 4, version 2, rank 4.
-const WELCOME_LEN: usize = 10;
+/// Magic 4, version 2, rank 4, the lifeline's secret 16.
+const WELCOME_LEN: usize = 26;
 
 /// How long a connected peer may take to say hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How many connections may wait for groups that this worker has not been told to form yet: those of one
-/// generation, with room for a second.
-const EARLY_CONNECTIONS: usize = 128;
+/// How many connections of one worker may wait for groups that this worker has not been told to form yet: it has one
+/// rank of a job, and dials again when a connection breaks before this side has noticed.
+const EARLY_CONNECTIONS: usize = 8;
 
 /// Why a greeting failed.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +53,9 @@ pub enum HelloError {
     /// The peer said no.
     #[error("refused: {0}")]
     Refused(String),
+    /// The peer has too much to do with this worker's other connections.
+    #[error("refused for now: {0}")]
+    Busy(String),
     /// The peer said nothing.
     #[error("no greeting within {} s", HELLO_TIMEOUT.as_secs())]
     Silent,
@@ -99,12 +106,13 @@ fn field<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     field
 }
 
-/// The dialling side: says who this is and waits until the peer has formed the same group.
+/// The dialling side: says who this is and waits until the peer has formed the same group. Returns what the peer's
+/// lifeline asks for.
 pub(crate) async fn introduce(
     connection: &quinn::Connection,
     me: Hello,
     expected: Rank,
-) -> Result<(), HelloError> {
+) -> Result<Secret, HelloError> {
     let (mut send, mut recv) = connection.open_bi().await.map_err(lost)?;
     send.write_all(&me.encode()).await.map_err(|error| match error {
         quinn::WriteError::ConnectionLost(error) => lost(error),
@@ -114,7 +122,7 @@ pub(crate) async fn introduce(
     read(&mut recv, &mut reply).await?;
     check_version(&WELCOME_MAGIC, &reply)?;
     let actual = Rank(u32::from_le_bytes(field(&reply, 6)));
-    if actual == expected { Ok(()) } else { Err(HelloError::WrongRank { expected, actual }) }
+    if actual == expected { Ok(field(&reply, 10)) } else { Err(HelloError::WrongRank { expected, actual }) }
 }
 
 /// A connection whose peer has said which rank of which group it is, and waits to be welcomed.
@@ -123,6 +131,9 @@ pub struct Accepted {
     connection: quinn::Connection,
     send: quinn::SendStream,
     hello: Hello,
+    /// By its certificate.
+    worker: Option<Role>,
+    landing: Option<Arc<Landing>>,
 }
 
 impl Accepted {
@@ -137,7 +148,10 @@ impl Accepted {
             Ok((send, Hello::decode(&bytes)?))
         };
         match tokio::time::timeout(HELLO_TIMEOUT, greeting).await.unwrap_or(Err(HelloError::Silent)) {
-            Ok((send, hello)) => Ok(Self { connection, send, hello }),
+            Ok((send, hello)) => {
+                let worker = peer_role(&connection);
+                Ok(Self { connection, send, hello, worker, landing: None })
+            }
             Err(error) => {
                 let reason = match error {
                     HelloError::Version(theirs) => format!(
@@ -167,14 +181,23 @@ impl Accepted {
         self.connection.close(close::REFUSED, reason.as_bytes());
     }
 
+    /// Tells the peer to come again.
+    fn put_off(self, reason: &str) {
+        self.connection.close(close::BUSY, reason.as_bytes());
+    }
+
     /// Answers in the name of `rank`, this worker's.
-    pub(crate) async fn welcome(mut self, rank: Rank) -> Result<quinn::Connection, HelloError> {
+    pub(super) async fn welcome(mut self, rank: Rank) -> Result<(quinn::Connection, Lifeline), HelloError> {
+        let landing = self.landing.as_ref();
+        let (secret, lifeline) =
+            landing.map_or_else(|| (Secret::default(), Lifeline::none()), |landing| landing.invite());
         let mut reply = [0; WELCOME_LEN];
         reply[..4].copy_from_slice(&WELCOME_MAGIC);
         reply[4..6].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
-        reply[6..].copy_from_slice(&rank.0.to_le_bytes());
+        reply[6..10].copy_from_slice(&rank.0.to_le_bytes());
+        reply[10..].copy_from_slice(&secret);
         self.send.write_all(&reply).await.map_err(|error| HelloError::Lost(error.to_string()))?;
-        Ok(self.connection)
+        Ok((self.connection, lifeline))
     }
 }
 
@@ -185,6 +208,7 @@ impl Accepted {
 #[derive(Debug, Default)]
 pub struct Lobby {
     state: Mutex<LobbyState>,
+    landing: OnceLock<Arc<Landing>>,
 }
 
 #[derive(Debug, Default)]
@@ -203,6 +227,14 @@ impl Lobby {
     /// An empty lobby.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Listens on TCP, in the background of the current runtime, for what tells at once that a peer's process has ended.
+    /// `address` is the worker's endpoint's: the peers know no other.
+    pub fn listen(&self, address: SocketAddr) -> std::io::Result<()> {
+        // The first stays.
+        let _ = self.landing.set(Arc::new(Landing::listen(address)?));
+        Ok(())
     }
 
     /// The connections for `generation` of `job`, for [`MeshConfig`](super::MeshConfig).
@@ -224,7 +256,8 @@ impl Lobby {
 
     /// Takes in a connection that the worker's endpoint accepted.
     pub async fn handle(&self, connection: quinn::Connection) -> Result<(), HelloError> {
-        let accepted = Accepted::read(connection).await?;
+        let mut accepted = Accepted::read(connection).await?;
+        accepted.landing = self.landing.get().cloned();
         self.state.lock().admit(accepted);
         Ok(())
     }
@@ -244,12 +277,17 @@ impl LobbyState {
                 accepted.refuse(&reason);
             }
             _ => {
-                self.early.push_back(accepted);
-                if self.early.len() > EARLY_CONNECTIONS
-                    && let Some(oldest) = self.early.pop_front()
+                // Those that the peer has given up make room first.
+                self.early.retain(|early| early.connection.close_reason().is_none());
+                let its: Vec<_> = (0..self.early.len())
+                    .filter(|&place| self.early[place].worker == accepted.worker)
+                    .collect();
+                if its.len() >= EARLY_CONNECTIONS
+                    && let Some(oldest) = self.early.remove(its[0])
                 {
-                    oldest.refuse("too many connections wait for groups this worker does not know");
+                    oldest.put_off("too many of your connections wait for groups this worker does not know");
                 }
+                self.early.push_back(accepted);
             }
         }
     }
@@ -267,6 +305,9 @@ fn lost(error: quinn::ConnectionError) -> HelloError {
     match error {
         quinn::ConnectionError::ApplicationClosed(frame) if frame.error_code == close::REFUSED => {
             HelloError::Refused(String::from_utf8_lossy(&frame.reason).into_owned())
+        }
+        quinn::ConnectionError::ApplicationClosed(frame) if frame.error_code == close::BUSY => {
+            HelloError::Busy(String::from_utf8_lossy(&frame.reason).into_owned())
         }
         other => HelloError::Lost(other.to_string()),
     }

@@ -6,6 +6,7 @@
 mod dial;
 mod hello;
 mod lanes;
+mod lifeline;
 mod pace;
 mod watch;
 
@@ -15,6 +16,7 @@ pub(crate) use lanes::{Inboxes, QuicTransport};
 use crate::error::CollectiveError;
 use hello::Hello;
 use lanes::Link;
+use lifeline::Lifeline;
 use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
 use lockstep_common::job::{Backend, Reduction};
 use lockstep_common::net::{self, Role, peer_role};
@@ -35,6 +37,8 @@ pub(crate) mod close {
     pub(crate) const REFUSED: VarInt = VarInt::from_u32(2);
     /// The group failed; the reason holds a farewell.
     pub(crate) const ABORTED: VarInt = VarInt::from_u32(3);
+    /// The connection is not wanted now, but another one later.
+    pub(crate) const BUSY: VarInt = VarInt::from_u32(4);
 }
 
 /// Says whether a connection's certificate is that of the worker it should be.
@@ -78,7 +82,7 @@ pub struct MeshConfig {
     pub reduction: Reduction,
     /// What ranks of one host talk through.
     pub backend: Backend,
-    /// How long to wait for a silent peer in every collective.
+    /// How long to wait for a silent peer in every collective, and for one none of whose addresses answers.
     pub timeout: Duration,
     /// How long the peers may take to come: each prepares before it connects.
     pub connect_timeout: Duration,
@@ -96,7 +100,8 @@ pub struct MeshConfig {
 ///   lane never blocks the small one.
 /// - Congestion control of our own (`pace.rs`): Cubic collapses at 1% loss, and quinn's BBR keeps too little on its way
 ///   where round trips are shorter than a thread's wait for a core.
-/// - A peer is gone after 5 s without a packet, twenty keep-alives; sooner if its host says so (`watch.rs`).
+/// - A peer is gone after 5 s without a packet, twenty keep-alives; sooner if its host says so (`lifeline.rs`,
+///   `watch.rs`).
 pub fn transport_config() -> quinn::TransportConfig {
     const STREAM_WINDOW: u32 = 4 << 20;
     const SPARE_WINDOW: u32 = 2 << 20;
@@ -129,6 +134,7 @@ pub fn transport_config() -> quinn::TransportConfig {
 pub(crate) async fn establish(config: MeshConfig) -> Result<(QuicTransport, Inboxes), CollectiveError> {
     check(&config)?;
     let deadline = Instant::now() + config.connect_timeout;
+    let patience = dial::Patience { deadline, unreachable: config.timeout };
     let me = Hello { job: config.job, generation: config.generation, rank: config.rank };
     let (lower, higher): (Vec<_>, Vec<_>) = config.peers.into_iter().partition(|p| p.rank < config.rank);
     let mut tasks = JoinSet::new();
@@ -137,8 +143,8 @@ pub(crate) async fn establish(config: MeshConfig) -> Result<(QuicTransport, Inbo
         let verify = config.verify_peer.clone();
         tasks.spawn(async move {
             let rank = peer.rank;
-            let connection = dial::dial(endpoint, tls, peer, me, verify, deadline).await?;
-            open(connection, rank, deadline).await
+            let (connection, lifeline) = dial::dial(endpoint, tls, peer, me, verify, patience).await?;
+            open(connection, rank, lifeline, deadline).await
         });
     }
     let verify = config.verify_peer;
@@ -201,9 +207,9 @@ async fn accept(
         }
         let rank = peer.rank;
         let opened = match timeout_at(deadline, accepted.welcome(me)).await {
-            Ok(Ok(connection)) => {
+            Ok(Ok((connection, lifeline))) => {
                 tracing::info!("{rank} -> {me}: dialled from {}", connection.remote_address());
-                open(connection, rank, deadline).await
+                open(connection, rank, lifeline, deadline).await
             }
             Ok(Err(error)) => Err(failed(&error.to_string())),
             Err(_) => Err(failed("time ran out while greeting it")),
@@ -224,10 +230,11 @@ async fn accept(
 async fn open(
     connection: quinn::Connection,
     rank: Rank,
+    lifeline: Lifeline,
     deadline: Instant,
 ) -> Result<Vec<Link>, CollectiveError> {
     let failed = |detail: String| CollectiveError::Connect { rank, detail };
-    match timeout_at(deadline, Link::open(connection, rank)).await {
+    match timeout_at(deadline, Link::open(connection, rank, lifeline)).await {
         Ok(opened) => opened.map(|link| vec![link]).map_err(|error| failed(error.to_string())),
         Err(_) => Err(failed("time ran out while opening its lanes".to_owned())),
     }

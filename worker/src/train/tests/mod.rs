@@ -1,5 +1,6 @@
 //! Whole training runs with all ranks in this process: the result must not depend on how many there are.
 
+mod audit;
 mod recovery;
 
 use super::Number;
@@ -112,7 +113,7 @@ fn train_part<T: Number>(
         assert_eq!(other.digest, first.digest);
         assert_eq!(other.losses, first.losses);
         assert_eq!(other.evaluation, first.evaluation);
-        assert_eq!(other.saved.wires, first.saved.wires);
+        assert!(other.saved.wires.is_none(), "only rank 0 has what goes into a checkpoint");
     }
     first
 }

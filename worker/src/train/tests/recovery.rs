@@ -6,7 +6,7 @@ use super::*;
 type Step = Result<BTreeMap<String, f64>, TrainError>;
 
 /// Runs the ranks of one group, each from its replica on, and returns what `work` makes of each.
-fn group<T: Number, R: Send>(
+pub(super) fn group<T: Number, R: Send>(
     job: &JobSpec,
     replicas: Vec<Replica>,
     work: impl Fn(u32, Bench<T>) -> R + Sync,
@@ -28,7 +28,7 @@ fn group<T: Number, R: Send>(
     })
 }
 
-fn fresh<T: Number>(job: &JobSpec, ranks: u32) -> Vec<Replica> {
+pub(super) fn fresh<T: Number>(job: &JobSpec, ranks: u32) -> Vec<Replica> {
     let plan = TaskPlan::new(job);
     (0..ranks).map(|_| Replica::new(&plan, T::KIND, Device::Cpu).unwrap()).collect()
 }
@@ -44,7 +44,7 @@ fn steps<T: Number>(bench: &mut Bench<T>) -> Vec<Step> {
 
 /// Runs `job` with three ranks of which the last dies in `step`, after it has taken part in `phases` of it. Returns the
 /// survivors' replicas and the steps' figures.
-fn until_a_death<T: Number>(
+pub(super) fn until_a_death<T: Number>(
     job: &JobSpec,
     step: u64,
     phases: usize,
