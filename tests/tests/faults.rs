@@ -34,7 +34,7 @@ fn all_reduces(ranks: u32) -> Command {
 /// Three ranks in the midst of their all-reduces, and the processes' ids: not by rank.
 fn ranks(backend: &str, size: &str) -> (Process, Vec<u32>) {
     let mut command = all_reduces(RANKS);
-    command.args(["--backend", backend, "--sizes", size, "--iterations", "10000000"]);
+    command.args(["--backend", backend, "--sizes", size, "--iterations", "100000"]);
     let mut process = Process::start(command);
     process.until_stderr("measuring");
     let ranks = process.children();
@@ -135,7 +135,7 @@ impl TwoHosts {
             return None;
         };
         let mut command = all_reduces(each);
-        command.args(["--sizes", "25M", "--iterations", "10000000", "--listen", "10.99.0.1:0"]);
+        command.args(["--sizes", "25M", "--iterations", "100000", "--listen", "10.99.0.1:0"]);
         let mut first = Process::start(hosts.on(1, &command));
         first.until_stderr("--secret ");
         let words = first.stderr();

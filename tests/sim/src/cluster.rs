@@ -15,7 +15,7 @@ use lockstep_common::wire::JobState;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-/// How long after the last misfortune every job must have finished, on top of its own computing.
+/// How long after the last misfortune every job must have finished: some time-outs, a lease, and the quick rest of it.
 const PATIENCE_MS: u64 = 240_000;
 
 /// What all processes share: the world around them, and who looks at it.
@@ -28,6 +28,8 @@ pub(crate) struct World {
     pub(crate) breakage: Option<Breakage>,
     /// The coordinator dies in the middle of a write.
     pub(crate) doomed: bool,
+    /// Nothing goes wrong any more.
+    pub(crate) calm: bool,
 }
 
 impl World {
@@ -90,7 +92,6 @@ pub(crate) struct Cluster {
     asleep: BTreeMap<NodeId, Vec<Event>>,
     chaos: Chaos,
     jobs: usize,
-    calm: bool,
 }
 
 impl Cluster {
@@ -104,6 +105,7 @@ impl Cluster {
             workloads: BTreeMap::new(),
             breakage: plan.breakage,
             doomed: false,
+            calm: false,
         };
         let mut store = Store::default();
         let wall_offset_ms = 1_700_000_000_000;
@@ -127,7 +129,6 @@ impl Cluster {
             asleep: BTreeMap::new(),
             chaos,
             jobs,
-            calm: false,
         }
     }
 
@@ -136,7 +137,7 @@ impl Cluster {
         self.after_event();
         while self.world.judge.breach().is_none() && !self.is_done() {
             let Some(event) = self.world.clock.next() else { break };
-            if self.calm && deadline_ms == u64::MAX {
+            if self.world.calm && deadline_ms == u64::MAX {
                 deadline_ms = self.world.clock.now_ms() + PATIENCE_MS;
             }
             if self.world.clock.now_ms() > deadline_ms {
@@ -332,7 +333,7 @@ impl Cluster {
     /// All that was wrong is mended, and nothing goes wrong any more.
     pub(crate) fn calm_down(&mut self) {
         self.note(|| "all is well from now on".to_owned());
-        self.calm = true;
+        self.world.calm = true;
         self.chaos.end();
         self.world.net.slowness = 1;
         self.world.net.recover(&mut self.world.clock);
