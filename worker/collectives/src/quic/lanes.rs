@@ -1,5 +1,6 @@
 //! The streams of a connection between two ranks, once both have said hello.
 
+use super::window::{ReceiveWindow, Windows};
 use super::{close, watch};
 use crate::buffer::Pool;
 use crate::engine::Engine;
@@ -186,11 +187,14 @@ impl Inboxes {
     /// Starts the tasks that bring arriving frames, and the peers' deaths, to `engine`. They end with it or with their
     /// connection.
     pub(crate) fn serve(self, engine: &Arc<Engine>) {
+        let largest = Windows::largest();
         for LinkInbox { rank, connection, recv } in self.0 {
-            tokio::spawn(watch::watch(connection, rank, Arc::downgrade(engine)));
+            let window = Arc::new(ReceiveWindow::new(connection.clone(), largest));
+            tokio::spawn(watch::watch(connection, rank, window.clone(), Arc::downgrade(engine)));
             let ended = Arc::new(AtomicU32::new(0));
             for stream in recv {
-                let inbox = Inbox { from: rank, engine: Arc::downgrade(engine), pool: engine.pool().clone() };
+                let (engine, pool) = (Arc::downgrade(engine), engine.pool().clone());
+                let inbox = Inbox { from: rank, engine, pool, window: window.clone() };
                 tokio::spawn(inbox.run(stream, ended.clone()));
             }
         }
@@ -202,6 +206,7 @@ struct Inbox {
     from: Rank,
     engine: Weak<Engine>,
     pool: Pool,
+    window: Arc<ReceiveWindow>,
 }
 
 /// Why a lane brings nothing more.
@@ -266,6 +271,7 @@ impl Inbox {
         self.engine.upgrade().ok_or(End::NobodyListens)?.handle_frame(self.from, header, payload);
         // The engine must not be kept alive while waiting, or a dropped group could not leave.
         while let Some(freed) = self.engine.upgrade().ok_or(End::NobodyListens)?.early_space(self.from) {
+            let _pause = self.window.pause();
             freed.await;
         }
         Ok(())

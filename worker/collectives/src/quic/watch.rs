@@ -9,11 +9,12 @@
 //! of them random; and it counts only while the connection itself stays silent. Where a firewall drops ICMP, the idle
 //! time-out remains.
 
+use super::window::ReceiveWindow;
 use crate::engine::Engine;
 use lockstep_common::ids::Rank;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::net::UdpSocket;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -32,11 +33,17 @@ const SILENCE: Duration = Duration::from_millis(750);
 /// peer died has used them up.
 const PROBE: Duration = Duration::from_millis(100);
 
-/// Watches the connection to `rank` until it ends or the group does.
-pub(super) async fn watch(connection: quinn::Connection, rank: Rank, engine: Weak<Engine>) {
+/// Watches the connection to `rank` until it ends or the group does, and keeps its `window` fitting.
+pub(super) async fn watch(
+    connection: quinn::Connection,
+    rank: Rank,
+    window: Arc<ReceiveWindow>,
+    engine: Weak<Engine>,
+) {
     let mut heard = received(&connection);
     let mut heard_at = Instant::now();
     while connection.close_reason().is_none() && engine.strong_count() > 0 {
+        window.fit();
         let silent = heard_at.elapsed() >= SILENCE;
         let refused = if silent { refuses(&connection).await } else { false };
         let now = received(&connection);
