@@ -10,6 +10,7 @@ mod identity;
 mod mesh;
 mod metrics;
 mod models;
+mod network;
 mod report;
 mod session;
 mod tasks;
