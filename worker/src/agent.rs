@@ -7,6 +7,7 @@ use crate::identity::{self, Home};
 use crate::kept::Kept;
 use crate::mesh::Mesh;
 use crate::metrics::Metrics;
+use crate::network;
 use crate::session::{self, Environment, SessionEnd, SessionHandle};
 use anyhow::{Context, Result, bail};
 use lockstep_common::http::{self, Readiness};
@@ -35,12 +36,7 @@ pub(crate) fn join(args: JoinArgs) -> Result<()> {
     if let DeviceArg::Cuda(index) = args.device {
         crate::train::device::enable_cuda(index)?;
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .thread_name("network")
-        .enable_all()
-        .build()
-        .context("cannot start the network threads")?;
+    let runtime = network::runtime()?;
     let result = runtime.block_on(Agent::start(args));
     runtime.shutdown_timeout(Duration::from_secs(1));
     result

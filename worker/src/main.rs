@@ -13,6 +13,7 @@ mod ledger;
 mod mesh;
 mod metrics;
 mod models;
+mod network;
 mod pace;
 mod report;
 mod session;
