@@ -14,6 +14,7 @@ mod metrics;
 mod models;
 mod report;
 mod session;
+mod state;
 mod tasks;
 mod train;
 

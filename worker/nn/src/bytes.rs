@@ -27,15 +27,18 @@ const DTYPES: [(&str, Kind); 7] = [
 impl RawTensor {
     /// Copies a tensor out of libtorch, whatever its device and layout.
     pub fn copy_from(tensor: &Tensor) -> Result<Self, NnError> {
-        let kind = tensor.f_kind()?;
-        let (dtype, _) = DTYPES
-            .into_iter()
-            .find(|(_, k)| *k == kind)
-            .ok_or_else(|| NnError::Torch(format!("tensors of type {kind:?} are never stored")))?;
+        let (dtype, kind) = (Self::dtype_of(tensor)?, tensor.f_kind()?);
         let host = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
         let mut bytes = vec![0; host.numel() * kind.elt_size_in_bytes()];
         host.f_copy_data_u8(&mut bytes, host.numel())?;
         Ok(Self { dtype, shape: tensor.size().into_iter().map(|d| d as usize).collect(), bytes })
+    }
+
+    /// The element type of `tensor` as [`dtype`](Self::dtype) names it.
+    pub fn dtype_of(tensor: &Tensor) -> Result<&'static str, NnError> {
+        let kind = tensor.f_kind()?;
+        let known = DTYPES.into_iter().find(|(_, k)| *k == kind).map(|(dtype, _)| dtype);
+        known.ok_or_else(|| NnError::Torch(format!("tensors of type {kind:?} are never stored")))
     }
 
     /// The tensor that these bytes describe, on the CPU. Fails on an unknown type and on a length that does not

@@ -7,6 +7,8 @@ use crate::data::batch::Decoder;
 use crate::data::loader::{Loader, Timetable};
 use crate::kept::State;
 use crate::ledger::Ledger;
+use crate::state::desk::Desk;
+use crate::state::pack::Copied;
 use crate::train::clock::timed;
 use crate::train::compress;
 use crate::train::device_buckets::Carrier;
@@ -38,6 +40,17 @@ pub(super) struct Session<'a, T> {
     loader: Loader,
     test: Option<Arc<Decoder<T>>>,
     output: Output,
+    /// Where those that are behind, and those that want to join, get the state.
+    desk: Arc<Desk>,
+}
+
+/// What a session is made of.
+pub(super) struct Parts<T> {
+    pub(super) job: JobSpec,
+    pub(super) group: Group,
+    pub(super) prepared: Prepared<T>,
+    pub(super) carrier: Option<Arc<dyn Carrier>>,
+    pub(super) desk: Arc<Desk>,
 }
 
 /// Sums over the steps of this generation.
@@ -52,17 +65,14 @@ struct Totals {
 
 impl<'a, T: Number> Session<'a, T> {
     /// Takes over `state`, and agrees with the other ranks on where they are.
-    #[expect(clippy::too_many_arguments)]
     pub(super) fn begin(
         environment: &'a Environment,
         assignment: &'a Assignment,
-        job: JobSpec,
         shared: Arc<Shared>,
-        group: Group,
-        prepared: Prepared<T>,
-        carrier: Option<Arc<dyn Carrier>>,
+        parts: Parts<T>,
         state: &mut Option<State>,
     ) -> Result<Self, TrainError> {
+        let Parts { job, group, prepared, carrier, desk } = parts;
         let Prepared { plan, wires, timetable, total_steps, loader, test } = prepared;
         let Some(here) = state else { return Err(TrainError::Fatal("no state was prepared".to_owned())) };
         let ledger = compare(&group, here)?;
@@ -70,7 +80,9 @@ impl<'a, T: Number> Session<'a, T> {
             return Err(TrainError::Fatal("no state was prepared".to_owned()));
         };
         let output = Output::new(environment, assignment, &ledger);
-        let trainer = Trainer::<T>::new(job, plan, group, replica, environment.threads)?.carried_by(carrier);
+        let trainer = Trainer::<T>::new(job, plan, group, replica, environment.threads)?
+            .carried_by(carrier)
+            .followed_at(desk.clone());
         if let Some(wires) = wires {
             trainer.restore_wires(wires.as_ref())?;
         }
@@ -85,6 +97,7 @@ impl<'a, T: Number> Session<'a, T> {
             loader,
             test,
             output,
+            desk,
         })
     }
 
@@ -118,6 +131,10 @@ impl<'a, T: Number> Session<'a, T> {
             let step = self.trainer.replica.step;
             let stop = self.stop_mode(wishes);
             digest = self.follow_up(step, stop)?;
+            if wishes.snapshot {
+                let copied = Copied::of(&self.trainer.replica, &self.trainer.plan)?;
+                self.desk.copy(copied, &self.ledger)?;
+            }
             if let Some(mode) = stop.filter(|_| step < self.total_steps) {
                 self.leave_early(step, mode);
                 return Ok(Outcome::Stopped { step });
@@ -140,6 +157,7 @@ impl<'a, T: Number> Session<'a, T> {
         let (samples, epoch) = (batches.samples, batches.epoch + 1);
         let before = self.trainer.group.stats();
         let mut wishes = self.shared.wishes();
+        wishes.snapshot = self.desk.is_wanted();
         if self.is_first() {
             wishes.heard = self.environment.control.heard_step(self.assignment.job);
         }
@@ -159,6 +177,8 @@ impl<'a, T: Number> Session<'a, T> {
         self.count_shards();
         let (total_steps, values) = (self.total_steps, done.figures);
         let record = StepRecord { step, epoch, total_steps, samples, seconds, values };
+        // The others have begun, so nobody needs the state that this generation started from.
+        self.desk.withdraw("the generation has gone on");
         self.ledger.heard(done.wishes.heard);
         self.ledger.note(record.clone());
         self.output.reporter.step(record);

@@ -16,6 +16,7 @@ use super::replica::{PhaseUpdate, RawTensors, Replica, learning_rate};
 use super::statistics::PhaseStatistics;
 use super::wishes::Wishes;
 use crate::data::loader::StepBatches;
+use crate::state::desk::Desk;
 use crate::tasks::TaskPlan;
 use lockstep_collectives::{CollectiveError, Group, Numbers, Pending, ReduceOp, Tag, TagKind};
 use lockstep_common::checkpoint::WIRE_FILE;
@@ -40,6 +41,8 @@ pub(crate) struct Trainer<T> {
     /// By network.
     wires: Vec<NamedWire<T>>,
     modes: Vec<BatchNorm>,
+    /// Where those that follow get the updates.
+    desk: Option<Arc<Desk>>,
     /// Reduces a GPU's gradients.
     carrier: Option<Arc<dyn Carrier>>,
     device: Device,
@@ -108,6 +111,7 @@ impl<T: Number> Trainer<T> {
             lanes,
             modes,
             carrier: None,
+            desk: None,
             device,
             threads,
         };
@@ -122,6 +126,11 @@ impl<T: Number> Trainer<T> {
     /// The same with gradients that stay in device memory until `carrier` takes them.
     pub(crate) fn carried_by(self, carrier: Option<Arc<dyn Carrier>>) -> Self {
         Self { carrier, ..self }
+    }
+
+    /// The same with updates that are shown at `desk`.
+    pub(crate) fn followed_at(self, desk: Arc<Desk>) -> Self {
+        Self { desk: Some(desk), ..self }
     }
 
     fn bucket_plan(&self, network: usize, order: &[usize]) -> Arc<BucketPlan> {
@@ -236,6 +245,9 @@ impl<T: Number> Trainer<T> {
                 self.learn_order(step, phase, network, &buckets)?;
             }
             let update = PhaseUpdate { phase, commits, network, lr, gradients, statistics, figures };
+            if let Some(desk) = self.desk.as_ref().filter(|desk| desk.is_followed()) {
+                desk.note(&update, self.replica.position())?;
+            }
             let committed = timed(&mut done.times.optimizer, || self.replica.apply(update, &self.job.clip))?;
             done.figures.extend(committed.into_iter().flatten());
         }

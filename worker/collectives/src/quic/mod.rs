@@ -9,11 +9,12 @@ mod lanes;
 mod pace;
 mod watch;
 
+pub use dial::Visit;
 pub use hello::{Accepted, HelloError, Lobby, PROTOCOL_VERSION};
 pub(crate) use lanes::{Inboxes, QuicTransport};
 
 use crate::error::CollectiveError;
-use hello::Hello;
+use hello::{Hello, Purpose};
 use lanes::Link;
 use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
 use lockstep_common::job::{Backend, Reduction};
@@ -129,7 +130,8 @@ pub fn transport_config() -> quinn::TransportConfig {
 pub(crate) async fn establish(config: MeshConfig) -> Result<(QuicTransport, Inboxes), CollectiveError> {
     check(&config)?;
     let deadline = Instant::now() + config.connect_timeout;
-    let me = Hello { job: config.job, generation: config.generation, rank: config.rank };
+    let me =
+        Hello { purpose: Purpose::Group, job: config.job, generation: config.generation, rank: config.rank };
     let (lower, higher): (Vec<_>, Vec<_>) = config.peers.into_iter().partition(|p| p.rank < config.rank);
     let mut tasks = JoinSet::new();
     for peer in higher {
