@@ -17,6 +17,7 @@ mod network;
 mod pace;
 mod report;
 mod session;
+mod state;
 mod tasks;
 mod train;
 

@@ -11,11 +11,12 @@ mod pace;
 mod watch;
 mod window;
 
+pub use dial::Visit;
 pub use hello::{Accepted, HelloError, Lobby, PROTOCOL_VERSION};
 pub(crate) use lanes::{Inboxes, QuicTransport};
 
 use crate::error::CollectiveError;
-use hello::Hello;
+use hello::{Hello, Purpose};
 use lanes::Link;
 use lifeline::Lifeline;
 use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
@@ -128,7 +129,8 @@ pub(crate) async fn establish(config: MeshConfig) -> Result<(QuicTransport, Inbo
     check(&config)?;
     let deadline = Instant::now() + config.connect_timeout;
     let patience = dial::Patience { deadline, unreachable: config.timeout };
-    let me = Hello { job: config.job, generation: config.generation, rank: config.rank };
+    let me =
+        Hello { purpose: Purpose::Group, job: config.job, generation: config.generation, rank: config.rank };
     let (lower, higher): (Vec<_>, Vec<_>) = config.peers.into_iter().partition(|p| p.rank < config.rank);
     let mut tasks = JoinSet::new();
     for peer in higher {
