@@ -170,7 +170,7 @@ mod tests {
 
     #[test]
     fn the_ranks_together_know_every_record_and_settle_what_some_have_not() {
-        let newcomer = ledger(None, 1..=0);
+        let newcomer = Ledger::default();
         let all = [newcomer.clone(), ledger(Some(7), 5..=7), ledger(Some(6), 3..=6)];
         let merged = Ledger::merged(&all, 7);
         assert_eq!((merged.settled, merged.metrics["test_loss"]), (Some(6), 7.0));

@@ -76,7 +76,7 @@ impl Process {
             return;
         }
         let Resumption::Peers { position, sources } = &session.assignment.resume else { return };
-        let mut peers: Vec<_> = sources.iter().copied().collect();
+        let mut peers = sources.to_vec();
         let mut wanted = Some(*position);
         if world.breakage == Some(Breakage::WrongReplica) {
             peers =

@@ -23,11 +23,13 @@ const VISITORS: usize = 256;
 /// How long a visitor waits for a generation that this worker has not been told of yet.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The newest generation of each job that has begun here, and its desk until it has ended.
+type Desks = HashMap<JobId, (Generation, Option<Arc<Desk>>)>;
+
 /// A worker's desks.
 pub(crate) struct Station {
     runtime: Handle,
-    /// The newest generation of each job that has begun here, and its desk until it has ended.
-    desks: watch::Sender<HashMap<JobId, (Generation, Option<Arc<Desk>>)>>,
+    desks: watch::Sender<Desks>,
     seats: Arc<Semaphore>,
 }
 

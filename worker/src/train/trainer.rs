@@ -198,7 +198,7 @@ impl<T: Number> Trainer<T> {
         };
         let plan = self.plan.clone();
         let runs = |(_, phase): &(usize, &PhasePlan)| phase.minibatch < batches.minibatches.len();
-        let last = plan.phases.iter().enumerate().filter(runs).map(|(phase, _)| phase).last();
+        let last = plan.phases.iter().enumerate().filter(runs).map(|(phase, _)| phase).next_back();
         let phases = plan.phases.iter().enumerate().filter(runs);
         for (phase, phase_plan) in phases.skip_while(|(phase, _)| *phase < usize::from(applied)) {
             let minibatch = &batches.minibatches[phase_plan.minibatch];
