@@ -1,7 +1,10 @@
 //! What the rest of a worker sees of the other ranks.
 
-use crate::chunked::{Chunked, Finish, Parties, Task, chunk};
+mod narrowed;
+
+use crate::chunked::{Chunked, Parties, Task, chunk};
 use crate::doubling::{self, DIRECT_RANKS, Doubling};
+use crate::ends::Finish;
 use crate::engine::{Collective, Engine, NEAR_SMALL_BYTES, Stats};
 use crate::error::CollectiveError;
 use crate::flight::FlightSnapshot;
@@ -308,7 +311,8 @@ impl Group {
         op: ReduceOp,
     ) -> Result<Vec<Numbers<T>>, CollectiveError> {
         let mut leaves: Vec<Numbers<T>> = leaves.into_iter().map(Into::into).collect();
-        self.check_leaves(tag, &leaves, op)?;
+        self.check_leaves(tag, &leaves)?;
+        self.check_op::<T>(tag, leaves[0].len(), op)?;
         let plan = &self.shape.plan;
         op.merge_in_place(&mut leaves, &plan.local);
         let kept = leaves.into_iter().enumerate().filter(|(i, _)| plan.kept.contains(i));
@@ -398,12 +402,7 @@ impl Group {
         &self.engine
     }
 
-    fn check_leaves<T: Element>(
-        &self,
-        tag: Tag,
-        leaves: &[Numbers<T>],
-        op: ReduceOp,
-    ) -> Result<(), CollectiveError> {
+    fn check_leaves<T: Element>(&self, tag: Tag, leaves: &[Numbers<T>]) -> Result<(), CollectiveError> {
         let misuse = |detail| Err(CollectiveError::Misuse { tag, detail });
         let Shape { placement, plan, .. } = &*self.shape;
         if let Some(idle) = plan.ranks.nodes.iter().position(|&nodes| nodes == 0) {
@@ -420,8 +419,12 @@ impl Group {
         if let Some(other) = leaves.iter().find(|leaf| leaf.len() != len) {
             return misuse(format!("vectors of {len} and {} elements", other.len()));
         }
+        Ok(())
+    }
+
+    fn check_op<T: Element>(&self, tag: Tag, len: usize, op: ReduceOp) -> Result<(), CollectiveError> {
         match op.refuse::<T>(len) {
-            Some(detail) => misuse(detail),
+            Some(detail) => Err(CollectiveError::Misuse { tag, detail }),
             None => Ok(()),
         }
     }

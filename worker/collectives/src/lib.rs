@@ -23,6 +23,7 @@
 mod buffer;
 mod chunked;
 mod doubling;
+mod ends;
 mod engine;
 mod error;
 mod flight;

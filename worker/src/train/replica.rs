@@ -42,7 +42,6 @@ pub(crate) struct Replica {
 }
 
 /// What a phase does to every replica: the same on all of them.
-#[derive(Debug)]
 pub(crate) struct PhaseUpdate {
     /// The phase within its step.
     pub(crate) phase: u16,
@@ -58,6 +57,21 @@ pub(crate) struct PhaseUpdate {
     pub(crate) statistics: Vec<BnRecord>,
     /// What the phase came to, by name.
     pub(crate) figures: BTreeMap<String, f64>,
+}
+
+impl PhaseUpdate {
+    /// Where a replica that is at `before` is after it.
+    pub(crate) fn after(&self, before: Position) -> Position {
+        after(before, self.phase, self.commits)
+    }
+}
+
+/// Where a replica that is at `before` is after `phase`, and perhaps the commit of its step.
+pub(crate) fn after(before: Position, phase: u16, commits: bool) -> Position {
+    match commits {
+        true => Position::at(before.step.saturating_add(1)),
+        false => Position { step: before.step, phase: phase.saturating_add(1) },
+    }
 }
 
 impl Replica {
@@ -111,6 +125,7 @@ impl Replica {
         mut update: PhaseUpdate,
         clip: &ClipSpec,
     ) -> Result<Option<BTreeMap<String, f64>>, TrainError> {
+        let after = update.after(self.position());
         self.torn = true;
         if let Some(max) = clip.value {
             clip_value(&mut update.gradients, max)?;
@@ -132,34 +147,40 @@ impl Replica {
         }
         self.figures.append(&mut update.figures);
         let committed = update.commits.then(|| std::mem::take(&mut self.figures));
-        (self.step, self.phase) =
-            if update.commits { (self.step + 1, 0) } else { (self.step, update.phase + 1) };
+        (self.step, self.phase) = (after.step, after.phase);
         self.torn = false;
         Ok(committed)
     }
 
-    /// Weights and buffers of all networks.
-    pub(crate) fn weights(&self) -> Result<RawTensors, TrainError> {
-        let mut tensors = RawTensors::new();
-        for (vars, prefix) in self.vars.iter().zip(&self.prefixes) {
-            for (name, var) in vars.iter() {
-                tensors.insert(format!("{prefix}{name}"), RawTensor::copy_from(&var.tensor)?);
-            }
+    /// Weights and buffers of all networks: the tensors themselves, not copies.
+    pub(crate) fn weight_tensors(&self) -> impl Iterator<Item = (String, Tensor)> {
+        self.vars.iter().zip(&self.prefixes).flat_map(|(vars, prefix)| {
+            vars.iter().map(move |(name, var)| (format!("{prefix}{name}"), var.tensor.shallow_clone()))
+        })
+    }
+
+    /// Every optimizer's state, under the network's name, and the update counters.
+    pub(crate) fn optimizer_tensors(&self, plan: &TaskPlan) -> Result<Vec<(String, Tensor)>, TrainError> {
+        let mut tensors = Vec::new();
+        for ((network, optimizer), updates) in plan.networks.iter().zip(&self.optimizers).zip(&self.updates) {
+            let state = optimizer.state();
+            tensors
+                .extend(state.into_iter().map(|(name, tensor)| (format!("{}/{name}", network.name), tensor)));
+            let updates = Tensor::f_from_slice(&[*updates as i64])?;
+            tensors.push((format!("{}/updates", network.name), updates));
         }
         Ok(tensors)
     }
 
-    /// Every optimizer's state, under the network's name, and the update counters.
+    /// Copies of weights and buffers of all networks.
+    pub(crate) fn weights(&self) -> Result<RawTensors, TrainError> {
+        self.weight_tensors().map(|(name, tensor)| Ok((name, RawTensor::copy_from(&tensor)?))).collect()
+    }
+
+    /// Copies of every optimizer's state, and the update counters.
     pub(crate) fn optimizer_state(&self, plan: &TaskPlan) -> Result<RawTensors, TrainError> {
-        let mut tensors = RawTensors::new();
-        for ((network, optimizer), updates) in plan.networks.iter().zip(&self.optimizers).zip(&self.updates) {
-            for (name, tensor) in optimizer.state() {
-                tensors.insert(format!("{}/{name}", network.name), RawTensor::copy_from(&tensor)?);
-            }
-            let updates = Tensor::f_from_slice(&[*updates as i64])?;
-            tensors.insert(format!("{}/updates", network.name), RawTensor::copy_from(&updates)?);
-        }
-        Ok(tensors)
+        let tensors = self.optimizer_tensors(plan)?.into_iter();
+        tensors.map(|(name, tensor)| Ok((name, RawTensor::copy_from(&tensor)?))).collect()
     }
 
     /// Takes over a stored state: all of it, or an error that names what does not fit.

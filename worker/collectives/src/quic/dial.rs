@@ -1,10 +1,10 @@
 //! Reaching another rank under one of its addresses.
 
-use super::hello::{self, Hello, HelloError};
+use super::hello::{self, Hello, HelloError, Purpose};
 use super::lifeline::Lifeline;
 use super::{Peer, VerifyPeer, close};
 use crate::error::CollectiveError;
-use lockstep_common::ids::Rank;
+use lockstep_common::ids::{Generation, JobId, Rank};
 use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::task::JoinSet;
@@ -67,6 +67,9 @@ pub(super) async fn dial(
                 }
                 match timeout_at(deadline, hello::introduce(&connection, me, peer.rank)).await {
                     Ok(Ok(secret)) => {
+                        if me.purpose == Purpose::Visit {
+                            return Ok((connection, Lifeline::none()));
+                        }
                         tell(me.rank, peer.rank, address, &connection, &passed_over);
                         return Ok((connection, Lifeline::to(address, secret)));
                     }
@@ -84,6 +87,36 @@ pub(super) async fn dial(
         pause = (pause * 2).min(RETRY * 10);
     }
     Err(failed(last))
+}
+
+/// A call on a rank of a group that the caller is not in.
+pub struct Visit {
+    /// The caller's endpoint.
+    pub endpoint: quinn::Endpoint,
+    /// Mutual TLS, with [`transport_config`](super::transport_config).
+    pub client_config: quinn::ClientConfig,
+    /// The job.
+    pub job: JobId,
+    /// The generation of the called group.
+    pub generation: Generation,
+    /// The caller's rank in that generation; any other number if it has none.
+    pub rank: Rank,
+    /// The check of the called rank's certificate: [`verify_by_certificate`](super::verify_by_certificate).
+    pub verify_peer: VerifyPeer,
+    /// How long the called rank may take to answer.
+    pub timeout: Duration,
+}
+
+impl Visit {
+    /// Connects to `peer`, whose [`Lobby::visitors`](super::Lobby::visitors) has let the caller in.
+    pub async fn call(&self, peer: Peer) -> Result<quinn::Connection, CollectiveError> {
+        let (job, generation, rank) = (self.job, self.generation, self.rank);
+        let me = Hello { purpose: Purpose::Visit, job, generation, rank };
+        let (endpoint, tls) = (self.endpoint.clone(), self.client_config.clone());
+        let patience = Patience { deadline: Instant::now() + self.timeout, unreachable: self.timeout };
+        let (connection, _) = dial(endpoint, tls, peer, me, self.verify_peer.clone(), patience).await?;
+        Ok(connection)
+    }
 }
 
 /// A peer's address that answered.

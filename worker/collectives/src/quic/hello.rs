@@ -15,6 +15,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 pub const PROTOCOL_VERSION: u16 = 2;
 
 const HELLO_MAGIC: [u8; 4] = *b"LKSH";
+/// Begins the greeting of one that forms no group here, and comes for the training state.
+const VISIT_MAGIC: [u8; 4] = *b"LKSV";
 const WELCOME_MAGIC: [u8; 4] = *b"LKSW";
 /// Magic 4, version 2, job 8, generation 8, rank 4.
 const HELLO_LEN: usize = 26;
@@ -61,9 +63,19 @@ pub enum HelloError {
     Silent,
 }
 
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Forming a group.
+    Group,
+    /// Looking at the state of the called rank; see [`Lobby::visitors`].
+    Visit,
+}
+
 /// Who dials, and for what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Hello {
+    pub(crate) purpose: Purpose,
     pub(crate) job: JobId,
     pub(crate) generation: Generation,
     pub(crate) rank: Rank,
@@ -72,7 +84,10 @@ pub(crate) struct Hello {
 impl Hello {
     fn encode(self) -> [u8; HELLO_LEN] {
         let mut out = [0; HELLO_LEN];
-        out[..4].copy_from_slice(&HELLO_MAGIC);
+        out[..4].copy_from_slice(match self.purpose {
+            Purpose::Group => &HELLO_MAGIC,
+            Purpose::Visit => &VISIT_MAGIC,
+        });
         out[4..6].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
         out[6..14].copy_from_slice(&self.job.0.to_le_bytes());
         out[14..22].copy_from_slice(&self.generation.0.to_le_bytes());
@@ -81,8 +96,11 @@ impl Hello {
     }
 
     fn decode(bytes: &[u8; HELLO_LEN]) -> Result<Self, HelloError> {
-        check_version(&HELLO_MAGIC, bytes)?;
+        let purpose = if bytes[..4] == VISIT_MAGIC { Purpose::Visit } else { Purpose::Group };
+        let magic = if purpose == Purpose::Visit { &VISIT_MAGIC } else { &HELLO_MAGIC };
+        check_version(magic, bytes)?;
         Ok(Self {
+            purpose,
             job: JobId(u64::from_le_bytes(field(bytes, 6))),
             generation: Generation(u64::from_le_bytes(field(bytes, 14))),
             rank: Rank(u32::from_le_bytes(field(bytes, 22))),
@@ -171,6 +189,11 @@ impl Accepted {
         self.hello.rank
     }
 
+    /// The group that it is about.
+    pub fn about(&self) -> (JobId, Generation) {
+        (self.hello.job, self.hello.generation)
+    }
+
     /// The connection, to check its certificate.
     pub fn connection(&self) -> &quinn::Connection {
         &self.connection
@@ -187,17 +210,26 @@ impl Accepted {
     }
 
     /// Answers in the name of `rank`, this worker's.
-    pub(super) async fn welcome(mut self, rank: Rank) -> Result<(quinn::Connection, Lifeline), HelloError> {
+    pub(super) async fn welcome(self, rank: Rank) -> Result<(quinn::Connection, Lifeline), HelloError> {
         let landing = self.landing.as_ref();
         let (secret, lifeline) =
             landing.map_or_else(|| (Secret::default(), Lifeline::none()), |landing| landing.invite());
+        Ok((self.answer(rank, secret).await?, lifeline))
+    }
+
+    /// Lets a visitor in, in the name of `rank`, this worker's.
+    pub async fn let_in(self, rank: Rank) -> Result<quinn::Connection, HelloError> {
+        self.answer(rank, Secret::default()).await
+    }
+
+    async fn answer(mut self, rank: Rank, secret: Secret) -> Result<quinn::Connection, HelloError> {
         let mut reply = [0; WELCOME_LEN];
         reply[..4].copy_from_slice(&WELCOME_MAGIC);
         reply[4..6].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
         reply[6..10].copy_from_slice(&rank.0.to_le_bytes());
         reply[10..].copy_from_slice(&secret);
         self.send.write_all(&reply).await.map_err(|error| HelloError::Lost(error.to_string()))?;
-        Ok((self.connection, lifeline))
+        Ok(self.connection)
     }
 }
 
@@ -215,6 +247,7 @@ pub struct Lobby {
 struct LobbyState {
     expected: HashMap<JobId, Expected>,
     early: VecDeque<Accepted>,
+    visitors: Option<UnboundedSender<Accepted>>,
 }
 
 #[derive(Debug)]
@@ -249,6 +282,14 @@ impl Lobby {
         receiver
     }
 
+    /// The connections of those that come for training state and not for a group: who they are is for the caller to check.
+    /// Without this they are refused.
+    pub fn visitors(&self) -> UnboundedReceiver<Accepted> {
+        let (door, receiver) = unbounded_channel();
+        self.state.lock().visitors = Some(door);
+        receiver
+    }
+
     /// Ends what [`expect`](Self::expect) began: connections for `job` wait again.
     pub fn forget(&self, job: JobId) {
         self.state.lock().expected.remove(&job);
@@ -265,7 +306,17 @@ impl Lobby {
 
 impl LobbyState {
     fn admit(&mut self, accepted: Accepted) {
-        let Hello { job, generation, .. } = accepted.hello;
+        let Hello { purpose, job, generation, .. } = accepted.hello;
+        if purpose == Purpose::Visit {
+            let returned = match &self.visitors {
+                Some(door) => door.send(accepted).err().map(|returned| returned.0),
+                None => Some(accepted),
+            };
+            if let Some(accepted) = returned {
+                accepted.refuse("this worker shows no training state");
+            }
+            return;
+        }
         match self.expected.get(&job) {
             Some(expected) if generation == expected.generation => {
                 if let Err(returned) = expected.door.send(accepted) {
@@ -319,12 +370,14 @@ mod tests {
 
     #[test]
     fn a_hello_survives_the_wire_and_another_version_is_named() {
-        let hello = Hello { job: JobId(3), generation: Generation(7), rank: Rank(2) };
-        let mut bytes = hello.encode();
-        assert_eq!(Hello::decode(&bytes).unwrap(), hello);
-        bytes[4] = 9;
-        assert!(matches!(Hello::decode(&bytes), Err(HelloError::Version(9))));
-        bytes[0] = 0;
-        assert!(matches!(Hello::decode(&bytes), Err(HelloError::Malformed)));
+        for purpose in [Purpose::Group, Purpose::Visit] {
+            let hello = Hello { purpose, job: JobId(3), generation: Generation(7), rank: Rank(2) };
+            let mut bytes = hello.encode();
+            assert_eq!(Hello::decode(&bytes).unwrap(), hello);
+            bytes[4] = 9;
+            assert!(matches!(Hello::decode(&bytes), Err(HelloError::Version(9))));
+            bytes[0] = 0;
+            assert!(matches!(Hello::decode(&bytes), Err(HelloError::Malformed)));
+        }
     }
 }

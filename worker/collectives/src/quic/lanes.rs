@@ -1,6 +1,7 @@
 //! The streams of a connection between two ranks, once both have said hello.
 
 use super::lifeline::Lifeline;
+use super::window::{ReceiveWindow, Windows};
 use super::{close, watch};
 use crate::buffer::Pool;
 use crate::engine::Engine;
@@ -193,12 +194,14 @@ impl Inboxes {
     /// Starts the tasks that bring arriving frames, and the peers' deaths, to `engine`. They end with it or with their
     /// connection.
     pub(crate) fn serve(self, engine: &Arc<Engine>) {
+        let largest = Windows::largest();
         for LinkInbox { rank, connection, recv, lifeline } in self.0 {
-            tokio::spawn(watch::watch(connection, rank, Arc::downgrade(engine), lifeline));
+            let window = Arc::new(ReceiveWindow::new(connection.clone(), largest));
+            tokio::spawn(watch::watch(connection, rank, window.clone(), Arc::downgrade(engine), lifeline));
             let ended = Arc::new(AtomicU32::new(0));
             for (lane, stream) in LANES.into_iter().zip(recv) {
                 let (engine, pool) = (Arc::downgrade(engine), engine.pool().clone());
-                let inbox = Inbox { from: rank, lane, engine, pool };
+                let inbox = Inbox { from: rank, lane, engine, pool, window: window.clone() };
                 tokio::spawn(inbox.run(stream, ended.clone()));
             }
         }
@@ -211,6 +214,7 @@ struct Inbox {
     lane: Lane,
     engine: Weak<Engine>,
     pool: Pool,
+    window: Arc<ReceiveWindow>,
 }
 
 /// Why a lane brings nothing more.
@@ -277,6 +281,7 @@ impl Inbox {
         while let Some(freed) =
             self.engine.upgrade().ok_or(End::NobodyListens)?.early_space(self.from, self.lane)
         {
+            let _pause = self.window.pause();
             freed.await;
         }
         Ok(())

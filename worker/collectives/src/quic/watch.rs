@@ -1,10 +1,11 @@
 //! A peer whose process has ended, found out long before the idle time-out.
 
 use super::lifeline::Lifeline;
+use super::window::ReceiveWindow;
 use crate::engine::Engine;
 use lockstep_common::ids::Rank;
 use lockstep_common::net::process_ended;
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
@@ -23,14 +24,25 @@ const RECOVERY: Duration = Duration::from_secs(2);
 /// Between two looks at a peer whose lifeline has broken.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// Watches the connection to `rank` until it ends or the group does.
+/// Between two looks at whether the window still fits the round trip.
+const REFIT: Duration = Duration::from_millis(250);
+
+/// Watches the connection to `rank` until it ends or the group does, and keeps its `window` fitting.
 pub(super) async fn watch(
     connection: quinn::Connection,
     rank: Rank,
+    window: Arc<ReceiveWindow>,
     engine: Weak<Engine>,
     lifeline: Lifeline,
 ) {
+    let fit = async {
+        loop {
+            window.fit();
+            sleep(REFIT).await;
+        }
+    };
     let found = tokio::select! {
+        never = fit => never,
         silence = process_ended(&connection, SILENCE, || engine.strong_count() > 0) => {
             silence.map(|s| (s, format!("nobody holds {} any more", connection.remote_address())))
         }

@@ -17,7 +17,8 @@
 
 use super::neighbours::Neighbours;
 use crate::buffer::Buffer;
-use crate::chunked::{Chunked, Finish, Parties, Task, chunk};
+use crate::chunked::{Chunked, Parties, Task, chunk};
+use crate::ends::Finish;
 use crate::engine::{Collective, Engine, Part, Publish};
 use crate::error::CollectiveError;
 use crate::frame::{Header, Stage};
