@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help libtorch data nextest build demo test lint bench-step bench-allreduce bench-overlap chaos parity-fixtures deny clean
+.PHONY: help libtorch data nextest build demo test lint sim bench-step bench-allreduce bench-overlap chaos parity-fixtures deny clean
 
 # An empty LIBTORCH would hide the folder that .cargo/config.toml names.
 ifeq ($(LIBTORCH),)
@@ -10,6 +10,7 @@ unexport LIBTORCH
 endif
 
 WORKERS ?= 2
+SEEDS ?= 2000
 coordinator := target/release/coordinator
 chaos_arguments = $(if $(SEED),--seed $(SEED)) $(if $(EVENTS),--events $(EVENTS)) \
 	$(if $(MINUTES),--minutes $(MINUTES)) $(if $(MEAN_S),--mean-s $(MEAN_S)) $(if $(JOBS),--jobs $(JOBS))
@@ -47,6 +48,9 @@ test: libtorch nextest ## Run every test, from nothing
 
 lint: libtorch ## Format, clippy, dependency rules, scripts, dashboards
 	@deploy/setup/lint.sh
+
+sim: ## Simulated days of a cluster, each drawn from a seed (SEEDS=N for more than 2000)
+	@cargo run --quiet --release --locked --package lockstep-sim -- --seeds $(SEEDS)
 
 bench-step: build ## Images/s side by side with PyTorch DistributedDataParallel
 	@tests/bench/run_step.sh

@@ -64,15 +64,17 @@ impl fmt::Display for WaitReason {
 /// overtakes one that waits, so that a job that needs many workers is not starved by small ones.
 pub fn decide(queue: &[Waiting], idle: &[WorkerId]) -> Vec<(JobId, Decision)> {
     let mut free = idle.to_vec();
+    let mut taken: Vec<WorkerId> = Vec::new();
     let mut waiting = 0;
     let mut decisions = Vec::with_capacity(queue.len());
     for job in queue {
         let usable: Vec<_> = free.iter().copied().filter(|w| !job.barred.contains(w)).collect();
-        let others = usable.iter().copied().filter(|w| !job.kept.contains(w));
+        let kept: Vec<_> = job.kept.iter().copied().filter(|w| !taken.contains(w)).collect();
+        let others = usable.iter().copied().filter(|w| !kept.contains(w));
         let (min, max) = (job.min.max(1) as usize, job.max as usize);
-        let chosen: Vec<_> = match job.kept.len() {
-            enough if enough >= min => job.kept.iter().copied().take(max).collect(),
-            _ => job.kept.iter().copied().chain(others).take(max).collect(),
+        let chosen: Vec<_> = match kept.len() {
+            enough if enough >= min => kept.into_iter().take(max).collect(),
+            _ => kept.iter().copied().chain(others).take(max).collect(),
         };
         let decision = if waiting > 0 {
             waiting += 1;
@@ -82,6 +84,7 @@ pub fn decide(queue: &[Waiting], idle: &[WorkerId]) -> Vec<(JobId, Decision)> {
             Decision::Wait(WaitReason::Workers { needed: job.min, free: chosen.len() as u32 })
         } else {
             free.retain(|w| !chosen.contains(w));
+            taken.extend(&chosen);
             Decision::Start(chosen)
         };
         decisions.push((job.job, decision));
@@ -123,6 +126,16 @@ mod tests {
         assert_eq!(decide(&[kept(3)], &idle)[0].1, start(&[2, 3, 1, 4]));
         let barred = Waiting { barred: vec![WorkerId(1)], ..kept(3) };
         assert_eq!(decide(&[barred], &idle)[0].1, start(&[2, 3, 4]));
+    }
+
+    /// A worker that keeps one job's state, and was taken by an earlier one that had too few, was once started in both.
+    #[test]
+    fn no_worker_is_taken_twice() {
+        let idle = [1, 2].map(WorkerId);
+        let keeps = |job, min, worker| Waiting { kept: vec![WorkerId(worker)], ..waiting(job, min, 4) };
+        let decisions = decide(&[keeps(1, 2, 1), keeps(2, 1, 2)], &idle);
+        assert_eq!(decisions[0].1, Decision::Start(vec![WorkerId(1), WorkerId(2)]));
+        assert_eq!(decisions[1].1, Decision::Wait(WaitReason::Workers { needed: 1, free: 0 }));
     }
 
     #[test]

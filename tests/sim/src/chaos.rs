@@ -126,7 +126,7 @@ fn draw(kind: u64, chance: &mut Stream, setup: &Setup) -> Misfortune {
         0 | 1 => between(50, 3_000),
         2 | 3 => between(3_000, 12_000),
         4 => between(10_000, 40_000),
-        _ => lease_ms + between(0, 40_000),
+        _ => lease_ms + between(0, 70_000),
     };
     let who = between(0, 1 << 20);
     match kind {

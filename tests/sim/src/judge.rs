@@ -149,8 +149,8 @@ impl Judge {
         if known != after {
             breaches.push("identical: another rank of its generation has another state".to_owned());
         }
-        // What all ranks have said before a newer generation began may still be counted by a rank that was asleep: the
-        // newer one makes that update too. But nobody may be found any more who goes on with the old one.
+        // What all ranks had begun before a newer generation did may still be finished by one that was asleep: the newer
+        // one makes that update too. But nobody goes on with the old one.
         let newer = case
             .stepping
             .range(generation..)
@@ -158,7 +158,7 @@ impl Judge {
             .map(|(g, (at, _))| (*at, *g))
             .min();
         if let Some((at_ms, newer)) = newer
-            && parts.values().all(|p| p.sent_ms > at_ms)
+            && parts.values().all(|p| p.begun_ms > at_ms)
         {
             breaches.push(format!("fence: {newer} has begun to step before"));
         }

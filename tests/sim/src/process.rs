@@ -5,6 +5,7 @@ use crate::cluster::World;
 use crate::fetch::Followed;
 use crate::network::{COORDINATOR, ConnectionId, Lane, NodeId, Purpose};
 use crate::outbox::Outbox;
+use crate::plan::Breakage;
 use crate::scheduler::Timer;
 use crate::training::Session;
 use crate::words::{Message, Part};
@@ -209,6 +210,14 @@ impl Process {
             let kept = self.member.register().1.filter(|held| held.job == assignment.job);
             let kept = kept.map(|held| (held.generation, held.position));
             world.judge.started(self.id, assignment.job, position, kept);
+            if let Some(other) =
+                self.session.as_ref().map(|s| s.assignment.job).filter(|j| *j != assignment.job)
+            {
+                let (id, job) = (self.id, assignment.job);
+                world
+                    .judge
+                    .object(|| format!("engaged twice: {id} is at {other} and is told to start {job}"));
+            }
         }
         // A refusal is no failure, and nothing is done about it.
         let _ = self.member.handle_order(order);
@@ -223,7 +232,8 @@ impl Process {
             }
             match action {
                 Action::Begin { assignment, start } => self.begin(*assignment, start, world),
-                Action::Stop { mode } => self.ask_to_stop(mode, world),
+                Action::Stop { .. } if self.ignores_its_lease(world) => {}
+                Action::Stop { mode } => self.ask_to_stop(mode),
                 Action::Abort { .. } => self.abort(world),
                 Action::Follow(following) => self.begin_to_follow(*following, world),
                 Action::Unfollow => self.unfollow(world),
@@ -248,6 +258,12 @@ impl Process {
             self.member_due_ms = Some(due_ms);
             self.wake(world, due_ms.saturating_sub(world.clock.now_ms()), Timer::Member);
         }
+    }
+
+    /// Whether it goes on without its coordinator for ever, as it must not.
+    fn ignores_its_lease(&self, world: &World) -> bool {
+        let alone = self.control == Control::Away && !self.member.is_leaving();
+        alone && world.breakage == Some(Breakage::NoFence)
     }
 
     /// Reports what is not the membership's matter.

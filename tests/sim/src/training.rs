@@ -50,6 +50,8 @@ pub(crate) struct Session {
     /// A checkpoint on its way that nobody waits for.
     upload: Option<u64>,
     stepped: bool,
+    /// When the exchange in progress began.
+    begun_ms: u64,
 }
 
 impl Session {
@@ -107,11 +109,12 @@ impl Process {
             agreed: None,
             upload: None,
             stepped: false,
+            begun_ms: 0,
         });
         self.prepare(world);
     }
 
-    pub(crate) fn ask_to_stop(&mut self, mode: StopMode, _world: &mut World) {
+    pub(crate) fn ask_to_stop(&mut self, mode: StopMode) {
         if let Some(session) = &mut self.session {
             session.told = stricter(session.told, Some(mode));
         }
@@ -167,6 +170,7 @@ impl Process {
             session.agreed = None;
         }
         session.stage = Stage::Exchanging(exchange);
+        session.begun_ms = world.clock.now_ms();
         let rank = session.assignment.rank;
         let shards = session.assignment.placement.range(rank).len() as u64;
         let compute_ms = match exchange {
@@ -205,7 +209,7 @@ impl Process {
             shards,
             digest: state.chain,
             stop: session.wish,
-            sent_ms: world.clock.now_ms(),
+            begun_ms: session.begun_ms,
         });
         if !std::mem::replace(&mut session.stepped, true) {
             world.judge.stepped(job, generation, state, world.clock.now_ms());

@@ -54,7 +54,8 @@ pub(crate) struct Part {
     pub(crate) digest: u64,
     /// How it wants to stop, if it does.
     pub(crate) stop: Option<StopMode>,
-    pub(crate) sent_ms: u64,
+    /// When the rank began with it.
+    pub(crate) begun_ms: u64,
 }
 
 impl Message {

@@ -287,7 +287,10 @@ impl Member {
     /// Begins a session with what there is; none runs.
     fn begin(&mut self, assignment: Box<Assignment>) {
         let (job, generation, rank) = (assignment.job, assignment.generation, assignment.rank);
-        let followed = self.following.filter(|f| f.job == job).is_some();
+        // Only what was followed to its end: another generation in between may have got to the same position on another way,
+        // which leads to other bits where a reduction is not exact.
+        let followed =
+            self.following.filter(|f| f.job == job && f.generation.0 + 1 == generation.0).is_some();
         let start = match &assignment.resume {
             Resumption::Peers { position, sources } if sources.contains(&rank) => {
                 let kept = self.kept.filter(|kept| kept.job == job);

@@ -261,6 +261,17 @@ fn a_follower_joins_with_its_copy() {
     assert_eq!((told.len(), begins(&told)), (1, Some((Generation(5), Start::Followed))));
 }
 
+/// Two generations may come to the same position on two ways, and only one of them goes on.
+#[test]
+fn a_copy_of_an_older_generation_than_the_last_is_not_joined_with() {
+    let mut member = Member::default();
+    member.handle_order(ToWorker::Follow(following(4))).unwrap();
+    member.handle_followed(JOB, Generation(4), Position::at(9));
+    actions(&mut member);
+    let told = start(&mut member, 6, from_peers(9, &[1]));
+    assert_eq!((&told[0], begins(&told)), (&Action::Unfollow, Some((Generation(6), Start::Elsewhere))));
+}
+
 #[test]
 fn a_follower_of_a_newer_generation_begins_again_and_of_another_job_stops() {
     let mut member = with_kept_state();
