@@ -10,7 +10,7 @@ pub use codec::{
 };
 pub use flight::{FlightReport, FlightSummary, InFlight, Missing, PastCollective, RankFlight};
 pub use messages::{
-    Assignment, CheckpointHead, DatasetBrief, FileHead, Following, FromWorker, Held, InterfaceAddress,
-    JobState, JobSummary, LogLine, MAX_ADDRESSES, Outcome, Peer, Position, Refusal, Register, Request,
-    Response, Resumption, Running, StepRecord, StopMode, ToWorker, TokenPurpose, WorkerSummary,
+    Assignment, CheckpointPart, DatasetBrief, FileHead, Following, FromWorker, Held, InterfaceAddress,
+    JobState, JobSummary, LogLine, MAX_ADDRESSES, Outcome, PartFile, Peer, Position, Refusal, Register,
+    Request, Response, Resumption, Running, StepRecord, StopMode, ToWorker, TokenPurpose, WorkerSummary,
 };

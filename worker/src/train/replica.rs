@@ -138,28 +138,37 @@ impl Replica {
         Ok(committed)
     }
 
-    /// Weights and buffers of all networks.
-    pub(crate) fn weights(&self) -> Result<RawTensors, TrainError> {
-        let mut tensors = RawTensors::new();
-        for (vars, prefix) in self.vars.iter().zip(&self.prefixes) {
-            for (name, var) in vars.iter() {
-                tensors.insert(format!("{prefix}{name}"), RawTensor::copy_from(&var.tensor)?);
-            }
+    /// Weights and buffers of all networks: the tensors themselves, not copies.
+    pub(crate) fn weight_tensors(&self) -> impl Iterator<Item = (String, Tensor)> {
+        self.vars.iter().zip(&self.prefixes).flat_map(|(vars, prefix)| {
+            vars.iter().map(move |(name, var)| (format!("{prefix}{name}"), var.tensor.shallow_clone()))
+        })
+    }
+
+    /// Every optimizer's state, under the network's name, and the update counters.
+    pub(crate) fn optimizer_tensors(&self, plan: &TaskPlan) -> Result<Vec<(String, Tensor)>, TrainError> {
+        let mut tensors = Vec::new();
+        for ((network, optimizer), updates) in plan.networks.iter().zip(&self.optimizers).zip(&self.updates) {
+            let state = optimizer.state();
+            tensors
+                .extend(state.into_iter().map(|(name, tensor)| (format!("{}/{name}", network.name), tensor)));
+            let updates = Tensor::f_from_slice(&[*updates as i64])?;
+            tensors.push((format!("{}/updates", network.name), updates));
         }
         Ok(tensors)
     }
 
-    /// Every optimizer's state, under the network's name, and the update counters.
+    /// Copies of weights and buffers of all networks.
+    #[cfg(test)]
+    pub(crate) fn weights(&self) -> Result<RawTensors, TrainError> {
+        self.weight_tensors().map(|(name, tensor)| Ok((name, RawTensor::copy_from(&tensor)?))).collect()
+    }
+
+    /// Copies of every optimizer's state, and the update counters.
+    #[cfg(test)]
     pub(crate) fn optimizer_state(&self, plan: &TaskPlan) -> Result<RawTensors, TrainError> {
-        let mut tensors = RawTensors::new();
-        for ((network, optimizer), updates) in plan.networks.iter().zip(&self.optimizers).zip(&self.updates) {
-            for (name, tensor) in optimizer.state() {
-                tensors.insert(format!("{}/{name}", network.name), RawTensor::copy_from(&tensor)?);
-            }
-            let updates = Tensor::f_from_slice(&[*updates as i64])?;
-            tensors.insert(format!("{}/updates", network.name), RawTensor::copy_from(&updates)?);
-        }
-        Ok(tensors)
+        let tensors = self.optimizer_tensors(plan)?.into_iter();
+        tensors.map(|(name, tensor)| Ok((name, RawTensor::copy_from(&tensor)?))).collect()
     }
 
     /// Takes over a stored state: all of it, or an error that names what does not fit.
@@ -223,22 +232,12 @@ impl Replica {
 
     /// BLAKE3 of all weights and buffers in name order.
     pub(crate) fn weights_digest(&self) -> Result<String, TrainError> {
-        let networks = self.vars.iter().zip(&self.prefixes);
-        let named = networks.flat_map(|(vars, prefix)| {
-            vars.iter().map(move |(name, var)| (format!("{prefix}{name}"), var.tensor.shallow_clone()))
-        });
-        digest(named.collect())
+        digest(self.weight_tensors().collect())
     }
 
     /// BLAKE3 of every optimizer's state and the update counters.
-    pub(crate) fn optimizers_digest(&self) -> Result<String, TrainError> {
-        let mut tensors = BTreeMap::new();
-        for (network, (optimizer, updates)) in self.optimizers.iter().zip(&self.updates).enumerate() {
-            let state = optimizer.state().into_iter();
-            tensors.extend(state.map(|(name, tensor)| (format!("{network}/{name}"), tensor)));
-            tensors.insert(format!("{network}/updates"), Tensor::f_from_slice(&[*updates as i64])?);
-        }
-        digest(tensors)
+    pub(crate) fn optimizers_digest(&self, plan: &TaskPlan) -> Result<String, TrainError> {
+        digest(self.optimizer_tensors(plan)?.into_iter().collect())
     }
 
     /// Changes the lowest bit of one weight, for tests of what follows.
