@@ -5,6 +5,31 @@ use lockstep_tests::job::{Job, gan, set};
 use lockstep_tests::place::{Place, SIDE};
 use std::collections::BTreeMap;
 
+/// Whoever writes a checkpoint, and however many do it, its files are the same.
+#[test]
+fn a_checkpoint_holds_the_same_bytes_whoever_wrote_it() {
+    for wire in ["f32", "int8"] {
+        let job = Job { steps: 12, every_steps: 8, wire, ..Job::default() };
+        let places = [1, 2, 4].map(|workers| {
+            let place = Place::new();
+            place.run(&job, workers);
+            place
+        });
+        let names = ["weights.safetensors", "optimizer.safetensors", "wire.safetensors"];
+        for name in &names[..if wire == "f32" { 2 } else { 3 }] {
+            for step in [8, 12] {
+                let read =
+                    |place: &Place| std::fs::read(place.checkpoint("j1", step).join(name)).expect("a file");
+                let first = read(&places[0]);
+                assert!(
+                    first.len() > 1000 && places.iter().all(|p| read(p) == first),
+                    "{wire}: {name} of {step}"
+                );
+            }
+        }
+    }
+}
+
 /// Runs the job in fresh data directories with each number of workers; all must give the same bits.
 #[track_caller]
 fn same_on(workers: &[u32], place: impl Fn() -> Place, job: &str) -> BTreeMap<u64, u64> {

@@ -7,8 +7,8 @@
 
 use lockstep_common::ids::{Generation, JobId};
 use lockstep_common::net::{Exchange, NetError};
-use lockstep_common::wire::{CheckpointHead, FileHead, FromWorker, Request, Response};
-use parking_lot::Mutex;
+use lockstep_common::wire::{CheckpointPart, FileHead, FromWorker, Request, Response};
+use parking_lot::{Condvar, Mutex};
 use quinn::Connection;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -33,6 +33,8 @@ pub(crate) struct Control {
 struct Outbox {
     queue: Mutex<Queue>,
     added: Notify,
+    /// Reports have been heard of, or dropped.
+    heard: Condvar,
 }
 
 #[derive(Default)]
@@ -113,6 +115,8 @@ impl ControlFeed {
         });
         queue.heard = steps.or(queue.heard);
         queue.sent -= heard;
+        drop(queue);
+        self.outbox.heard.notify_all();
     }
 
     /// A new session begins: what was not heard in the old one is sent again. News from before it is none.
@@ -135,6 +139,7 @@ impl Control {
         if queue.reports.len() >= OUTBOX_REPORTS {
             queue.reports.pop_front();
             queue.sent = queue.sent.saturating_sub(1);
+            self.outbox.heard.notify_all();
         }
         queue.reports.push_back(report);
         drop(queue);
@@ -228,13 +233,27 @@ impl Control {
         self.with_connection(|connection| fetch(connection, request.clone()))
     }
 
-    /// Stores a checkpoint with the coordinator; returns once it is durable there.
+    /// Waits until the coordinator has been heard to know all steps of `job` up to `step` that it has been told of.
+    pub(crate) fn wait_until_heard(&self, job: JobId, step: u64) {
+        let is_waiting = |report: &FromWorker| match report {
+            FromWorker::Steps { job: of, records, .. } => {
+                *of == job && records.first().is_some_and(|first| first.step <= step)
+            }
+            _ => false,
+        };
+        let mut queue = self.outbox.queue.lock();
+        while queue.reports.iter().any(is_waiting) {
+            self.outbox.heard.wait(&mut queue);
+        }
+    }
+
+    /// Stores this rank's part of a checkpoint with the coordinator; returns once the whole of it is durable there.
     pub(crate) fn store_checkpoint(
         &self,
-        head: CheckpointHead,
-        files: &[(String, Vec<u8>)],
+        part: CheckpointPart,
+        files: &[(&str, Vec<u8>)],
     ) -> Result<(), NetError> {
-        let request = Request::PutCheckpoint(head);
+        let request = Request::PutCheckpoint(part);
         self.with_connection(|connection| store(connection, request.clone(), files))
     }
 
@@ -248,7 +267,7 @@ impl Control {
     ) -> Result<(), NetError> {
         let file = FileHead { name: name.to_owned(), bytes: bytes.len() as u64 };
         let request = Request::PutArtifact { job, generation, file };
-        let files = [(name.to_owned(), bytes)];
+        let files = [(name, bytes)];
         self.with_connection(|connection| store(connection, request.clone(), &files))
     }
 }
@@ -281,11 +300,7 @@ async fn fetch(connection: Connection, request: Request) -> Result<Vec<(String, 
     Ok(files)
 }
 
-async fn store(
-    connection: Connection,
-    request: Request,
-    files: &[(String, Vec<u8>)],
-) -> Result<(), NetError> {
+async fn store(connection: Connection, request: Request, files: &[(&str, Vec<u8>)]) -> Result<(), NetError> {
     let mut exchange = Exchange::open(&connection, &request).await?;
     let mut sent = Ok(());
     for (_, bytes) in files {

@@ -27,6 +27,7 @@ struct Inner {
     generation: IntGauge,
     workers: IntGauge,
     checkpoint_seconds: Histogram,
+    checkpoint_pause: Histogram,
     digest_seconds: Histogram,
     mismatches: IntCounter,
     shard_hash_failures: IntCounter,
@@ -73,7 +74,14 @@ impl Metrics {
             checkpoint_seconds: Histogram::with_opts(
                 HistogramOpts::new(
                     "lockstep_checkpoint_seconds",
-                    "From copying the state to its being durable",
+                    "From copying this rank's share of the state to the whole checkpoint's being durable",
+                )
+                .buckets(seconds.clone()),
+            )?,
+            checkpoint_pause: Histogram::with_opts(
+                HistogramOpts::new(
+                    "lockstep_checkpoint_pause_seconds",
+                    "For how long training stands still for a checkpoint: to copy this rank's share",
                 )
                 .buckets(seconds.clone()),
             )?,
@@ -109,6 +117,7 @@ impl Metrics {
         r.register(Box::new(inner.generation.clone()))?;
         r.register(Box::new(inner.workers.clone()))?;
         r.register(Box::new(inner.checkpoint_seconds.clone()))?;
+        r.register(Box::new(inner.checkpoint_pause.clone()))?;
         r.register(Box::new(inner.digest_seconds.clone()))?;
         r.register(Box::new(inner.mismatches.clone()))?;
         r.register(Box::new(inner.shard_hash_failures.clone()))?;
@@ -164,6 +173,11 @@ impl Metrics {
         {
             counter.inc_by(total.saturating_sub(counter.get()));
         }
+    }
+
+    /// Training has stood still for a checkpoint.
+    pub(crate) fn paused(&self, seconds: f64) {
+        self.0.checkpoint_pause.observe(seconds);
     }
 
     /// The replicas have been compared.

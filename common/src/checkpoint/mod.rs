@@ -12,12 +12,14 @@
 //! into libtorch's is the worker's business.
 
 mod manifest;
+mod parts;
 mod store;
 mod tensors;
 mod transfer;
 mod writer;
 
 pub use manifest::{CheckpointInfo, CheckpointManifest, FileEntry, ManifestProblem};
+pub use parts::{join, senders};
 pub use store::{CheckpointEntry, CheckpointFiles, CheckpointStore, LatestGood, OpenFile, Refused};
 pub use tensors::{TensorsError, decode_tensors, encode_tensors};
 pub use writer::CheckpointWriter;

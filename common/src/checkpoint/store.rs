@@ -1,8 +1,7 @@
 //! The folder of a job's checkpoints.
 
-use super::manifest::{CheckpointManifest, FileEntry, ManifestProblem};
+use super::manifest::{CheckpointInfo, CheckpointManifest, FileEntry, ManifestProblem};
 use super::tensors::{TensorsError, decode_tensors, encode_with_metadata};
-use super::writer::CheckpointWriter;
 use super::{CheckpointError, MANIFEST_FILE, WEIGHTS_FILE};
 use crate::digest::{blake3_hex, weights_digest};
 use crate::durable::{self, FileError};
@@ -167,21 +166,9 @@ impl CheckpointStore {
         Ok(files)
     }
 
-    /// Writes a checkpoint that came from a peer, after checking every byte of it.
-    pub fn install(&self, checkpoint: &CheckpointFiles) -> Result<(), CheckpointError> {
-        let manifest = &checkpoint.manifest;
-        let dir = self.step_dir(manifest.info.step);
-        manifest
-            .validate()
-            .map_err(|problem| CheckpointError::Manifest { path: dir.join(MANIFEST_FILE), problem })?;
-        let mut writer = CheckpointWriter::new(self, manifest.info.clone())?;
-        for entry in &manifest.files {
-            let path = dir.join(&entry.name);
-            let bytes = checkpoint.file(&entry.name).ok_or_else(|| CheckpointError::Missing(path.clone()))?;
-            check_file(&path, entry, bytes, &manifest.weights_digest)?;
-            writer.add(&entry.name, bytes)?;
-        }
-        writer.finish().map(|_| ())
+    /// What the manifest of the checkpoint of `step` says of the job; nothing else of it is read.
+    pub fn info(&self, step: u64) -> Result<CheckpointInfo, CheckpointError> {
+        Ok(self.manifest(step)?.0.info)
     }
 
     /// Removes all but the `keep` newest checkpoints (at least one) and returns the steps removed.

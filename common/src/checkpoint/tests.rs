@@ -201,13 +201,34 @@ fn a_folder_under_another_steps_name_is_refused() {
     assert!(error.contains("of step 100"), "{error}");
 }
 
+/// The files of a checkpoint as they travel.
+fn travelling(files: &CheckpointFiles) -> Vec<(String, Vec<u8>)> {
+    let manifest = (MANIFEST_FILE.to_owned(), files.manifest.to_json().unwrap());
+    files.files.iter().cloned().chain([manifest]).collect()
+}
+
+#[test]
+fn a_checkpoint_survives_the_journey_and_any_damage_on_it_is_noticed() {
+    let files = Fixture::new([100]).store.load(100).unwrap();
+    let whole = travelling(&files);
+    assert_eq!(CheckpointFiles::from_parts(whole.clone()).unwrap(), files);
+    for (file, (name, _)) in whole.iter().enumerate() {
+        let mut flipped = whole.clone();
+        let middle = flipped[file].1.len() / 2;
+        flipped[file].1[middle] ^= 1;
+        assert!(CheckpointFiles::from_parts(flipped).is_err(), "{name}");
+        let mut missing = whole.clone();
+        missing.remove(file);
+        assert!(CheckpointFiles::from_parts(missing).is_err(), "{name}");
+    }
+}
+
 #[test]
 fn a_manifest_that_vouches_for_other_weights_is_refused() {
-    let f = Fixture::new([100]);
-    let mut files = f.store.load(100).unwrap();
+    let mut files = Fixture::new([100]).store.load(100).unwrap();
     let rebuilt = CheckpointManifest::new(files.manifest.info, "0".repeat(64), files.manifest.files);
     files.manifest = rebuilt.unwrap();
-    let error = Fixture::new([]).store.install(&files).unwrap_err();
+    let error = CheckpointFiles::from_parts(travelling(&files)).unwrap_err();
     assert!(
         matches!(error, CheckpointError::Tensors { problem: TensorsError::Digest { .. }, .. }),
         "{error}"
@@ -225,28 +246,6 @@ fn the_same_step_again_keeps_a_good_one_and_replaces_a_bad_one() {
     assert_eq!(f.store.load(100).unwrap(), first);
     f.write(100, 9);
     assert_eq!(f.store.verify(100).unwrap().weights_digest, weights_digest(weights(9)));
-}
-
-#[test]
-fn a_peers_checkpoint_is_installed_whole_or_refused() {
-    let (from, to) = (Fixture::new([100]), Fixture::new([]));
-    let files = from.store.load(100).unwrap();
-    for i in 0..files.files.len() {
-        let mut damaged = files.clone();
-        *damaged.files[i].1.last_mut().unwrap() ^= 1;
-        let error = to.store.install(&damaged).unwrap_err();
-        assert!(matches!(error, CheckpointError::Flipped(_)), "{error}");
-        let mut incomplete = files.clone();
-        incomplete.files.remove(i);
-        let error = to.store.install(&incomplete).unwrap_err();
-        assert!(matches!(error, CheckpointError::Missing(_)), "{error}");
-    }
-    let mut forged = files.clone();
-    forged.manifest.files[0].name = "../../escape".into();
-    assert!(to.store.install(&forged).is_err());
-    assert_eq!(to.steps(), [0; 0]);
-    to.store.install(&files).unwrap();
-    assert_eq!(to.store.load(100).unwrap(), files);
 }
 
 #[test]

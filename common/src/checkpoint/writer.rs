@@ -42,6 +42,11 @@ impl<'a> CheckpointWriter<'a> {
         Ok(())
     }
 
+    /// [`weights_digest`] of what has been added as [`WEIGHTS_FILE`]; empty before.
+    pub fn weights_digest(&self) -> &str {
+        &self.weights_digest
+    }
+
     /// Makes the checkpoint visible. Both [`WEIGHTS_FILE`] and [`super::OPTIMIZER_FILE`] must have been added.
     ///
     /// A good checkpoint of the same step with the same files stays as it is; any other is replaced.

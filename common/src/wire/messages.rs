@@ -5,6 +5,7 @@
 
 use super::flight::{FlightReport, FlightSummary};
 use crate::audit::ShardSamples;
+use crate::checkpoint::CheckpointInfo;
 use crate::ids::{Generation, HostKey, JobId, Rank, WorkerId};
 use crate::placement::Placement;
 use serde::{Deserialize, Serialize};
@@ -49,8 +50,9 @@ pub enum Request {
         /// The shard's BLAKE3 hash, hex.
         hash: String,
     },
-    /// From a worker: a checkpoint; its files follow as raw bytes in the order of the head.
-    PutCheckpoint(CheckpointHead),
+    /// From a worker: its part of a checkpoint; the files follow as raw bytes in their order. The answer comes once the
+    /// parts of all ranks are one checkpoint, and that is durable.
+    PutCheckpoint(CheckpointPart),
     /// From a worker: a checkpoint's files, which follow the response as raw bytes.
     GetCheckpoint {
         /// The job.
@@ -179,17 +181,32 @@ pub struct FileHead {
     pub bytes: u64,
 }
 
-/// A checkpoint that follows as raw bytes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CheckpointHead {
+/// A rank's part of a checkpoint, which follows as raw bytes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CheckpointPart {
     /// The job.
     pub job: JobId,
     /// The generation that wrote it.
     pub generation: Generation,
     /// The step after which it was taken.
     pub step: u64,
-    /// Its files, `manifest.json` last.
-    pub files: Vec<FileHead>,
+    /// From rank 0: where the job was.
+    pub info: Option<Box<CheckpointInfo>>,
+    /// The digest of all weights and buffers, in which the ranks have agreed.
+    pub weights_digest: String,
+    /// The files, each with those of its tensors that this rank sends.
+    pub files: Vec<PartFile>,
+}
+
+/// A file with some of the tensors of a checkpoint's file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartFile {
+    /// The name of the checkpoint's file.
+    pub name: String,
+    /// Its length.
+    pub bytes: u64,
+    /// BLAKE3 of its bytes, in hex.
+    pub blake3: String,
 }
 
 /// A worker's introduction, also after it lost its coordinator for a while.

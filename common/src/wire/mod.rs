@@ -10,7 +10,8 @@ pub use codec::{
 };
 pub use flight::{FlightReport, FlightSummary, InFlight, Missing, PastCollective, RankFlight};
 pub use messages::{
-    Assignment, CheckpointHead, DatasetBrief, FileHead, Following, FromWorker, Held, InterfaceAddress,
-    JobState, JobSummary, LogLine, MAX_ADDRESSES, Outcome, Pace, Peer, Position, Refusal, Register, Request,
-    Response, Resumption, Running, StepRecord, StopMode, Straggler, ToWorker, TokenPurpose, WorkerSummary,
+    Assignment, CheckpointPart, DatasetBrief, FileHead, Following, FromWorker, Held, InterfaceAddress,
+    JobState, JobSummary, LogLine, MAX_ADDRESSES, Outcome, Pace, PartFile, Peer, Position, Refusal, Register,
+    Request, Response, Resumption, Running, StepRecord, StopMode, Straggler, ToWorker, TokenPurpose,
+    WorkerSummary,
 };

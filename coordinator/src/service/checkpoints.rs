@@ -1,16 +1,15 @@
 //! Checkpoints from and to workers.
 
+use super::assembly::{MAX_CHECKPOINT_BYTES, Part, Parts, Place, too_large, verdict};
 use super::requests::{Call, Stop};
 use super::shards::blocking;
 use super::{Shared, refuse};
-use lockstep_common::checkpoint::{CheckpointFiles, CheckpointManifest, MANIFEST_FILE, OpenFile};
+use lockstep_common::checkpoint::{CheckpointWriter, OpenFile, join};
 use lockstep_common::ids::{Generation, JobId, WorkerId};
-use lockstep_common::wire::{CheckpointHead, FileHead, Refusal, Response};
+use lockstep_common::wire::{CheckpointPart, FileHead, PartFile, Refusal, Response};
+use std::sync::Arc;
 use std::time::Instant;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
-
-/// A checkpoint is held in memory while it is checked; one of more than this is no model that this release can train.
-const MAX_CHECKPOINT_BYTES: u64 = 16 << 30;
 
 /// How much of a checkpoint's file is read at a time.
 const READ_BYTES: usize = 1 << 20;
@@ -18,36 +17,76 @@ const READ_BYTES: usize = 1 << 20;
 /// Weights, optimizers, manifest, and room for some more.
 const MAX_FILES: usize = 16;
 
-/// Takes a checkpoint from a worker of the job's present generation and stores it.
-pub(super) async fn put(call: &mut Call, worker: WorkerId, head: CheckpointHead) -> Result<(), Stop> {
+/// Takes a worker's part of a checkpoint. Where it is the last one, stores the checkpoint; answers when it is stored.
+pub(super) async fn put(call: &mut Call, worker: WorkerId, head: CheckpointPart) -> Result<(), Stop> {
     let started = Instant::now();
     let shared = call.shared.clone();
-    must_be_current(&shared, worker, head.job, head.generation).await?;
+    let place = place(&shared, worker, &head).await?;
     let bytes = head.files.iter().try_fold(0u64, |sum, f| sum.checked_add(f.bytes));
     if head.files.len() > MAX_FILES || bytes.is_none_or(|b| b > MAX_CHECKPOINT_BYTES) {
-        let limit = MAX_CHECKPOINT_BYTES >> 30;
-        let message = format!("a checkpoint may have {MAX_FILES} files and {limit} GiB; this one has more");
-        return Err(refuse("too_large", message).into());
+        return Err(too_large().into());
+    }
+    if is_stored(&shared, place).await? {
+        // This worker has not heard of it.
+        call.answer(&Response::Done).await?;
+        return Ok(());
     }
     let mut files = Vec::with_capacity(head.files.len());
-    for file in &head.files {
-        files.push((file.name.clone(), read_exactly(call, file.bytes).await?));
+    for PartFile { name, bytes, blake3 } in head.files {
+        let bytes = read_exactly(call, bytes).await?;
+        if blake3::hash(&bytes).to_hex().as_str() != blake3 {
+            return Err(bad(format_args!("`{name}` did not arrive as it was sent")).into());
+        }
+        files.push((name, bytes));
     }
-    must_be_current(&shared, worker, head.job, head.generation).await?;
-    let (job, step) = (head.job, head.step);
-    // Whoever resumes from it does not do its steps again, so they must have been taken down.
-    let synced = call.shared.hub.settle(move |hub| hub.sync_audit(job)).await?;
-    synced.map_err(|e| refuse("audit", e))?;
-    if let Err(e) = blocking(move || install(&shared, &head, files)).await? {
-        // The job goes on without this checkpoint; the log says so.
-        let line = format!("the checkpoint of step {step} was not stored: {}", e.message);
-        call.shared.hub.post(move |hub| hub.log(job, &line));
-        return Err(e.into());
+    must_be_current(&shared, worker, place.job, place.generation).await?;
+    let part = Part { info: head.info, weights_digest: head.weights_digest, files };
+    let taken = shared.assemblies.add(place, part)?;
+    if let Some(parts) = taken.complete {
+        // On its own: the others wait for it too, so it does not end with this worker's connection.
+        tokio::spawn(async move {
+            let result = store(&shared, place, parts, started).await;
+            if let Err(e) = &result {
+                // The job goes on without this checkpoint; the log says so.
+                let line = format!("the checkpoint of step {} was not stored: {}", place.step, e.message);
+                shared.hub.post(move |hub| hub.log(place.job, &line));
+            }
+            shared.assemblies.finish(place, result);
+        });
     }
-    call.shared.metrics.checkpoint_stored(started.elapsed().as_secs_f64());
-    call.shared.hub.settle(move |hub| hub.core.handle_checkpoint_stored(job, step)).await?;
+    verdict(taken.verdict).await?;
     call.answer(&Response::Done).await?;
-    prune(call, job, step).await
+    Ok(())
+}
+
+/// Where a worker's part belongs.
+async fn place(shared: &Shared, worker: WorkerId, head: &CheckpointPart) -> Result<Place, Refusal> {
+    let (job, generation, step) = (head.job, head.generation, head.step);
+    must_be_current(shared, worker, job, generation).await?;
+    let members = shared.hub.look(move |hub| hub.core.job(job).map(|j| j.members.clone())).await?;
+    let members = members.unwrap_or_default();
+    let rank = members.iter().position(|member| *member == worker);
+    let rank = rank.ok_or_else(|| bad(format_args!("{worker} has no part in {job}")))?;
+    Ok(Place { job, generation, step, rank, ranks: members.len() })
+}
+
+/// Whether this very checkpoint has been stored.
+async fn is_stored(shared: &Shared, place: Place) -> Result<bool, Refusal> {
+    let dir = shared.dir.job(place.job);
+    let info = blocking(move || dir.checkpoint_store().and_then(|store| store.info(place.step))).await?;
+    Ok(info.is_ok_and(|info| info.generation == place.generation))
+}
+
+/// Stores the checkpoint that `parts` are.
+async fn store(shared: &Arc<Shared>, place: Place, parts: Parts, started: Instant) -> Result<(), Refusal> {
+    let (job, step) = (place.job, place.step);
+    // Whoever resumes from it does not do its steps again, so they must have been taken down.
+    shared.hub.settle(move |hub| hub.sync_audit(job)).await?.map_err(|e| refuse("audit", e))?;
+    let own = shared.clone();
+    blocking(move || write(&own, place, &parts)).await??;
+    shared.metrics.checkpoint_stored(started.elapsed().as_secs_f64());
+    shared.hub.settle(move |hub| hub.core.handle_checkpoint_stored(job, step)).await?;
+    prune(shared, job, step).await
 }
 
 /// Sends a checkpoint to a worker of the job's present generation.
@@ -99,31 +138,49 @@ pub(super) async fn read_exactly(call: &mut Call, bytes: u64) -> Result<Vec<u8>,
     Ok(buffer)
 }
 
-fn install(shared: &Shared, head: &CheckpointHead, mut files: Vec<(String, Vec<u8>)>) -> Result<(), Refusal> {
-    let bad = |what: String| refuse("checkpoint", what);
-    let manifest = match files.pop() {
-        Some((name, bytes)) if name == MANIFEST_FILE => bytes,
-        _ => return Err(bad(format!("a checkpoint must end with `{MANIFEST_FILE}`"))),
-    };
-    let manifest: CheckpointManifest =
-        serde_json::from_slice(&manifest).map_err(|e| bad(format!("its manifest does not parse: {e}")))?;
-    if manifest.info.step != head.step || manifest.info.job_id != head.job {
-        let (job, step) = (manifest.info.job_id, manifest.info.step);
-        return Err(bad(format!(
-            "its manifest is of {job} step {step}, not of {} step {}",
-            head.job, head.step
+fn write(shared: &Shared, place: Place, parts: &Parts) -> Result<(), Refusal> {
+    let info = parts.iter().find_map(|part| part.info.as_deref());
+    let info = info.ok_or_else(|| bad("rank 0 did not say where the job was"))?;
+    if info.step != place.step || info.job_id != place.job || info.generation != place.generation {
+        return Err(bad(format_args!(
+            "it says that it is of {} {} step {}, not of {} {} step {}",
+            info.job_id, info.generation, info.step, place.job, place.generation, place.step
         )));
     }
-    let store = shared.dir.job(head.job).checkpoint_store().map_err(|e| bad(e.to_string()))?;
-    store.install(&CheckpointFiles { manifest, files }).map_err(|e| bad(e.to_string()))
+    let digest = &parts[0].weights_digest;
+    if parts.iter().any(|part| part.weights_digest != *digest) {
+        return Err(bad("the ranks do not agree on the digest of its weights"));
+    }
+    let store = shared.dir.job(place.job).checkpoint_store().map_err(bad)?;
+    let mut writer = CheckpointWriter::new(&store, info.clone()).map_err(bad)?;
+    let mut names: Vec<&str> = Vec::new();
+    for (name, _) in parts.iter().flat_map(|part| &part.files) {
+        if !names.contains(&name.as_str()) {
+            names.push(name);
+        }
+    }
+    for name in names {
+        let own: Vec<_> = parts.iter().filter_map(|part| part.file(name)).collect();
+        let file = join(&own).map_err(|e| bad(format_args!("`{name}`: {e}")))?;
+        writer.add(name, &file).map_err(bad)?;
+    }
+    if writer.weights_digest() != digest {
+        let found = writer.weights_digest();
+        return Err(bad(format_args!("the digest of its weights is {found} and the ranks said {digest}")));
+    }
+    writer.finish().map_err(bad)?;
+    Ok(())
+}
+
+fn bad(what: impl ToString) -> Refusal {
+    refuse("checkpoint", what)
 }
 
 /// Removes checkpoints beyond the number that the job keeps; the one of `step` has just been stored.
-async fn prune(call: &mut Call, job: JobId, step: u64) -> Result<(), Stop> {
-    let keep =
-        call.shared.hub.look(move |hub| hub.core.job(job).map(|j| j.keep_checkpoints as usize)).await?;
+async fn prune(shared: &Shared, job: JobId, step: u64) -> Result<(), Refusal> {
+    let keep = shared.hub.look(move |hub| hub.core.job(job).map(|j| j.keep_checkpoints as usize)).await?;
     let Some(keep) = keep else { return Ok(()) };
-    let dir = call.shared.dir.job(job);
+    let dir = shared.dir.job(job);
     let pruned =
         blocking(move || dir.checkpoint_store().and_then(|store| store.prune(keep, Some(step)))).await?;
     if let Err(e) = pruned {

@@ -4,6 +4,7 @@
 //! the store cannot be written, nothing further is sent until it can be: operators are refused with the reason, and
 //! workers' reports are not acknowledged until then.
 
+use super::assembly::Assemblies;
 use super::audits::Audits;
 use super::refuse;
 use super::resent::Reports;
@@ -55,6 +56,7 @@ type Task = Box<dyn FnOnce(&mut Hub) + Send>;
 pub(crate) struct Parts {
     pub(crate) core: Core,
     pub(super) audits: Audits,
+    pub(super) assemblies: Arc<Assemblies>,
     pub(crate) store: Store,
     pub(crate) dir: DataDir,
     pub(crate) metrics: Arc<Metrics>,
@@ -78,6 +80,7 @@ struct Blocked {
 pub(crate) struct Hub {
     pub(crate) core: Core,
     audits: Audits,
+    assemblies: Arc<Assemblies>,
     dir: DataDir,
     pub(crate) store: Store,
     metrics: Arc<Metrics>,
@@ -112,6 +115,7 @@ pub(crate) fn start(parts: Parts) -> std::io::Result<(HubHandle, JoinHandle<()>)
     let hub = Hub {
         core: parts.core,
         audits: parts.audits,
+        assemblies: parts.assemblies,
         dir: parts.dir,
         store: parts.store,
         metrics: parts.metrics,
@@ -212,6 +216,7 @@ impl Hub {
             if next_tick <= Instant::now() {
                 next_tick = Instant::now() + TICK;
                 self.core.handle_tick(self.clock.now_ms());
+                self.sweep_assemblies();
             }
             let writable = self.carry_out().is_ok();
             let audited = self.audits.write().and_then(|()| self.audits.sync_in_time());
@@ -220,6 +225,14 @@ impl Hub {
             self.metrics.observe(&self.core, self.clock.now_ms());
             self.changes.send_modify(|n| *n += 1);
         }
+    }
+
+    /// Drops checkpoints of which a rank that has not sent its part is gone.
+    fn sweep_assemblies(&self) {
+        self.assemblies.sweep(|job, generation, rank| {
+            let worker = self.core.job(job).and_then(|record| record.members.get(rank));
+            worker.is_some_and(|worker| self.core.is_current(*worker, job, generation))
+        });
     }
 
     /// Does what the core asks for, in its order, and then answers those who wait for that.

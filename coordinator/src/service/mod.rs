@@ -3,6 +3,7 @@
 //! Connections are tasks, one each; what they decide nothing about goes to the `hub`, which owns the core.
 
 mod artifacts;
+mod assembly;
 mod audits;
 mod checkpoints;
 mod enroll;
@@ -22,6 +23,7 @@ pub(crate) use operators::{check_job, submit};
 use crate::data_dir::{DataDir, Endpoint};
 use crate::metrics::Metrics;
 use crate::store::{Store, StoreError};
+use assembly::Assemblies;
 use audits::Audits;
 use hub::{Clock, Parts};
 use lockstep_common::dataset::{self, DatasetError};
@@ -107,6 +109,7 @@ pub(crate) struct Shared {
     pub(crate) authority: Authority,
     pub(crate) datasets: dataset::Store,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) assemblies: Arc<Assemblies>,
 }
 
 impl Shared {
@@ -176,9 +179,11 @@ impl Service {
         let readiness = Readiness::default();
         let endpoint = bind_as(&identity, options.listen, server_config(&identity, true)?)?;
         let address = endpoint.local_addr().map_err(StartError::System)?;
+        let assemblies = Arc::new(Assemblies::default());
         let parts = Parts {
             core,
             audits,
+            assemblies: assemblies.clone(),
             store,
             dir: dir.clone(),
             metrics: metrics.clone(),
@@ -186,7 +191,7 @@ impl Service {
             clock,
         };
         let (hub, thread) = hub::start(parts).map_err(StartError::System)?;
-        let shared = Arc::new(Shared { dir, hub, authority, datasets, metrics });
+        let shared = Arc::new(Shared { dir, hub, authority, datasets, metrics, assemblies });
         let started = http::serve(options.http, shared.clone(), registry, readiness).await;
         let service = |http| Self {
             shared: shared.clone(),

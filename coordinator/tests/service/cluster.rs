@@ -1,17 +1,15 @@
 //! A coordinator on a temporary data directory, and peers that talk to it.
 
-use lockstep_common::checkpoint::{
-    CheckpointFiles, CheckpointInfo, CheckpointStore, CheckpointWriter, MANIFEST_FILE, OPTIMIZER_FILE,
-    WEIGHTS_FILE, encode_tensors,
-};
+use lockstep_common::checkpoint::{CheckpointInfo, OPTIMIZER_FILE, WEIGHTS_FILE, encode_tensors};
 use lockstep_common::dataset;
+use lockstep_common::digest::{TensorBytes, blake3_hex, weights_digest};
 use lockstep_common::ids::{Generation, JobId, WorkerId};
 use lockstep_common::net::{
     Exchange, Identity, NetError, Role, SigningRequest, bind, client_config, connect, enrolment_config,
 };
 use lockstep_common::token::Token;
 use lockstep_common::wire::{
-    Assignment, CheckpointHead, FileHead, FromWorker, JobSummary, Register, Request, Response, Running,
+    Assignment, CheckpointPart, FromWorker, JobSummary, PartFile, Register, Request, Response, Running,
     ToWorker, TokenPurpose, read_frame, write_frame,
 };
 use lockstep_coordinator::client::Client;
@@ -278,19 +276,24 @@ impl Worker {
         Ok(files)
     }
 
-    /// Sends a checkpoint.
+    /// Sends a part of a checkpoint.
     pub(crate) async fn put(
         &self,
         job: JobId,
         generation: Generation,
         step: u64,
-        files: &[(String, Vec<u8>)],
+        sent: &Sent,
     ) -> Result<Response, NetError> {
-        let heads =
-            files.iter().map(|(name, b)| FileHead { name: name.clone(), bytes: b.len() as u64 }).collect();
-        let head = CheckpointHead { job, generation, step, files: heads };
-        let mut exchange = Exchange::open(&self.connection, &Request::PutCheckpoint(head)).await?;
-        for (_, bytes) in files {
+        let part_file = |(name, blake3, bytes): &(String, String, Vec<u8>)| PartFile {
+            name: name.clone(),
+            bytes: bytes.len() as u64,
+            blake3: blake3.clone(),
+        };
+        let info = sent.info.clone().map(|info| Box::new(CheckpointInfo { generation, ..info }));
+        let (weights_digest, files) = (sent.digest.clone(), sent.files.iter().map(part_file).collect());
+        let part = CheckpointPart { job, generation, step, info, weights_digest, files };
+        let mut exchange = Exchange::open(&self.connection, &Request::PutCheckpoint(part)).await?;
+        for (_, _, bytes) in &sent.files {
             // A refusal may come before the last byte is sent.
             if exchange.send.write_all(bytes).await.is_err() {
                 break;
@@ -301,18 +304,36 @@ impl Worker {
     }
 }
 
-/// The files of a checkpoint as a worker sends them.
-pub(crate) fn checkpoint(job: JobId, step: u64) -> Vec<(String, Vec<u8>)> {
-    let folder = tempfile::tempdir().unwrap();
-    let store = CheckpointStore::open(folder.path()).unwrap();
-    let info = CheckpointInfo { job_id: job, step, ..CheckpointInfo::default() };
-    let mut writer = CheckpointWriter::new(&store, info).unwrap();
-    writer.add(WEIGHTS_FILE, &encode_tensors([]).unwrap()).unwrap();
-    writer.add(OPTIMIZER_FILE, &encode_tensors([]).unwrap()).unwrap();
-    writer.finish().unwrap();
-    let CheckpointFiles { mut files, .. } = store.load(step).unwrap();
-    files.push((MANIFEST_FILE.to_owned(), std::fs::read(store.step_dir(step).join(MANIFEST_FILE)).unwrap()));
-    files
+/// A part of a checkpoint as a worker sends it.
+#[derive(Clone)]
+pub(crate) struct Sent {
+    pub(crate) info: Option<CheckpointInfo>,
+    pub(crate) digest: String,
+    /// Name, hash and bytes.
+    pub(crate) files: Vec<(String, String, Vec<u8>)>,
+}
+
+/// A whole checkpoint without any tensors.
+pub(crate) fn checkpoint(job: JobId, step: u64) -> Sent {
+    part(job, step, &[], &[])
+}
+
+/// A part with some of all weights.
+pub(crate) fn part(job: JobId, step: u64, all: &[TensorBytes<'_>], own: &[TensorBytes<'_>]) -> Sent {
+    let file = |name: &str, tensors: &[TensorBytes<'_>]| {
+        let bytes = encode_tensors(tensors.iter().cloned()).unwrap();
+        (name.to_owned(), blake3_hex(&bytes), bytes)
+    };
+    let info = Some(CheckpointInfo { job_id: job, step, ..CheckpointInfo::default() });
+    let files = vec![file(WEIGHTS_FILE, own), file(OPTIMIZER_FILE, &[])];
+    Sent { info, digest: weights_digest(all.iter().cloned()), files }
+}
+
+impl Sent {
+    /// As a rank other than 0 sends it.
+    pub(crate) fn other(self) -> Self {
+        Self { info: None, ..self }
+    }
 }
 
 /// 20 images of 2 × 2 pixels.

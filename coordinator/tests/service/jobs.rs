@@ -1,8 +1,9 @@
 //! A job's life, seen from workers and operators.
 
-use crate::cluster::{Cluster, JOB, PATIENCE, checkpoint};
+use crate::cluster::{Cluster, JOB, PATIENCE, Sent, checkpoint, part};
 use lockstep_common::audit::{self, AuditLine, ShardSamples, StepAudit};
-use lockstep_common::checkpoint::{MANIFEST_FILE, OPTIMIZER_FILE, WEIGHTS_FILE};
+use lockstep_common::checkpoint::{MANIFEST_FILE, OPTIMIZER_FILE, WEIGHTS_FILE, encode_tensors};
+use lockstep_common::digest::TensorBytes;
 use lockstep_common::ids::{Generation, JobId, LogicalShard, Rank};
 use lockstep_common::job::JobSpec;
 use lockstep_common::net::{Exchange, NetError};
@@ -66,7 +67,9 @@ async fn two_workers_drive_a_job_to_its_end() {
     let values = [("test_top1".to_owned(), 0.9)].into();
     a.say(&FromWorker::Metrics { job, generation, step: 4, epoch: 1, values }).await;
     a.say(&FromWorker::Log { job, generation, line: "hello".to_owned() }).await;
-    assert_eq!(a.put(job, generation, 4, &checkpoint(job, 4)).await.unwrap(), Response::Done);
+    let (whole, rest) = (checkpoint(job, 4), part(job, 4, &[], &[]).other());
+    let (one, other) = tokio::join!(a.put(job, generation, 4, &whole), b.put(job, generation, 4, &rest));
+    assert_eq!((one.unwrap(), other.unwrap()), (Response::Done, Response::Done));
     a.say(&finished(job, generation)).await;
     b.say(&finished(job, generation)).await;
     let status = cluster.wait(job, |j| j.state.is_final()).await;
@@ -144,22 +147,79 @@ async fn a_checkpoint_of_an_old_generation_or_with_other_bytes_is_refused() {
     assert!(error.contains("no part in g9 of j1"), "{error}");
 
     let mut flipped = checkpoint(job, 1);
-    *flipped[0].1.last_mut().unwrap() ^= 1;
+    *flipped.files[0].2.last_mut().unwrap() ^= 1;
     let error = worker.put(job, generation, 1, &flipped).await.unwrap_err().to_string();
     assert!(error.contains(WEIGHTS_FILE), "{error}");
     let mut truncated = checkpoint(job, 1);
-    truncated[1].1.pop();
+    truncated.files[1].2.pop();
     assert!(
         worker.put(job, generation, 1, &truncated).await.unwrap_err().to_string().contains(OPTIMIZER_FILE)
     );
     assert!(
         worker.put(job, generation, 2, &checkpoint(job, 1)).await.is_err(),
-        "the manifest is of another step"
+        "it says that it is of another step"
     );
     let others = checkpoint(JobId(2), 1);
-    assert!(worker.put(job, generation, 1, &others).await.is_err(), "the manifest is of another job");
+    assert!(worker.put(job, generation, 1, &others).await.is_err(), "it says that it is of another job");
+    let other = Sent { digest: "0".repeat(64), ..checkpoint(job, 1) };
+    let error = worker.put(job, generation, 1, &other).await.unwrap_err().to_string();
+    assert!(error.contains("the digest of its weights"), "{error}");
+    let error = worker.put(job, generation, 1, &checkpoint(job, 1).other()).await.unwrap_err().to_string();
+    assert!(error.contains("where the job was"), "{error}");
     assert_eq!(cluster.dir.job(job).checkpoint_store().unwrap().list().unwrap(), []);
     assert_eq!(cluster.status(job).await.state, JobState::Running, "the job goes on");
+}
+
+fn tensor(name: &str) -> TensorBytes<'_> {
+    let bytes = name.as_bytes().to_vec();
+    TensorBytes {
+        name: name.into(),
+        dtype: "U8".into(),
+        shape: vec![bytes.len()].into(),
+        bytes: bytes.into(),
+    }
+}
+
+#[tokio::test]
+async fn the_parts_of_all_ranks_become_one_checkpoint() {
+    let cluster = Cluster::start().await;
+    let job = cluster.submit(&(JOB.to_owned() + "[workers]\nmin = 2\n")).await;
+    let (mut a, mut b) = (cluster.worker().await, cluster.worker().await);
+    let generation = a.start().await.generation;
+    b.start().await;
+    let all = [tensor("conv"), tensor("fc")];
+    let first = part(job, 3, &all, &all[1..]);
+    let second = part(job, 3, &all, &all[..1]).other();
+    let (one, other) = tokio::join!(a.put(job, generation, 3, &first), b.put(job, generation, 3, &second));
+    assert_eq!((one.unwrap(), other.unwrap()), (Response::Done, Response::Done));
+    let files = cluster.dir.job(job).checkpoint_store().unwrap().load(3).unwrap();
+    assert_eq!(files.file(WEIGHTS_FILE).unwrap(), encode_tensors(all.clone()).unwrap());
+    assert_eq!(files.manifest.weights_digest, first.digest);
+    // One whose connection broke before it heard of that sends its part again.
+    assert_eq!(b.put(job, generation, 3, &second).await.unwrap(), Response::Done);
+
+    let twice = part(job, 4, &all, &all);
+    let again = twice.clone().other();
+    let (one, other) = tokio::join!(a.put(job, generation, 4, &twice), b.put(job, generation, 4, &again));
+    for error in [one.unwrap_err(), other.unwrap_err()] {
+        assert!(error.to_string().contains("two tensors named `conv`"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_checkpoint_of_which_a_part_cannot_come_any_more_is_refused() {
+    let cluster = Cluster::start().await;
+    let job = cluster.submit(&(JOB.to_owned() + "[workers]\nmin = 2\n")).await;
+    let (mut a, mut b) = (cluster.worker().await, cluster.worker().await);
+    let generation = a.start().await.generation;
+    b.start().await;
+    let outcome = Outcome::Lost { error: "x".to_owned(), culprit: None };
+    let lost = FromWorker::Ended { job, generation, outcome, held: None };
+    let sent = checkpoint(job, 3);
+    let (put, ()) = tokio::join!(a.put(job, generation, 3, &sent), b.say(&lost));
+    let error = put.unwrap_err().to_string();
+    assert!(error.contains("is not stored: a rank is gone"), "{error}");
+    assert_eq!(cluster.dir.job(job).checkpoint_store().unwrap().list().unwrap(), []);
 }
 
 #[tokio::test]

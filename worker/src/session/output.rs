@@ -5,15 +5,16 @@ use crate::control::Control;
 use crate::ledger::Ledger;
 use crate::report::Reporter;
 use crate::train::Number;
-use crate::train::checkpoint::Checkpointer;
+use crate::train::checkpoint::{Checkpointer, Heading};
 use crate::train::error::TrainError;
 use crate::train::replica::RawTensors;
 use crate::train::trainer::Trainer;
 use lockstep_common::checkpoint::CheckpointInfo;
-use lockstep_common::ids::{Generation, JobId};
+use lockstep_common::ids::{Generation, JobId, Rank};
 use lockstep_common::job::Task;
 use lockstep_common::wire::{Assignment, FromWorker};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
 use std::time::SystemTime;
 
@@ -25,6 +26,7 @@ pub(super) struct Output {
     /// The job file's text.
     toml: String,
     checkpoints: Checkpointer,
+    is_first: bool,
     /// Pictures on their way to the coordinator.
     pictures: Vec<JoinHandle<()>>,
     pub(super) reporter: Reporter,
@@ -39,7 +41,8 @@ impl Output {
         let mut reporter = Reporter::new(control.clone(), assignment);
         reporter.catch_up(ledger.records());
         Self {
-            checkpoints: Checkpointer::new(control.clone(), job, generation, observe),
+            checkpoints: Checkpointer::new(control.clone(), assignment, observe),
+            is_first: assignment.rank == Rank(0),
             control,
             job,
             generation,
@@ -68,20 +71,26 @@ impl Output {
         Ok(())
     }
 
-    /// Begins a checkpoint of `trainer` after its last step, which is at `(epoch, step_in_epoch)`. One that is not
-    /// `needed` is left out while the one before is on its way.
+    /// Whether another checkpoint can begin, after a moment at most.
+    pub(super) fn make_way(&mut self) -> bool {
+        self.checkpoints.make_way()
+    }
+
+    /// Begins this rank's share of a checkpoint of `trainer` after its last step, which is at `(epoch, step_in_epoch)`.
+    /// If the one before is still on its way, this waits for it, unless this rank is to leave at once.
     pub(super) fn store<T: Number>(
         &mut self,
         trainer: &Trainer<T>,
         ledger: &Ledger,
         wires: Option<RawTensors>,
         (epoch, step_in_epoch): (u64, u64),
-        needed: bool,
+        weights_digest: String,
+        aborted: &AtomicBool,
     ) -> Result<(), TrainError> {
         let (job, step) = (&trainer.job, trainer.replica.step);
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let names = trainer.plan.networks.iter().map(|n| n.name.to_owned());
-        let info = CheckpointInfo {
+        let info = || CheckpointInfo {
             job_id: self.job,
             job_name: job.name.clone(),
             job_text: self.toml.clone(),
@@ -100,29 +109,24 @@ impl Output {
         };
         // First the steps: whoever resumes from the checkpoint does not do them again.
         self.reporter.flush();
-        let ready =
-            if needed { self.checkpoints.finish().map(|()| true) } else { self.checkpoints.make_way() };
-        match ready {
-            Ok(true) => {}
-            Ok(false) => {
-                self.reporter
-                    .log(format!("no checkpoint at step {step}: the one before is still on its way"));
-                return Ok(());
-            }
+        match self.checkpoints.finish(aborted) {
+            Err(TrainError::Aborted) => return Err(TrainError::Aborted),
             Err(error) => {
                 self.reporter.log(format!("a checkpoint could not be stored, training goes on: {error}"));
             }
+            Ok(()) => {}
         }
-        self.checkpoints.begin(&trainer.replica, &trainer.plan, wires, info)
+        let heading = Heading { step, weights_digest, info: self.is_first.then(info) };
+        self.checkpoints.begin(&trainer.replica, &trainer.plan, wires, heading)
     }
 
     /// Waits for the last checkpoint, reports what is left to report.
-    pub(super) fn settle(&mut self) -> Result<(), TrainError> {
+    pub(super) fn settle(&mut self, aborted: &AtomicBool) -> Result<(), TrainError> {
         self.reporter.flush();
         for picture in self.pictures.drain(..) {
             // Its own thread has reported what went wrong, but for a panic, which concerns no step.
             let _ = picture.join();
         }
-        self.checkpoints.finish()
+        self.checkpoints.finish(aborted)
     }
 }

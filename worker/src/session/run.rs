@@ -44,6 +44,8 @@ pub(super) struct Session<'a, T> {
     test: Option<Arc<Decoder<T>>>,
     output: Output,
     pace: PaceReporter,
+    /// Seconds for which training has stood still for the next checkpoint to begin.
+    waited: f64,
     /// Where those that are behind, and those that want to join, get the state.
     desk: Arc<Desk>,
 }
@@ -104,6 +106,7 @@ impl<'a, T: Number> Session<'a, T> {
             output,
             pace: PaceReporter::new(assignment),
             desk,
+            waited: 0.0,
         })
     }
 
@@ -130,13 +133,13 @@ impl<'a, T: Number> Session<'a, T> {
         let Position { step, phase } = self.trainer.replica.position();
         if phase == 0 && self.ledger.settled < Some(step) {
             // Somebody went away between this step's commit and the end of what follows it.
-            digest = self.follow_up(step, None)?;
+            digest = self.follow_up(step, None, false)?;
         }
         while self.trainer.replica.step < self.total_steps {
             let wishes = self.step(&mut totals)?;
             let step = self.trainer.replica.step;
             let stop = self.stop_mode(wishes);
-            digest = self.follow_up(step, stop)?;
+            digest = self.follow_up(step, stop, wishes.busy)?;
             if wishes.snapshot {
                 let copied = Copied::of(&self.trainer.replica, &self.trainer.plan)?;
                 self.desk.copy(copied, &self.ledger)?;
@@ -168,6 +171,9 @@ impl<'a, T: Number> Session<'a, T> {
         if self.is_first() {
             wishes.heard = self.environment.control.heard_step(self.assignment.job);
         }
+        if self.is_checkpoint_due(self.trainer.replica.step + 1) {
+            wishes.busy = !timed(&mut self.waited, || self.output.make_way());
+        }
         let per_epoch = self.timetable.steps_per_epoch();
         let mut done = self.trainer.step(batches, self.total_steps, per_epoch, wishes)?;
         done.times.data += data;
@@ -198,13 +204,17 @@ impl<'a, T: Number> Session<'a, T> {
         Ok(done.wishes)
     }
 
-    /// What follows the commit of `step`: an evaluation, a comparison, a checkpoint. Returns the weights' digest if the
-    /// ranks have compared it.
-    fn follow_up(&mut self, step: u64, stop: Option<StopMode>) -> Result<Option<String>, TrainError> {
+    /// What follows the commit of `step`: an evaluation, a comparison, a checkpoint, which is left out if a rank is `busy`
+    /// with the last one and none is needed. Returns the weights' digest if the ranks have compared it.
+    fn follow_up(
+        &mut self,
+        step: u64,
+        stop: Option<StopMode>,
+        busy: bool,
+    ) -> Result<Option<String>, TrainError> {
         let last = step == self.total_steps;
         let epoch_ends = last || step.is_multiple_of(self.timetable.steps_per_epoch());
-        let every = self.trainer.job.checkpoint.every_steps;
-        let due = every > 0 && step.is_multiple_of(every);
+        let due = self.is_checkpoint_due(step);
         let needed = last || stop == Some(StopMode::Checkpoint);
         let mut digest = None;
         if epoch_ends {
@@ -216,12 +226,19 @@ impl<'a, T: Number> Session<'a, T> {
             digest = Some(timed(&mut seconds, || self.trainer.compare_replicas())?);
             self.environment.metrics.compared(seconds);
         }
-        if needed || due {
-            let wires = self.trainer.wire_state()?;
-            if self.is_first() {
-                let position = self.timetable.position(step);
-                self.output.store(&self.trainer, &self.ledger, wires, position, needed)?;
+        match &digest {
+            Some(digest) if needed || due && !busy => {
+                let mut pause = std::mem::take(&mut self.waited);
+                timed(&mut pause, || self.store(step, digest.clone()))?;
+                if !needed {
+                    self.environment.metrics.paused(pause);
+                }
             }
+            _ if due => {
+                let line = format!("no checkpoint at step {step}: the one before is still on its way");
+                self.output.reporter.log(line);
+            }
+            _ => {}
         }
         self.ledger.settled = Some(step);
         Ok(digest)
@@ -244,11 +261,28 @@ impl<'a, T: Number> Session<'a, T> {
             OnMismatch::Stop => Outcome::Failed { error: what },
             OnMismatch::Heal => {
                 self.output.reporter.log(format!("{what}; all go back to the newest checkpoint"));
+                // That may be one that is still on its way: the replicas were the same when it was taken.
+                if let Err(error) = self.output.settle(&self.shared.aborted) {
+                    self.output.reporter.log(format!("the last checkpoint could not be stored: {error}"));
+                }
                 Outcome::Lost { error: what, culprit: mismatch.culprit() }
             }
         };
         self.leave();
         Ok(outcome)
+    }
+
+    /// Begins a checkpoint with all other ranks.
+    fn store(&mut self, step: u64, weights_digest: String) -> Result<(), TrainError> {
+        let wires = self.trainer.wire_state()?;
+        let position = self.timetable.position(step);
+        let aborted = &self.shared.aborted;
+        self.output.store(&self.trainer, &self.ledger, wires, position, weights_digest, aborted)
+    }
+
+    fn is_checkpoint_due(&self, step: u64) -> bool {
+        let every = self.trainer.job.checkpoint.every_steps;
+        every > 0 && step.is_multiple_of(every)
     }
 
     /// Evaluates, and leaves a picture where the task has one.
@@ -273,7 +307,7 @@ impl<'a, T: Number> Session<'a, T> {
     /// The generation ends after `step`, and the job does not.
     fn leave_early(&mut self, step: u64, mode: StopMode) {
         if mode == StopMode::Checkpoint {
-            if let Err(error) = self.output.settle() {
+            if let Err(error) = self.output.settle(&self.shared.aborted) {
                 let line = format!("stopped without a checkpoint of step {step}: {error}");
                 self.output.reporter.log(line);
             }
@@ -288,7 +322,7 @@ impl<'a, T: Number> Session<'a, T> {
     fn finish(&mut self, digest: Option<String>, totals: &Totals) -> Result<Outcome, TrainError> {
         let step = self.trainer.replica.step;
         let weights_digest = digest.map_or_else(|| self.trainer.compare_replicas(), Ok)?;
-        self.output.settle()?;
+        self.output.settle(&self.shared.aborted)?;
         let mut metrics = self.ledger.metrics.clone();
         if totals.seconds > 0.0 {
             let mut insert = |name: &str, value| metrics.insert(name.to_owned(), value);

@@ -1,109 +1,232 @@
-//! Checkpoints: copied at a step boundary, packed and sent to the coordinator while training goes on.
+//! Checkpoints: every rank copies its share of the state at a step boundary, and packs and sends it to the coordinator
+//! while training goes on.
 
 use super::error::TrainError;
 use super::replica::{RawTensors, Replica, tensor_bytes};
 use crate::control::Control;
 use crate::fault::{self, Point};
 use crate::tasks::TaskPlan;
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 use lockstep_common::checkpoint::{
     CheckpointFiles, CheckpointInfo, CheckpointManifest, OPTIMIZER_FILE, WEIGHTS_FILE, WIRE_FILE,
-    decode_tensors, encode_tensors,
+    decode_tensors, encode_tensors, senders,
 };
+use lockstep_common::digest::blake3_hex;
 use lockstep_common::ids::{Generation, JobId};
-use lockstep_common::wire::{CheckpointHead, FileHead, Position};
+use lockstep_common::net::NetError;
+use lockstep_common::wire::{Assignment, CheckpointPart, PartFile, Position};
 use lockstep_nn::bytes::RawTensor;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tch::Tensor;
+
+/// How often a wait for a checkpoint looks whether it is still wanted.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Tensors by file and name. They are used again for the next checkpoint: fresh memory costs more than the copy into it.
+type Copies = BTreeMap<(&'static str, String), RawTensor>;
+
+/// How one ended, and its memory.
+type End = (Result<(), TrainError>, Copies);
 
 /// Writes one checkpoint at a time in the background.
 pub(crate) struct Checkpointer {
     control: Control,
     job: JobId,
     generation: Generation,
+    rank: usize,
+    ranks: usize,
     observe: Arc<dyn Fn(f64) + Send + Sync>,
-    writing: Option<JoinHandle<Result<(), TrainError>>>,
+    writing: Option<Receiver<End>>,
+    /// How the last one ended, until somebody asks.
+    last: Result<(), TrainError>,
+    spare: Copies,
+}
+
+/// What a checkpoint says beside the tensors.
+pub(crate) struct Heading {
+    /// The step after which it is taken.
+    pub(crate) step: u64,
+    /// The digest of weights and buffers, in which all ranks have agreed.
+    pub(crate) weights_digest: String,
+    /// From rank 0: where the job is.
+    pub(crate) info: Option<CheckpointInfo>,
 }
 
 impl Checkpointer {
     /// `observe` is told the seconds that each took from the copy to being durable.
     pub(crate) fn new(
         control: Control,
-        job: JobId,
-        generation: Generation,
+        assignment: &Assignment,
         observe: Arc<dyn Fn(f64) + Send + Sync>,
     ) -> Self {
-        Self { control, job, generation, observe, writing: None }
+        Self {
+            control,
+            job: assignment.job,
+            generation: assignment.generation,
+            rank: assignment.rank.index(),
+            ranks: assignment.peers.len(),
+            observe,
+            writing: None,
+            last: Ok(()),
+            spare: Copies::new(),
+        }
     }
 
-    /// Copies the replica's state and begins to store it, and `wires`, which all ranks have brought together.
-    /// [`Self::finish`] the previous one first.
+    /// Copies this rank's share of the replica's state and begins to store it, and its share of `wires`, which all ranks
+    /// have brought together. [`Self::finish`] the previous one first. All ranks begin the same one.
     pub(crate) fn begin(
         &mut self,
         replica: &Replica,
         plan: &TaskPlan,
         wires: Option<RawTensors>,
-        info: CheckpointInfo,
+        heading: Heading,
     ) -> Result<(), TrainError> {
         let start = Instant::now();
-        let (weights, optimizer) = (replica.weights()?, replica.optimizer_state(plan)?);
-        let (control, job, generation, observe) =
-            (self.control.clone(), self.job, self.generation, self.observe.clone());
-        let write = move || {
-            let step = info.step;
-            let mut files = vec![
-                (WEIGHTS_FILE.to_owned(), pack(&weights)?),
-                (OPTIMIZER_FILE.to_owned(), pack(&optimizer)?),
-            ];
-            if let Some(wires) = wires {
-                files.push((WIRE_FILE.to_owned(), pack(&wires)?));
+        let weights = replica.weight_tensors().map(|(name, tensor)| ((WEIGHTS_FILE, name), tensor));
+        let optimizer = replica.optimizer_tensors(plan)?.into_iter();
+        let optimizer = optimizer.map(|(name, tensor)| ((OPTIMIZER_FILE, name), tensor));
+        let tensors: BTreeMap<(&str, String), Tensor> = weights.chain(optimizer).collect();
+        let has_wires = wires.is_some();
+        let wires: Vec<_> = wires.into_iter().flatten().collect();
+        let sizes = tensors.values().map(|tensor| tensor.numel() * tensor.kind().elt_size_in_bytes());
+        let sizes: Vec<_> = sizes.chain(wires.iter().map(|(_, raw)| raw.bytes.len())).collect();
+        let mut senders = senders(&sizes, self.ranks).into_iter();
+        let mut is_mine = || senders.next() == Some(self.rank);
+
+        let mut copies = std::mem::take(&mut self.spare);
+        for (key, tensor) in tensors {
+            if is_mine() {
+                match copies.entry(key) {
+                    Entry::Occupied(mut copy) => copy.get_mut().copy_again(&tensor)?,
+                    Entry::Vacant(place) => drop(place.insert(RawTensor::copy_from(&tensor)?)),
+                }
             }
-            let packed = CheckpointFiles::new(info, files).and_then(CheckpointFiles::into_parts);
-            let all = packed.map_err(|e| TrainError::Fatal(e.to_string()))?;
-            fault::point(Point::Checkpoint, step);
-            let heads =
-                all.iter().map(|(n, b)| FileHead { name: n.clone(), bytes: b.len() as u64 }).collect();
-            control.store_checkpoint(CheckpointHead { job, generation, step, files: heads }, &all)?;
-            observe(start.elapsed().as_secs_f64());
-            Ok(())
+        }
+        let wires: RawTensors = wires.into_iter().filter(|_| is_mine()).collect();
+
+        let mut work = Work {
+            control: self.control.clone(),
+            job: self.job,
+            generation: self.generation,
+            is_first: self.rank == 0,
+            copies,
+            wires: has_wires.then_some(wires),
+            heading,
+        };
+        let observe = self.observe.clone();
+        let (ended, writing) = bounded(1);
+        let write = move || {
+            let result = work.send();
+            if result.is_ok() {
+                observe(start.elapsed().as_secs_f64());
+            }
+            // The session may have ended without waiting.
+            let _ = ended.send((result, work.copies));
         };
         let thread = std::thread::Builder::new().name("checkpoint".to_owned()).spawn(write);
-        self.writing = Some(thread.map_err(|e| TrainError::Fatal(format!("cannot start a thread: {e}")))?);
+        thread.map_err(|e| TrainError::Fatal(format!("cannot start a thread: {e}")))?;
+        self.writing = Some(writing);
         Ok(())
     }
 
-    /// Waits a moment for the checkpoint in progress, if there is one; whether it has ended. The other ranks wait
+    /// Waits a moment for the checkpoint in progress, if there is one; whether another can begin. The other ranks wait
     /// meanwhile, so training must not stand still because nobody takes a checkpoint, or takes it slowly.
-    pub(crate) fn make_way(&mut self) -> Result<bool, TrainError> {
+    pub(crate) fn make_way(&mut self) -> bool {
         /// Far below the time-out of a collective.
         const MOMENT: Duration = Duration::from_millis(300);
-        const LOOK: Duration = Duration::from_millis(2);
         let start = Instant::now();
-        while self.writing.as_ref().is_some_and(|w| !w.is_finished()) {
-            if !self.control.is_connected() || start.elapsed() > MOMENT {
-                return Ok(false);
-            }
-            std::thread::sleep(LOOK);
-        }
-        self.finish().map(|()| true)
+        self.wait(|control| !control.is_connected() || start.elapsed() > MOMENT)
     }
 
-    /// Waits until the last checkpoint is durable.
-    pub(crate) fn finish(&mut self) -> Result<(), TrainError> {
-        match self.writing.take().map(JoinHandle::join) {
-            None => Ok(()),
-            Some(Ok(result)) => result,
-            Some(Err(_)) => {
-                Err(TrainError::Fatal("the checkpoint thread panicked; see the worker's log".to_owned()))
+    /// Waits until the last checkpoint is durable, unless this rank is told to leave at once.
+    pub(crate) fn finish(&mut self, aborted: &AtomicBool) -> Result<(), TrainError> {
+        match self.wait(|_| aborted.load(Ordering::Relaxed)) {
+            true => self.take_last(),
+            false => Err(TrainError::Aborted),
+        }
+    }
+
+    /// How the last one ended; told once.
+    pub(crate) fn take_last(&mut self) -> Result<(), TrainError> {
+        std::mem::replace(&mut self.last, Ok(()))
+    }
+
+    /// Waits for the checkpoint in progress; whether it ended before the wait was given up.
+    fn wait(&mut self, give_up: impl Fn(&Control) -> bool) -> bool {
+        while let Some(writing) = &self.writing {
+            match writing.recv_timeout(LOOK) {
+                Ok((result, copies)) => (self.writing, self.last, self.spare) = (None, result, copies),
+                Err(RecvTimeoutError::Timeout) if give_up(&self.control) => return false,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    let what = "the checkpoint thread panicked; see the worker's log";
+                    (self.writing, self.last) = (None, Err(TrainError::Fatal(what.to_owned())));
+                }
             }
+        }
+        true
+    }
+}
+
+/// A share on its way to the coordinator.
+struct Work {
+    control: Control,
+    job: JobId,
+    generation: Generation,
+    is_first: bool,
+    copies: Copies,
+    wires: Option<RawTensors>,
+    heading: Heading,
+}
+
+impl Work {
+    fn send(&mut self) -> Result<(), TrainError> {
+        let copies = |file| self.copies.iter().filter(move |((f, _), _)| *f == file);
+        let mut files = Vec::new();
+        for file in [WEIGHTS_FILE, OPTIMIZER_FILE] {
+            files.push((file, pack(copies(file).map(|((_, name), raw)| (name.as_str(), raw)))?));
+        }
+        if let Some(wires) = &self.wires {
+            files.push((WIRE_FILE, pack(wires.iter().map(|(name, raw)| (name.as_str(), raw)))?));
+        }
+        let part_file = |(name, bytes): &(&str, Vec<u8>)| PartFile {
+            name: (*name).to_owned(),
+            bytes: bytes.len() as u64,
+            blake3: blake3_hex(bytes),
+        };
+        let Heading { step, ref weights_digest, ref mut info } = self.heading;
+        let part = CheckpointPart {
+            job: self.job,
+            generation: self.generation,
+            step,
+            info: info.take().map(Box::new),
+            weights_digest: weights_digest.clone(),
+            files: files.iter().map(part_file).collect(),
+        };
+        if self.is_first {
+            // Whoever resumes from the checkpoint does not do its steps again, so they must have been heard of.
+            self.control.wait_until_heard(self.job, step);
+        }
+        fault::point(Point::Checkpoint, step);
+        match self.control.store_checkpoint(part, &files) {
+            // Somebody else is gone, or this generation is.
+            Err(NetError::Refused { reason, message }) if OVER.contains(&reason.as_str()) => {
+                Err(TrainError::Unavailable { what: message, culprit: None })
+            }
+            other => Ok(other?),
         }
     }
 }
 
-fn pack(tensors: &RawTensors) -> Result<Vec<u8>, TrainError> {
-    encode_tensors(tensors.iter().map(|(name, tensor)| tensor_bytes(name, tensor)))
+/// Reasons for which a checkpoint is refused that are no fault of it.
+const OVER: [&str; 2] = ["checkpoint_dropped", "old_generation"];
+
+fn pack<'a>(tensors: impl Iterator<Item = (&'a str, &'a RawTensor)>) -> Result<Vec<u8>, TrainError> {
+    encode_tensors(tensors.map(|(name, tensor)| tensor_bytes(name, tensor)))
         .map_err(|e| TrainError::Fatal(format!("cannot pack the checkpoint: {e}")))
 }
 

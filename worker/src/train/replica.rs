@@ -173,11 +173,13 @@ impl Replica {
     }
 
     /// Copies of weights and buffers of all networks.
+    #[cfg(test)]
     pub(crate) fn weights(&self) -> Result<RawTensors, TrainError> {
         self.weight_tensors().map(|(name, tensor)| Ok((name, RawTensor::copy_from(&tensor)?))).collect()
     }
 
     /// Copies of every optimizer's state, and the update counters.
+    #[cfg(test)]
     pub(crate) fn optimizer_state(&self, plan: &TaskPlan) -> Result<RawTensors, TrainError> {
         let tensors = self.optimizer_tensors(plan)?.into_iter();
         tensors.map(|(name, tensor)| Ok((name, RawTensor::copy_from(&tensor)?))).collect()
@@ -244,22 +246,12 @@ impl Replica {
 
     /// BLAKE3 of all weights and buffers in name order.
     pub(crate) fn weights_digest(&self) -> Result<String, TrainError> {
-        let networks = self.vars.iter().zip(&self.prefixes);
-        let named = networks.flat_map(|(vars, prefix)| {
-            vars.iter().map(move |(name, var)| (format!("{prefix}{name}"), var.tensor.shallow_clone()))
-        });
-        digest(named.collect())
+        digest(self.weight_tensors().collect())
     }
 
     /// BLAKE3 of every optimizer's state and the update counters.
-    pub(crate) fn optimizers_digest(&self) -> Result<String, TrainError> {
-        let mut tensors = BTreeMap::new();
-        for (network, (optimizer, updates)) in self.optimizers.iter().zip(&self.updates).enumerate() {
-            let state = optimizer.state().into_iter();
-            tensors.extend(state.map(|(name, tensor)| (format!("{network}/{name}"), tensor)));
-            tensors.insert(format!("{network}/updates"), Tensor::f_from_slice(&[*updates as i64])?);
-        }
-        digest(tensors)
+    pub(crate) fn optimizers_digest(&self, plan: &TaskPlan) -> Result<String, TrainError> {
+        digest(self.optimizer_tensors(plan)?.into_iter().collect())
     }
 
     /// Changes the lowest bit of one weight, for tests of what follows.

@@ -356,7 +356,7 @@ impl<T: Number> Trainer<T> {
     pub(crate) fn compare_replicas(&self) -> Result<String, TrainError> {
         let weights = self.replica.weights_digest()?;
         if self.group.world_size() > 1 {
-            let own = weights.clone() + &self.replica.optimizers_digest()?;
+            let own = weights.clone() + &self.replica.optimizers_digest(&self.plan)?;
             let tag = Tag::new(self.replica.step, 0, TagKind::Digest);
             let all = self.group.all_gather(tag, own.into_bytes())?.wait()?;
             if let Some(mismatch) = Mismatch::find(self.replica.step, &all) {

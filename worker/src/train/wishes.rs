@@ -11,12 +11,14 @@ pub(crate) struct Wishes {
     pub(crate) checkpoint: bool,
     /// To copy the state after this step, for one that wants to join.
     pub(crate) snapshot: bool,
+    /// To have no checkpoint after this step: the one before is still on its way.
+    pub(crate) busy: bool,
     /// Rank 0's: the step up to which the coordinator has been heard to know the records.
     pub(crate) heard: u64,
 }
 
 /// How many numbers wishes are.
-const NUMBERS: usize = 4;
+const NUMBERS: usize = 5;
 
 impl Wishes {
     /// How the generation ends after this step, if it does.
@@ -33,16 +35,17 @@ impl Wishes {
         let flag = |wish: bool| if wish { 1.0 } else { 0.0 };
         // Steps are far below 2^53, and all other shards add zeros.
         let heard = if slot == 0 { self.heard as f64 } else { 0.0 };
-        [flag(self.boundary), flag(self.checkpoint), flag(self.snapshot), heard]
+        [flag(self.boundary), flag(self.checkpoint), flag(self.snapshot), flag(self.busy), heard]
     }
 
     /// Adds the wishes in `sums` of [`Self::to_numbers`].
     pub(crate) fn add(&mut self, sums: &[f64]) {
-        let [boundary, checkpoint, snapshot, heard] =
+        let [boundary, checkpoint, snapshot, busy, heard] =
             std::array::from_fn(|place| sums.get(place).copied().unwrap_or_default());
         self.boundary |= boundary > 0.0;
         self.checkpoint |= checkpoint > 0.0;
         self.snapshot |= snapshot > 0.0;
+        self.busy |= busy > 0.0;
         self.heard = self.heard.max(heard as u64);
     }
 }
@@ -54,7 +57,7 @@ mod tests {
     #[test]
     fn one_ranks_wish_is_everybodys_and_a_checkpoint_outweighs_a_boundary() {
         let first = Wishes { boundary: true, heard: 41, ..Wishes::default() };
-        let second = Wishes { checkpoint: true, ..Wishes::default() };
+        let second = Wishes { checkpoint: true, busy: true, ..Wishes::default() };
         let sum = |wishes: &[(Wishes, usize)]| {
             let mut sums = [0.0; NUMBERS];
             for (wish, slot) in wishes {
@@ -69,6 +72,6 @@ mod tests {
         assert_eq!(sum(&[(first, 0), (first, 1), (none, 0)]).stop(), Some(StopMode::Boundary));
         let all = sum(&[(first, 0), (first, 1), (second, 0)]);
         assert_eq!((all.stop(), all.heard), (Some(StopMode::Checkpoint), 41));
-        assert!(!all.snapshot);
+        assert!(all.busy && !all.snapshot);
     }
 }
