@@ -66,7 +66,9 @@ chaos: build ## Kill, stop and cut off real processes in the midst of jobs (SEED
 	FASHION_MNIST=$$(deploy/setup/fashion-mnist.sh)
 	chaos=(target/release/chaos --json target/chaos.json $(chaos_arguments))
 	# As root in namespaces of its own: whatever ends the run, its processes, mounts and hosts end with it.
-	((EUID)) || chaos=(unshare --mount --pid --fork --kill-child --mount-proc "$${chaos[@]}")
+	isolated=(unshare --mount --pid --fork --kill-child --mount-proc
+	    sh -c 'mkdir -p /run/netns && mount -t tmpfs chaos /run/netns && exec "$$@"' chaos)
+	((EUID)) || chaos=("$${isolated[@]}" "$${chaos[@]}")
 	exec "$${chaos[@]}"
 
 parity-fixtures: libtorch ## Compute the reference values of the parity tests again, with PyTorch

@@ -55,29 +55,33 @@ impl Workload {
     }
 
     /// The job file.
+    ///
+    /// Where all members of a job are replaced, nobody can tell but by its lease that the last membership is over, so
+    /// that is short.
     pub fn job(self, task: Task) -> String {
         let timeout_s = self.timeout().as_secs_f64();
         let collective = format!("[collective]\ntimeout_s = {timeout_s:.1}");
+        let workers = "[workers]\norphan_timeout_s = 15";
         match (self, task) {
             (Self::Small, Task::Classify) => {
                 let job = Job { steps: 400, logical_shards: 8, max_workers: 6, ..Job::default() };
                 let job = Job { width: 16, every_steps: 20, keep: 2, ..job };
-                job.to_string().replace("[collective]", &collective)
+                job.to_string().replace("[collective]", &collective).replace("[workers]", workers)
             }
             (Self::Small, Task::Gan) => {
                 let job = set(&gan(400, SIDE), "logical_shards", "logical_shards = 8");
-                set(&job, "every_steps", "every_steps = 20") + &format!("\n{collective}\n")
+                set(&job, "every_steps", "every_steps = 20") + &format!("\n{collective}\n{workers}\n")
             }
             (Self::Demo, Task::Classify) => {
                 let job = include_str!("../../../jobs/fashion-nin.toml");
                 let job = set(job, "epochs", "steps = 100");
                 let job = set(&job, "test", "");
                 let job = set(&job, "every_steps", "every_steps = 20");
-                job.replace("[collective]", &collective)
+                job.replace("[collective]", &collective).replace("[workers]", workers)
             }
             (Self::Demo, Task::Gan) => {
                 let job = set(include_str!("../../../jobs/fashion-gan.toml"), "epochs", "steps = 300");
-                set(&job, "every_steps", "every_steps = 50") + &format!("\n{collective}\n")
+                set(&job, "every_steps", "every_steps = 50") + &format!("\n{collective}\n{workers}\n")
             }
         }
     }
