@@ -54,8 +54,8 @@ mod tests {
         let tensor = |i: usize| TensorBytes {
             name: format!("layer{i}.weight").into(),
             // Files lay tensors out by type first.
-            dtype: if i % 3 == 0 { "I64" } else { "F32" }.into(),
-            shape: vec![i + 1, if i % 3 == 0 { 1 } else { 2 }].into(),
+            dtype: if i.is_multiple_of(3) { "I64" } else { "F32" }.into(),
+            shape: vec![i + 1, if i.is_multiple_of(3) { 1 } else { 2 }].into(),
             bytes: vec![i as u8; (i + 1) * 8].into(),
         };
         (0..count).map(tensor).collect()

@@ -2,7 +2,7 @@
 //!
 //! The coordinator's core and the workers' membership are the real ones. The network, the disks, the clocks, the
 //! processes around them and the training are modelled here, and everything that a real cluster leaves to chance is drawn
-//! from one seed. [`run`] lives through one seed and returns what became of it; [`judge`] says what must hold meanwhile.
+//! from one seed. [`run`] lives through one seed and returns what became of it; `judge.rs` says what must hold meanwhile.
 
 mod chain;
 mod chaos;
