@@ -24,7 +24,12 @@ impl Core {
         let (running, held) = (register.running, register.held);
         let engagement = running.map(|r| (r.job, r.generation));
         self.workers.connect(worker, session, register, now_ms);
-        if let Some(old) = self.workers.engaged(worker).filter(|old| Some(*old) != engagement) {
+        let before = self.workers.engaged(worker);
+        if let Some(present) = engagement {
+            // First of all, so that it does not count as idle in between.
+            self.workers.engage(worker, present);
+        }
+        if let Some(old) = before.filter(|old| Some(*old) != engagement) {
             self.handle_forgotten(worker, old, running.is_some(), now_ms);
         }
         self.notice_absence(worker, engagement, now_ms);

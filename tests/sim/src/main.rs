@@ -47,6 +47,13 @@ fn all(args: &Args, out: &mut impl Write) -> std::io::Result<ExitCode> {
     for failure in &verdict.failures {
         writeln!(out, "seed {}: {}", failure.plan.seed, failure.breach.as_deref().unwrap_or_default())?;
     }
+    if let Some(first) = verdict.failures.first() {
+        writeln!(
+            out,
+            "all that happens in one: cargo run --release -p lockstep-sim -- --trace {}",
+            first.plan.seed
+        )?;
+    }
     writeln!(
         out,
         "{} seeds in {:.1} s, {} failed; {} events, {} generations, {} steps done again, {:.1} simulated hours",

@@ -562,6 +562,26 @@ fn a_job_that_waits_for_exactly_n_starts_with_n() {
     assert_eq!(world.core.job(J1).unwrap().members.len(), 2);
 }
 
+/// Between the loss of its old work and the return of its other work it once counted as idle, and was started anew.
+#[test]
+fn a_worker_that_comes_back_with_other_work_is_started_only_when_that_has_ended() {
+    let mut world = World::new();
+    world.enroll(1);
+    world.connect(1);
+    world.submit(job(1, 1));
+    world.find(None);
+    world.submit(job(2, 2));
+    world.inbox();
+    world.return_with(1, JobId(2), 7, 0, 3);
+    world.find(None);
+    let generation = Generation(7);
+    let abort = ToWorker::Stop { job: JobId(2), generation, mode: StopMode::Abort };
+    assert_eq!(world.inbox(), [(WorkerId(1), abort)]);
+    world.end(1, JobId(2), 7, stopped(3));
+    world.find(None);
+    assert_eq!(starts(&mut world), [(1, Resumption::Fresh)]);
+}
+
 /// An order of the first process, sent to the second one in the same worker's newer session, once made it step in a
 /// generation that counted as over.
 #[test]
