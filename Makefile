@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help libtorch data nextest build demo test lint bench-step bench-allreduce bench-overlap parity-fixtures deny clean
+.PHONY: help libtorch data nextest build demo test lint bench-step bench-allreduce bench-overlap chaos parity-fixtures deny clean
 
 # An empty LIBTORCH would hide the folder that .cargo/config.toml names.
 ifeq ($(LIBTORCH),)
@@ -11,6 +11,8 @@ endif
 
 WORKERS ?= 2
 coordinator := target/release/coordinator
+chaos_arguments = $(if $(SEED),--seed $(SEED)) $(if $(EVENTS),--events $(EVENTS)) \
+	$(if $(MINUTES),--minutes $(MINUTES)) $(if $(MEAN_S),--mean-s $(MEAN_S)) $(if $(JOBS),--jobs $(JOBS))
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +56,14 @@ bench-allreduce: build ## All-reduce side by side with Gloo (CASES="shm2 wan" fo
 
 bench-overlap: build ## What part of a step waits for other workers
 	@tests/bench/run_overlap.sh
+
+chaos: build ## Kill, stop and cut off real processes in the midst of jobs (SEED=n, EVENTS=n or MINUTES=m, JOBS=small; as root for all)
+	@export FASHION_MNIST
+	FASHION_MNIST=$$(deploy/setup/fashion-mnist.sh)
+	chaos=(target/release/chaos --json target/chaos.json $(chaos_arguments))
+	# As root in namespaces of its own: whatever ends the run, its processes, mounts and hosts end with it.
+	((EUID)) || chaos=(unshare --mount --pid --fork --kill-child --mount-proc "$${chaos[@]}")
+	exec "$${chaos[@]}"
 
 parity-fixtures: libtorch ## Compute the reference values of the parity tests again, with PyTorch
 	@python=$$(deploy/setup/python-torch.sh)

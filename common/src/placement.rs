@@ -26,6 +26,20 @@ impl Placement {
         Self { ends }
     }
 
+    /// Gives rank r the next `sizes[r]` shards.
+    pub fn of_sizes(sizes: &[u32]) -> Self {
+        let ends = sizes.iter().scan(0, |end, size| {
+            *end += size;
+            Some(*end)
+        });
+        Self { ends: ends.collect() }
+    }
+
+    /// How many shards each rank owns.
+    pub fn sizes(&self) -> Vec<u32> {
+        (0..self.world_size()).map(|r| self.range(Rank(r)).len() as u32).collect()
+    }
+
     /// How many ranks there are.
     pub fn world_size(&self) -> u32 {
         self.ends.len() as u32
@@ -59,6 +73,13 @@ impl Placement {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_say_who_owns_what() {
+        let p = Placement::of_sizes(&[3, 0, 1]);
+        assert_eq!((p.sizes(), p.shards(), p.owner(LogicalShard(3))), (vec![3, 0, 1], 4, Some(Rank(2))));
+        assert!(p.is_valid());
+    }
 
     #[test]
     fn even_covers_every_shard_once_with_sizes_one_apart() {

@@ -30,6 +30,7 @@ pub struct Metrics {
     steps: CounterVec,
     samples: CounterVec,
     loss: GaugeVec,
+    straggler: GaugeVec,
     refused: IntCounterVec,
     stale_messages: IntCounter,
     checkpoint_seconds: Histogram,
@@ -55,6 +56,13 @@ impl Metrics {
             )?,
             samples: CounterVec::new(opts("lockstep_samples_total", "Samples in committed steps"), &["job"])?,
             loss: GaugeVec::new(opts("lockstep_loss", "Loss of the newest step"), &["job"])?,
+            straggler: GaugeVec::new(
+                opts(
+                    "lockstep_straggler_ratio",
+                    "How many times the others' median a shard takes a persistently slow rank",
+                ),
+                &["job", "worker"],
+            )?,
             refused: IntCounterVec::new(
                 opts("lockstep_refused_connections_total", "Connections and requests refused"),
                 &["reason"],
@@ -67,13 +75,14 @@ impl Metrics {
             ))?,
             per_job: parking_lot::Mutex::default(),
         };
-        let collectors: [Box<dyn Collector>; 10] = [
+        let collectors: [Box<dyn Collector>; 11] = [
             Box::new(metrics.jobs.clone()),
             Box::new(metrics.workers.clone()),
             Box::new(metrics.generation.clone()),
             Box::new(metrics.steps.clone()),
             Box::new(metrics.samples.clone()),
             Box::new(metrics.loss.clone()),
+            Box::new(metrics.straggler.clone()),
             Box::new(metrics.refused.clone()),
             Box::new(metrics.stale_messages.clone()),
             Box::new(metrics.checkpoint_seconds.clone()),
@@ -125,6 +134,14 @@ impl Metrics {
             let ended = per_job.entry(job.id).or_default();
             *ended = is_final.then(|| ended.unwrap_or(now_ms));
             self.generation.with_label_values(&[job.id.to_string()]).set(job.generation.0 as f64);
+        }
+        // Those of a moment ago need not be stragglers now.
+        self.straggler.reset();
+        for job in core.jobs().filter(|job| job.state == JobState::Running) {
+            for straggler in core.stragglers(job.id) {
+                let labels = [job.id.to_string(), straggler.worker.to_string()];
+                self.straggler.with_label_values(&labels).set(straggler.times);
+            }
         }
         for (state, count) in STATES.iter().zip(by_state) {
             self.jobs.with_label_values(&[state.to_string()]).set(count);

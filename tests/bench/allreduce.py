@@ -1,7 +1,7 @@
 """Runs our all-reduce and PyTorch's Gloo in turn on the same links and prints one table.
 
 In turn (A, B, A, B, ...), because the speed of a machine drifts; medians, because one run may be disturbed.
-Exit code 1 when something could not be measured, and with --strict when a bound is missed.
+Exit code 1 when something failed, and with --strict also when a bound is missed or a case was skipped.
 """
 
 import argparse
@@ -54,6 +54,7 @@ class Case:
     what: str
     bounds: list
     size: int = BUCKET
+    # In all, half of them on each end of a link.
     ranks: int = 2
     link: object = None
     ours: list = field(default_factory=lambda: ["--backend", "quic"])
@@ -63,6 +64,8 @@ class Case:
 
 def cases():
     shm = ["--backend", "shm"]
+    # Shared memory on each host, one flow between them.
+    auto = ["--backend", "auto"]
     bf16 = ["--backend", "quic", "--wire", "bf16"]
     # On two ranks every byte crosses the link once in each direction.
     gigabit = BUCKET * 8 / 1e9 * ETHERNET_FRAME / QUIC_PAYLOAD
@@ -76,6 +79,7 @@ def cases():
         Case("small", "one host, 2 ranks, 4 KiB", [at_most(1 / 10)], size=SMALL, ours=shm),
         Case("veth", "veth, MTU 1500, 25 MiB", [at_most(1.5)], link=lambda: Veth(1500)),
         Case("veth-jumbo", "veth, MTU 9000, 25 MiB", [at_most(1.3)], link=lambda: Veth(9000)),
+        Case("veth-2x2", "veth, MTU 1500, 2 + 2 ranks, 25 MiB", [at_most(1.5)], ranks=4, link=lambda: Veth(1500), ours=auto),
         Case("veth-bf16", "veth, MTU 1500, 25 MiB as bf16", [at_most(0.9)], link=lambda: Veth(1500), ours=bf16),
         Case("jumbo-bf16", "veth, MTU 9000, 25 MiB as bf16", [at_most(0.9)], link=lambda: Veth(9000), ours=bf16),
         Case(
@@ -130,12 +134,13 @@ def ours(arguments, case, link):
     if link is None:
         with started([*command, "--ranks", case.ranks], **PIPES) as process:
             return result_of(process, arguments.limit)["results"]
-    with started(link.inside(0, [*command, "--listen", f"{link.addresses[0]}:0"]), **PIPES) as leader:
+    half = ["--ranks", case.ranks // 2]
+    with started(link.inside(0, [*command, *half, "--listen", f"{link.addresses[0]}:0"]), **PIPES) as leader:
         words = leader.stderr.readline()
         call = re.search(r"--peer (\S+) --secret (\S+)", words)
         if not call:
             raise Failed(words.strip() or "it did not listen")
-        peer = [arguments.worker, "bench", "allreduce", "--peer", call[1]]
+        peer = [arguments.worker, "bench", "allreduce", *half, "--peer", call[1]]
         environment = {**os.environ, "LOCKSTEP_BENCH_SECRET": call[2]}
         with started(link.inside(1, peer), env=environment, stdout=subprocess.DEVNULL):
             return result_of(leader, arguments.limit)["results"]
@@ -148,9 +153,13 @@ def gloo(arguments, case, link):
         with started(command, **PIPES) as process:
             return result_of(process, arguments.limit)["results"]
     address = ["--interface", link.interface, "--address", f"{link.addresses[0]}:{GLOO_PORT}"]
-    with started(link.inside(0, [*command, *address, "--rank", 0]), **PIPES) as first:
-        with started(link.inside(1, [*command, *address, "--rank", 1]), stdout=subprocess.DEVNULL):
-            return result_of(first, arguments.limit)["results"]
+    with contextlib.ExitStack() as others:
+        first = others.enter_context(started(link.inside(0, [*command, *address, "--rank", 0]), **PIPES))
+        for rank in range(1, case.ranks):
+            end = rank * 2 // case.ranks
+            process = started(link.inside(end, [*command, *address, "--rank", rank]), stdout=subprocess.DEVNULL)
+            others.enter_context(process)
+        return result_of(first, arguments.limit)["results"]
 
 
 def measure(arguments, case):
@@ -192,7 +201,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=1.0, help="measured per round and side")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds after which a run has failed")
     parser.add_argument("--json", type=Path, help="also write everything there")
-    parser.add_argument("--strict", action="store_true", help="exit code 1 when a bound is missed")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 when a bound is missed or a case skipped")
     arguments = parser.parse_args()
     by_name = {case.name: case for case in known}
     wanted = arguments.cases.split()
@@ -203,11 +212,12 @@ def main():
     for end in (signal.SIGTERM, signal.SIGINT):
         signal.signal(end, lambda number, _: sys.exit(128 + number))
 
-    record, table, failed, missed = [], [], False, False
+    record, table, failed, missed, skipped = [], [], False, False, False
     for case in (by_name[name] for name in wanted):
         entry = {"case": case.name, "what": case.what}
         record.append(entry)
         reason = why_not(case)
+        skipped |= reason is not None
         if not reason:
             try:
                 mine, theirs = measure(arguments, case)
@@ -234,7 +244,7 @@ def main():
         host = {"machine": platform.machine(), "kernel": platform.release(), "cores": os.cpu_count()}
         host["tcp_congestion_control"] = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
         arguments.json.write_text(json.dumps({"host": host, "cases": record}, indent=1) + "\n")
-    if failed or (missed and arguments.strict):
+    if failed or ((missed or skipped) and arguments.strict):
         sys.exit(1)
 
 

@@ -136,3 +136,11 @@ every_steps = 10
 "#
     )
 }
+
+/// The job file with `line` in place of the one that sets `key`, wherever that is.
+#[track_caller]
+pub fn set(job: &str, key: &str, line: &str) -> String {
+    let is_key = |l: &&str| l.strip_prefix(key).is_some_and(|rest| rest.trim_start().starts_with('='));
+    let old = job.lines().find(is_key).unwrap_or_else(|| panic!("the job has no `{key}`"));
+    job.replacen(old, line, 1)
+}

@@ -4,8 +4,10 @@
 //! generous because the test machine may be busy. Whatever is started dies with the value that stands for it, also
 //! when a test panics.
 
+pub mod chaos;
 pub mod cluster;
 pub mod data;
+pub mod hosts;
 pub mod job;
 pub mod place;
 pub mod process;

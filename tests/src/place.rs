@@ -83,6 +83,11 @@ impl Place {
         self.coordinator(args.into_iter().chain([source.as_os_str()])).ok();
     }
 
+    /// Leaves all files where they are, and says where.
+    pub fn keep(self) -> PathBuf {
+        self.root.keep()
+    }
+
     /// The data directory.
     pub fn dir(&self) -> PathBuf {
         self.root.path().join("data")

@@ -2,15 +2,17 @@
 
 use crate::wait::{PATIENCE, until, within};
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
 use tempfile::TempDir;
 
-/// The path of `coordinator` or `worker` beside the running test.
+/// The path of `coordinator` or `worker` beside the running test or program.
 pub fn program(name: &str) -> PathBuf {
-    let test = std::env::current_exe().expect("the running test has a path");
-    // target/PROFILE/deps/TEST-HASH
-    let profile = test.parent().and_then(Path::parent).expect("the test lies in target/PROFILE/deps");
+    let running = std::env::current_exe().expect("the running program has a path");
+    // target/PROFILE/deps/TEST-HASH or target/PROFILE/PROGRAM
+    let folder = running.parent().expect("the running program lies in a folder");
+    let profile = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
     let program = profile.join(name);
     assert!(program.is_file(), "`{}` is missing: run `cargo build --release` first", program.display());
     program
@@ -83,7 +85,7 @@ impl Process {
             if let Some(found) = look() {
                 return Some(found);
             }
-            if let Some(status) = self.child.try_wait().expect("a child can be waited for") {
+            if let Some(status) = self.status() {
                 // It may have happened just before the end.
                 return Some(look().unwrap_or_else(|| {
                     panic!("{} ended with {status} before {what}:\n{}", self.name, self.stderr())
@@ -97,9 +99,16 @@ impl Process {
     /// Waits until standard error holds `text`.
     #[track_caller]
     pub fn until_stderr(&mut self, text: &str) {
+        self.until_stderr_times(text, 1);
+    }
+
+    /// Waits until standard error holds `text` so many times.
+    #[track_caller]
+    pub fn until_stderr_times(&mut self, text: &str, times: usize) {
         let path = self.output.path().join("stderr");
-        self.until(&format!("the line {text:?}"), || {
-            String::from_utf8_lossy(&std::fs::read(&path).unwrap_or_default()).contains(text).then_some(())
+        self.until(&format!("{times} times {text:?}"), || {
+            let log = std::fs::read(&path).unwrap_or_default();
+            (String::from_utf8_lossy(&log).matches(text).count() >= times).then_some(())
         });
     }
 
@@ -130,10 +139,21 @@ impl Process {
         until("killed processes to be gone", || children.iter().all(|pid| is_gone(*pid)).then_some(()));
     }
 
+    /// How it ended, if it does within `limit`; it is killed otherwise.
+    pub fn wait_for(mut self, limit: Duration) -> Option<Ended> {
+        let status = within(limit, || self.status())?;
+        Some(Ended { status, stdout: self.stdout(), stderr: self.stderr() })
+    }
+
+    /// How it ended, once it has.
+    pub fn status(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("a child can be waited for")
+    }
+
     /// Waits for its end.
     #[track_caller]
     pub fn wait(mut self) -> Ended {
-        let status = within(2 * PATIENCE, || self.child.try_wait().expect("a child can be waited for"));
+        let status = within(2 * PATIENCE, || self.status());
         let status =
             status.unwrap_or_else(|| panic!("{} does not end; its log:\n{}", self.name, self.stderr()));
         Ended { status, stdout: self.stdout(), stderr: self.stderr() }
@@ -190,8 +210,26 @@ pub fn is_gone(pid: u32) -> bool {
     stat(pid).is_none_or(|(state, _)| state == 'Z')
 }
 
+/// Whether a process has been stopped by a signal.
+pub fn is_stopped(pid: u32) -> bool {
+    stat(pid).is_some_and(|(state, _)| state == 'T')
+}
+
+/// The processes whose environment says `name=value`.
+pub fn marked(name: &str, value: &str) -> Vec<u32> {
+    let mark = format!("{name}={value}");
+    let is_marked = |pid: &u32| {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes())
+    };
+    pids().filter(|pid| is_marked(pid) && !is_gone(*pid)).collect()
+}
+
 fn children_of(parent: u32) -> Vec<u32> {
+    pids().filter(|pid| stat(*pid).is_some_and(|(state, ppid)| ppid == parent && state != 'Z')).collect()
+}
+
+fn pids() -> impl Iterator<Item = u32> {
     let entries = std::fs::read_dir("/proc").expect("/proc can be listed");
-    let pids = entries.filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok());
-    pids.filter(|pid| stat(*pid).is_some_and(|(state, ppid)| ppid == parent && state != 'Z')).collect()
+    entries.filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok())
 }

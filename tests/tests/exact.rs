@@ -1,7 +1,7 @@
 //! Invariant 1: the final weights and every step's loss depend on the job file, not on the workers.
 
 use lockstep_tests::data::fashion_mnist;
-use lockstep_tests::job::{Job, gan};
+use lockstep_tests::job::{Job, gan, set};
 use lockstep_tests::place::{Place, SIDE};
 use std::collections::BTreeMap;
 
@@ -134,9 +134,7 @@ fn network_in_network_on_the_real_fashion_mnist_gives_the_same_bits_on_1_and_2_w
         ("test", ""),
         ("warmup_steps", "warmup_steps = 2"),
     ] {
-        let is_key = |l: &&str| l.strip_prefix(key).is_some_and(|rest| rest.trim_start().starts_with('='));
-        let old = job.lines().find(is_key).unwrap_or_else(|| panic!("the demo has no `{key}` any more"));
-        job = job.replacen(&old.to_owned(), line, 1);
+        job = set(&job, key, line);
     }
     let place = || {
         let place = Place::empty();

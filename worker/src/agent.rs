@@ -7,7 +7,9 @@ use crate::identity::{self, Home};
 use crate::kept::Kept;
 use crate::mesh::Mesh;
 use crate::metrics::Metrics;
-use crate::session::{self, Environment, SessionEnd, SessionHandle};
+use crate::network;
+use crate::session::{self, Environment, Origin, SessionEnd, SessionHandle};
+use crate::state::follow::{Follower, Ready};
 use anyhow::{Context, Result, bail};
 use lockstep_common::http::{self, Readiness};
 use lockstep_common::net::{
@@ -15,7 +17,7 @@ use lockstep_common::net::{
     resolve, server_config,
 };
 use lockstep_common::wire::{FrameError, Register, Request, Response, ToWorker, read_frame, write_frame};
-use lockstep_member::{Action, Leave, Member};
+use lockstep_member::{Action, Leave, Member, Start};
 use quinn::{Connection, Endpoint};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -35,12 +37,7 @@ pub(crate) fn join(args: JoinArgs) -> Result<()> {
     if let DeviceArg::Cuda(index) = args.device {
         crate::train::device::enable_cuda(index)?;
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .thread_name("network")
-        .enable_all()
-        .build()
-        .context("cannot start the network threads")?;
+    let runtime = network::runtime()?;
     let result = runtime.block_on(Agent::start(args));
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
@@ -69,7 +66,9 @@ struct Agent {
     /// What to do; the rest of this is how.
     member: Member,
     current: Option<SessionHandle>,
+    follower: Option<Follower>,
     ends: mpsc::UnboundedSender<SessionEnd>,
+    readies: mpsc::UnboundedSender<Ready>,
     /// The zero of the member's clock.
     started: Instant,
     /// How this worker leaves, and since when it has nothing else to do.
@@ -82,11 +81,13 @@ struct Agent {
 struct Events {
     departures: mpsc::Receiver<Departure>,
     ends: mpsc::UnboundedReceiver<SessionEnd>,
+    readies: mpsc::UnboundedReceiver<Ready>,
 }
 
 enum Event {
     Depart(Departure),
     SessionEnded(SessionEnd),
+    Followed(Ready),
     /// The member wants to be told of the time.
     Tick,
 }
@@ -103,6 +104,7 @@ impl Events {
         tokio::select! {
             Some(departure) = self.departures.recv() => Event::Depart(departure),
             Some(end) = self.ends.recv() => Event::SessionEnded(end),
+            Some(ready) = self.readies.recv() => Event::Followed(ready),
             () = tick => Event::Tick,
         }
     }
@@ -148,9 +150,14 @@ impl Agent {
             shards,
             device: args.device,
             threads: threads.max(1) as usize,
+            worker,
             kept: Arc::new(Kept::default()),
         };
+        let (departures, departed) = mpsc::channel(4);
+        watch_for_departure(departures, args.exit_on_stdin_close)?;
         let (ends, ended) = mpsc::unbounded_channel();
+        let (readies, ready) = mpsc::unbounded_channel();
+        let mut events = Events { departures: departed, ends: ended, readies: ready };
         tracing::info!(
             "this is worker {worker} on {}, listening on {}",
             identity::host_name(),
@@ -167,12 +174,14 @@ impl Agent {
             threads,
             member: Member::default(),
             current: None,
+            follower: None,
             ends,
+            readies,
             started: Instant::now(),
             leaves: None,
             orphaned: false,
         };
-        let result = agent.serve(&home, ended).await;
+        let result = agent.serve(&home, &mut events).await;
         agent.endpoint.close(0u32.into(), b"leaving");
         if !agent.orphaned {
             let _ = tokio::time::timeout(Duration::from_secs(1), agent.endpoint.wait_idle()).await;
@@ -181,10 +190,7 @@ impl Agent {
     }
 
     /// Keeps a session with the coordinator until this worker has left.
-    async fn serve(&mut self, home: &Home, ends: mpsc::UnboundedReceiver<SessionEnd>) -> Result<()> {
-        let (departures, departure) = mpsc::channel(4);
-        watch_for_departure(departures, self.args.exit_on_stdin_close)?;
-        let mut events = Events { departures: departure, ends };
+    async fn serve(&mut self, home: &Home, events: &mut Events) -> Result<()> {
         let mut away = false;
         let mut ever_welcome = false;
         loop {
@@ -208,7 +214,7 @@ impl Agent {
                     self.feed.restart();
                     let _ = self.feed.connection.send(Some(connection.clone()));
                     self.member.handle_connected();
-                    let end = self.converse(exchange, &mut events).await;
+                    let end = self.converse(exchange, events).await;
                     self.readiness.set(false);
                     let _ = self.feed.connection.send(None);
                     connection.close(0u32.into(), b"session ended");
@@ -277,6 +283,9 @@ impl Agent {
                 self.current = None;
                 self.member.handle_session_ended(job, generation, outcome, held, now_ms);
             }
+            Event::Followed(Ready { job, generation, position }) => {
+                self.member.handle_followed(job, generation, position);
+            }
             Event::Tick => self.member.handle_tick(now_ms),
         }
         self.act();
@@ -288,7 +297,12 @@ impl Agent {
             match action {
                 Action::Begin { assignment, start } => {
                     let (environment, ends) = (self.environment.clone(), self.ends.clone());
-                    self.current = Some(session::start(environment, *assignment, start, ends));
+                    let origin = match (start, self.follower.take()) {
+                        (Start::Kept, _) => Origin::Kept,
+                        (Start::Followed, Some(follower)) => Origin::Followed(follower),
+                        (Start::Followed, None) | (Start::Elsewhere, _) => Origin::Elsewhere,
+                    };
+                    self.current = Some(session::start(environment, *assignment, origin, ends));
                 }
                 Action::Stop { mode } => {
                     if let Some(session) = &self.current {
@@ -300,7 +314,15 @@ impl Agent {
                         session.abort(&reason);
                     }
                 }
-                Action::Follow(_) | Action::Unfollow => {}
+                Action::Follow(following) => {
+                    let readies = self.readies.clone();
+                    let ready = move |ready| {
+                        // An agent that is gone needs no word.
+                        let _ = readies.send(ready);
+                    };
+                    self.follower = Some(Follower::start(self.environment.clone(), *following, ready));
+                }
+                Action::Unfollow => self.follower = None,
                 Action::Drop => self.environment.kept.clear(),
                 Action::Tell(report) => self.environment.control.tell(report),
                 Action::Leave(how) => self.leaves = Some((how, Instant::now())),

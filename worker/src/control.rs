@@ -43,8 +43,8 @@ struct Queue {
     reports: VecDeque<FromWorker>,
     /// How many of them have been sent in this session.
     sent: usize,
-    /// What is worth telling only while it is new.
-    news: Option<FromWorker>,
+    /// What is worth telling only while it is new, one of a kind.
+    news: Vec<FromWorker>,
     /// The job whose steps were heard last, and the last of those.
     heard: Option<(JobId, u64)>,
 }
@@ -88,7 +88,7 @@ impl ControlFeed {
             let added = self.outbox.added.notified();
             let next = {
                 let mut queue = self.outbox.queue.lock();
-                let news = queue.news.take().map(Outgoing::News);
+                let news = queue.news.pop().map(Outgoing::News);
                 news.or_else(|| queue.reports.get(queue.sent).cloned().map(Outgoing::Report))
             };
             if let Some(outgoing) = next {
@@ -123,7 +123,7 @@ impl ControlFeed {
     pub(crate) fn restart(&self) {
         let mut queue = self.outbox.queue.lock();
         queue.sent = 0;
-        queue.news = None;
+        queue.news.clear();
     }
 
     /// Whether the coordinator has taken care of everything.
@@ -147,10 +147,14 @@ impl Control {
     }
 
     /// Tells the coordinator what counts only while it is new: it is not kept while the coordinator is away, and takes
-    /// the place of older news that is still on the way.
+    /// the place of older news of its kind that is still on the way.
     pub(crate) fn tell_news(&self, news: FromWorker) {
         if self.is_connected() {
-            self.outbox.queue.lock().news = Some(news);
+            let kind = std::mem::discriminant(&news);
+            let mut queue = self.outbox.queue.lock();
+            queue.news.retain(|old| std::mem::discriminant(old) != kind);
+            queue.news.push(news);
+            drop(queue);
             self.outbox.added.notify_one();
         }
     }

@@ -129,6 +129,7 @@ fn report(snapshot: FlightSnapshot) -> FlightReport {
         in_flight: snapshot.in_flight.iter().take(FlightReport::MAX_IN_FLIGHT).map(waiting).collect(),
         in_flight_count: snapshot.in_flight.len() as u32,
         last: snapshot.last.iter().take(FlightReport::MAX_LAST).map(past).collect(),
+        gets_on: snapshot.idle < STUCK,
         failure: snapshot.failure.map(|cause| cause.to_string()),
     };
     report.bounded()

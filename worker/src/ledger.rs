@@ -29,6 +29,16 @@ impl Ledger {
         Self { settled: Some(step), metrics, records: VecDeque::new() }
     }
 
+    /// The same for a rank that was not there: what follows a step was for others to do.
+    pub(crate) fn of_a_newcomer(self) -> Self {
+        Self { settled: None, ..self }
+    }
+
+    /// The same without the steps, which others know better.
+    pub(crate) fn without_records(self) -> Self {
+        Self { records: VecDeque::new(), ..self }
+    }
+
     /// A step is committed.
     pub(crate) fn note(&mut self, record: StepRecord) {
         if self.records.len() == MAX_RECORDS {

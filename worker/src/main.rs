@@ -13,8 +13,11 @@ mod ledger;
 mod mesh;
 mod metrics;
 mod models;
+mod network;
+mod pace;
 mod report;
 mod session;
+mod state;
 mod tasks;
 mod train;
 

@@ -236,7 +236,8 @@ pub struct CollectiveSpec {
     pub backend: Backend,
     /// Gradients per all-reduce, in bytes.
     pub bucket_bytes: u64,
-    /// After how many seconds without progress a collective is given up.
+    /// After how many seconds without progress a collective is given up. A rank of another host of which nothing at all is
+    /// heard, stopped or cut off, is given up after five seconds if this is more.
     pub timeout_s: f64,
     /// The form in which gradients travel.
     pub wire: WireFormat,

@@ -63,13 +63,15 @@ fn usable(interfaces: &[Interface], bound: SocketAddr, facing: Option<IpAddr>) -
     found
 }
 
-/// The key of this host: of its running kernel, this process's network namespace and its user. `None` where the
-/// kernel does not tell.
+/// The key of this host. Equal for two processes exactly if they can share memory: they have one running kernel, one
+/// network namespace, which Unix sockets' names belong to, and one user of one user namespace. `None` where the kernel
+/// does not tell.
 pub fn host_key() -> Option<HostKey> {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-    let namespace = std::fs::metadata("/proc/self/ns/net").ok()?.ino();
-    let user = std::fs::metadata("/proc/self").ok()?.uid();
-    Some(HostKey(format!("{}:{namespace}:{user}", boot.trim())))
+    let namespace = |kind| Some(std::fs::metadata(format!("/proc/self/ns/{kind}")).ok()?.ino());
+    let (network, users) = (namespace("net")?, namespace("user")?);
+    let user = rustix::process::geteuid().as_raw();
+    Some(HostKey(format!("{}:{network}:{users}:{user}", boot.trim())))
 }
 
 #[cfg(test)]
@@ -138,6 +140,6 @@ mod tests {
     fn processes_of_one_host_have_one_key() {
         let key = host_key().unwrap();
         assert_eq!(Some(&key), host_key().as_ref());
-        assert!(key.0.split(':').count() == 3 && !key.0.contains('\n'), "{key:?}");
+        assert!(key.0.split(':').count() == 4 && key.0.chars().all(|c| c.is_ascii_graphic()), "{key:?}");
     }
 }

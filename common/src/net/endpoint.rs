@@ -118,10 +118,13 @@ fn finish_client(mut tls: rustls::ClientConfig) -> Result<ClientConfig, NetError
     Ok(config)
 }
 
-/// Control connections: a silent peer is given up after 6 s, six keep-alives.
+/// How often each side of an idle control connection sends something.
+pub const CONTROL_KEEP_ALIVE: Duration = Duration::from_millis(500);
+
+/// Control connections: a silent peer is given up after 6 s, twelve keep-alives.
 fn transport() -> Result<TransportConfig, NetError> {
     let mut transport = TransportConfig::default();
-    transport.keep_alive_interval(Some(Duration::from_secs(1)));
+    transport.keep_alive_interval(Some(CONTROL_KEEP_ALIVE));
     transport.max_idle_timeout(Some(IdleTimeout::try_from(Duration::from_secs(6)).map_err(bad)?));
     // A worker asks for a few dataset shards at a time; followers of logs hold one stream each.
     transport.max_concurrent_bidi_streams(VarInt::from_u32(256));

@@ -8,6 +8,7 @@
 mod address;
 mod authority;
 mod endpoint;
+mod liveness;
 mod pinned;
 mod request;
 mod reset;
@@ -15,7 +16,8 @@ mod socket;
 
 pub use address::{facing, host_key, interface_addresses, resolve};
 pub use authority::{Authority, Identity, Role, SigningRequest, peer_role};
-pub use endpoint::{ALPN, bind, bind_as, client_config, enrolment_config, server_config};
+pub use endpoint::{ALPN, CONTROL_KEEP_ALIVE, bind, bind_as, client_config, enrolment_config, server_config};
+pub use liveness::process_ended;
 pub use request::{Exchange, connect, explain};
 pub use socket::receive_buffer_bytes;
 

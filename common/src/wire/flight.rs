@@ -13,6 +13,8 @@ pub struct FlightReport {
     pub in_flight_count: u32,
     /// Those that have ended, the newest first. At most [`FlightReport::MAX_LAST`].
     pub last: Vec<PastCollective>,
+    /// Whether something came, or it computed, in the second before.
+    pub gets_on: bool,
     /// The first cause of the group's end, if it has failed.
     pub failure: Option<String>,
 }
@@ -158,6 +160,7 @@ mod tests {
             in_flight: vec![waits; 100],
             in_flight_count: u32::MAX,
             last: vec![past; 1000],
+            gets_on: true,
             failure: Some(long),
         };
         let bytes = encode(&report.bounded()).unwrap().len();

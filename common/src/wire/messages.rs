@@ -506,6 +506,15 @@ pub enum FromWorker {
         /// How far the state is that the worker keeps for the next generation, if it keeps one.
         held: Option<Position>,
     },
+    /// Where this rank's time goes. It is news, as `Flight` is.
+    Pace {
+        /// The job.
+        job: JobId,
+        /// The worker's generation.
+        generation: Generation,
+        /// Its newest steps.
+        pace: Pace,
+    },
     /// The worker has the state of a job that it was told to follow, or will fetch it when it joins: it is ready.
     Following {
         /// The job.
@@ -517,6 +526,32 @@ pub enum FromWorker {
     },
     /// The worker leaves on its own account (a signal).
     Leaving,
+}
+
+/// Where a rank's time went, in the mean over its newest steps.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Pace {
+    /// Over so many steps.
+    pub steps: u32,
+    /// Logical shards that it owns.
+    pub shards: u32,
+    /// Seconds a step of waiting for data.
+    pub data: f64,
+    /// Seconds a step of computing forward, over all of its shards.
+    pub forward: f64,
+    /// Seconds a step of computing backward, over all of its shards.
+    pub backward: f64,
+    /// Seconds a step of waiting for peers that no computing hides.
+    pub comm: f64,
+    /// Seconds a step of the optimizer.
+    pub optimizer: f64,
+}
+
+impl Pace {
+    /// Seconds that one logical shard takes: data, forward and backward.
+    pub fn shard_seconds(&self) -> f64 {
+        (self.data + self.forward + self.backward) / f64::from(self.shards.max(1))
+    }
 }
 
 /// One committed step.
@@ -648,6 +683,23 @@ pub struct JobSummary {
     pub eta_s: Option<u64>,
     /// What its ranks wait for, or waited for when its last generation failed; only in the answer to `Status`.
     pub flight: Option<FlightSummary>,
+    /// Its ranks that are persistently slow.
+    pub stragglers: Vec<Straggler>,
+}
+
+/// A rank that is persistently slow.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Straggler {
+    /// The rank.
+    pub rank: Rank,
+    /// The worker.
+    pub worker: WorkerId,
+    /// Its host's name.
+    pub host: String,
+    /// How many times the median of the others a logical shard takes it.
+    pub times: f64,
+    /// Where its time goes.
+    pub pace: Pace,
 }
 
 /// A worker as lists show it.

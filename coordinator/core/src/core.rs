@@ -1,6 +1,6 @@
 //! The state machine: events in, actions out.
 
-use crate::addresses::{pairing, routes};
+use crate::cause::{Cause, Who};
 use crate::generation::{Live, MemberState};
 use crate::jobs::{Job, Phase};
 use crate::record::{Ending, JobRecord, WorkerRecord};
@@ -8,7 +8,7 @@ use crate::workers::{WorkerView, Workers};
 use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
 use lockstep_common::placement::Placement;
 use lockstep_common::wire::{
-    Assignment, FlightSummary, FromWorker, JobState, Outcome, Peer, Resumption, StopMode, ToWorker,
+    FlightSummary, FromWorker, Held, JobState, Outcome, Position, StopMode, ToWorker,
 };
 use std::collections::{BTreeMap, VecDeque};
 
@@ -19,10 +19,13 @@ pub enum Action {
     PersistJob(Box<JobRecord>),
     /// Make the worker's record durable before going on.
     PersistWorker(WorkerRecord),
-    /// Send to the worker's newest session; nothing happens if it has none.
+    /// Send in this session of the worker; nothing happens if it is over. A later session belongs to a worker that may have
+    /// lost what this is about.
     Send {
         /// To whom.
         worker: WorkerId,
+        /// The session that was its newest when this was decided.
+        session: u64,
         /// What.
         message: ToWorker,
     },
@@ -54,14 +57,28 @@ pub enum Reception {
 /// Patience.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
-    /// How long after the coordinator's start workers of running jobs may take to come back.
+    /// How long after the coordinator's start workers of running jobs may take to come back once others have ended.
     pub restart_grace_ms: u64,
-    /// How long a worker of a running job may be away while the coordinator is there.
+    /// How long a worker of a running job may be away once others have ended.
     pub away_grace_ms: u64,
     /// How long a worker that came back without its work may take to report how that ended.
     pub report_grace_ms: u64,
     /// How long a worker may take to abort.
     pub abort_ms: u64,
+    /// How long a worker that a peer has named as the culprit may take to say its own end.
+    pub accused_ms: u64,
+    /// How long a worker that is away may take to come back once its membership has been aborted.
+    pub rejoin_ms: u64,
+    /// How long a worker that its peers cannot reach, though the coordinator can, is left out of their job.
+    pub bench_ms: u64,
+    /// How long a newcomer that is ready waits for others that are about to be.
+    pub gather_ms: u64,
+    /// How long a leaving worker waits for others that leave at the same time.
+    pub leave_ms: u64,
+    /// Between two changes of a job's placement for the pace of its ranks.
+    pub rebalance_ms: u64,
+    /// Beyond a job's own time: for clocks that differ and packets on their way.
+    pub lease_margin_ms: u64,
     /// After so many failures in a row without getting further a job is given up.
     pub max_fruitless: u32,
 }
@@ -74,7 +91,17 @@ impl Default for Config {
             away_grace_ms: 5_000,
             report_grace_ms: 1_000,
             abort_ms: 20_000,
-            max_fruitless: 5,
+            // A worker that lives says its end in the same millisecond as its peers; half a second is far beyond that.
+            accused_ms: 500,
+            // Two tries of a worker that has just noticed a coordinator's restart.
+            rejoin_ms: 1_000,
+            bench_ms: 10_000,
+            gather_ms: 1_000,
+            // Those who end many workers at once do it within some milliseconds.
+            leave_ms: 100,
+            rebalance_ms: 30_000,
+            lease_margin_ms: 30_000,
+            max_fruitless: 10,
         }
     }
 }
@@ -120,12 +147,15 @@ impl Core {
             last_worker,
             stale_messages: 0,
         };
-        let away = MemberState::Away { until_ms: now_ms + config.restart_grace_ms, restart: true };
+        let away = MemberState::Away { since_ms: now_ms, until_ms: now_ms + config.restart_grace_ms };
         for job in core.jobs.values_mut() {
             if !matches!(job.record.state, JobState::Running | JobState::Stopping) {
                 continue;
             }
-            let live = Live::new(job.record.generation, &job.record.members, &away);
+            let record = &job.record;
+            let even = || Placement::even(record.logical_shards, record.members.len().max(1) as u32);
+            let placement = record.placement.clone().unwrap_or_else(even);
+            let live = Live::new(record.generation, &record.members, placement, &away);
             for member in &live.members {
                 core.workers.engage(member.worker, (job.record.id, live.generation));
             }
@@ -133,7 +163,7 @@ impl Core {
             job.begin_flight(live.generation, hosts.collect());
             job.phase = Phase::Live(live);
         }
-        core.schedule();
+        core.schedule(now_ms);
         core
     }
 }
@@ -176,8 +206,7 @@ impl Core {
     /// Whether `worker` takes part in the job's present membership, which is `generation`, and has not ended.
     pub fn is_current(&self, worker: WorkerId, job: JobId, generation: Generation) -> bool {
         let live = self.jobs.get(&job).and_then(Job::live).filter(|l| l.generation == generation);
-        live.and_then(|l| Some(&l.members[l.rank_of(worker)?].state))
-            .is_some_and(|state| matches!(state, MemberState::Present | MemberState::Away { .. }))
+        live.and_then(|l| Some(&l.members[l.rank_of(worker)?].state)).is_some_and(MemberState::is_open)
     }
 }
 
@@ -213,13 +242,17 @@ impl Core {
             | FromWorker::Log { job, generation, .. }
             | FromWorker::Flight { job, generation, .. }
             | FromWorker::Following { job, generation, .. }
+            | FromWorker::Pace { job, generation, .. }
             | FromWorker::Ended { job, generation, .. } => (*job, *generation),
         };
+        if let FromWorker::Following { position, .. } = &message {
+            self.handle_following(worker, (job, generation), *position, now_ms);
+            return Reception::Current;
+        }
         if !self.is_current(worker, job, generation) {
             self.stale_messages += 1;
-            if matches!(message, FromWorker::Ended { .. }) {
-                self.workers.release(worker, (job, generation));
-                self.schedule();
+            if let FromWorker::Ended { outcome, held, .. } = message {
+                self.handle_late_end(worker, (job, generation), outcome, held, now_ms);
             }
             return Reception::Stale;
         }
@@ -235,7 +268,8 @@ impl Core {
                 }
                 self.persist(job);
             }
-            FromWorker::Ended { outcome, .. } => {
+            FromWorker::Ended { outcome, held, .. } => {
+                self.note_held(worker, (job, generation), held);
                 self.handle_ended(worker, (job, generation), outcome, now_ms)
             }
             FromWorker::Flight { report, .. } => {
@@ -246,9 +280,57 @@ impl Core {
                     board.handle_report(rank, report, now_ms);
                 }
             }
+            FromWorker::Pace { pace, .. } => self.handle_pace(worker, job, pace, now_ms),
             FromWorker::Log { .. } | FromWorker::Leaving | FromWorker::Following { .. } => {}
         }
         Reception::Current
+    }
+
+    /// What a worker that has ended keeps for the next membership.
+    fn note_held(
+        &mut self,
+        worker: WorkerId,
+        (job, generation): (JobId, Generation),
+        held: Option<Position>,
+    ) {
+        let held = held.map(|position| Held { job, generation, position });
+        self.workers.set_held(worker, held);
+        if let (Some(held), Some(known)) = (held, self.jobs.get_mut(&job)) {
+            known.record.step = known.record.step.max(held.position.step);
+        }
+    }
+
+    /// The end of a rank that was not waited for any longer. It may be what shows that its membership is over.
+    fn handle_late_end(
+        &mut self,
+        worker: WorkerId,
+        engagement: (JobId, Generation),
+        outcome: Outcome,
+        held: Option<Position>,
+        now_ms: u64,
+    ) {
+        let (id, generation) = engagement;
+        self.workers.release(worker, engagement);
+        let started = self.jobs.get(&id).map(|j| j.record.started);
+        if started == Some(generation) {
+            self.note_held(worker, engagement, held);
+        } else if held.is_some() {
+            self.send(worker, ToWorker::Release { job: id });
+        }
+        if let Some(live) =
+            self.jobs.get_mut(&id).and_then(Job::live_mut).filter(|l| l.generation == generation)
+            && let Some(rank) = live.rank_of(worker)
+            && matches!(live.members[rank].state, MemberState::Gone(_))
+        {
+            live.members[rank].state = MemberState::Ended(outcome);
+            self.settle(id, now_ms);
+        }
+        self.schedule(now_ms);
+    }
+
+    /// A member of the job's present membership as logs name it.
+    pub(crate) fn who(&self, worker: WorkerId, rank: usize) -> Who {
+        Who { rank: Rank(rank as u32), worker, host: self.workers.host(worker).to_owned() }
     }
 
     fn handle_ended(
@@ -259,15 +341,17 @@ impl Core {
         now_ms: u64,
     ) {
         let id = engagement.0;
+        let accused_until = now_ms + self.config.accused_ms;
         self.workers.release(worker, engagement);
-        let host = self.workers.host(worker).to_owned();
+        let Some(rank) = self.jobs.get(&id).and_then(Job::live).and_then(|l| l.rank_of(worker)) else {
+            return;
+        };
+        let who = self.who(worker, rank);
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        let Some(rank) = job.live().and_then(|l| l.rank_of(worker)) else { return };
-        let who = format!("rank {rank} ({worker} on {host})");
         if let Some(live) = job.live_mut() {
             live.members[rank].state = MemberState::Ended(outcome.clone());
         }
-        let lost = |reason| Ending::Recover { reason, planned: false };
+        let next = |cause| Ending::Next { cause, mode: StopMode::Abort };
         match outcome {
             Outcome::Finished { weights_digest, step, epoch, metrics } => {
                 if rank == 0 {
@@ -277,42 +361,51 @@ impl Core {
                     job.record.take_in(metrics);
                     self.persist(id);
                 }
-                self.settle(id);
+                self.settle(id, now_ms);
             }
             Outcome::Stopped { step } => {
                 let told = job.live().is_some_and(|l| l.stop.is_some());
                 job.record.step = job.record.step.max(step);
                 self.log(id, format!("{who} stopped after step {step}"));
                 if told {
-                    self.settle(id);
+                    self.settle(id, now_ms);
                 } else {
                     // It was told to by its host. All ranks stop at the same step, so the others will too.
-                    let reason = format!("{who} stopped on its own account");
-                    self.begin_ending(id, lost(reason), StopMode::Checkpoint, now_ms);
+                    let ending =
+                        Ending::Next { cause: Cause::StoppedByItself { who }, mode: StopMode::Boundary };
+                    self.begin_ending(id, ending, now_ms);
                 }
             }
             Outcome::Lost { error, culprit } => {
+                if let Some(accused) = culprit.filter(|c| c.index() != rank)
+                    && let Some(member) = job.live_mut().and_then(|l| l.members.get_mut(accused.index()))
+                {
+                    member.accusers += 1;
+                    member.accused_until_ms.get_or_insert(accused_until);
+                }
                 let blamed = culprit.map(|c| format!(", caused by {c}")).unwrap_or_default();
                 self.log(id, format!("{who} lost its peers: {error}{blamed}"));
-                self.begin_ending(id, lost(format!("{who}: {error}")), StopMode::Abort, now_ms);
+                self.begin_ending(id, next(Cause::PeersLost { who, error }), now_ms);
             }
             Outcome::Failed { error } => {
                 self.log(id, format!("{who} failed: {error}"));
                 let error = format!("{who}: {error}");
-                self.begin_ending(id, Ending::Fail { error }, StopMode::Abort, now_ms);
+                self.begin_ending(id, Ending::Fail { error }, now_ms);
             }
         }
     }
 
     fn handle_leaving(&mut self, worker: WorkerId, now_ms: u64) {
         self.workers.leaving(worker);
+        self.workers.unfollow(worker);
         let Some((job, generation)) = self.workers.engaged(worker) else { return };
         if self.is_current(worker, job, generation) {
-            let reason = format!("{worker} on {} leaves", self.workers.host(worker));
-            self.begin_ending(job, Ending::Recover { reason, planned: true }, StopMode::Checkpoint, now_ms);
+            if let Some(known) = self.jobs.get_mut(&job) {
+                known.leave_at_ms.get_or_insert(now_ms + self.config.leave_ms);
+            }
         } else {
             self.drop_reservation(job);
-            self.schedule();
+            self.schedule(now_ms);
         }
     }
 
@@ -322,55 +415,6 @@ impl Core {
             known.record.checkpoint = Some(step);
             known.record.step = known.record.step.max(step);
             self.persist(job);
-        }
-    }
-
-    /// The answer to [`Action::FindCheckpoint`]: the step of the newest good checkpoint, or why none can be looked for.
-    pub fn handle_checkpoint_found(
-        &mut self,
-        id: JobId,
-        generation: Generation,
-        found: Result<Option<u64>, String>,
-    ) {
-        let Some(job) = self.jobs.get_mut(&id).filter(|j| j.record.generation == generation) else { return };
-        let Phase::Reserved(workers) = &job.phase else { return };
-        let workers = workers.clone();
-        let step = match found {
-            Ok(step) => step,
-            Err(error) => {
-                job.record.state = JobState::Failed;
-                job.record.reason.clone_from(&error);
-                self.log(id, format!("failed: {error}"));
-                self.drop_reservation(id);
-                self.persist(id);
-                self.schedule();
-                return;
-            }
-        };
-        let names: Vec<_> = workers.iter().map(|w| format!("{w} on {}", self.workers.host(*w))).collect();
-        let record = &mut job.record;
-        record.state = JobState::Running;
-        record.reason = "its workers step".to_owned();
-        record.members.clone_from(&workers);
-        record.checkpoint = step;
-        record.step = step.unwrap_or(0);
-        record.weights_digest = None;
-        let from =
-            step.map_or_else(|| "the initial weights".to_owned(), |s| format!("the checkpoint of step {s}"));
-        let line = format!("{generation} starts from {from} on {}", names.join(", "));
-        job.phase = Phase::Live(Live::new(generation, &workers, &MemberState::Present));
-        let hosts = workers.iter().map(|w| (*w, self.workers.host(*w).to_owned()));
-        job.begin_flight(generation, hosts.collect());
-        self.log(id, line);
-        if workers.len() > 1 {
-            let named = names.into_iter().zip(workers.iter().map(|w| self.workers.register(*w)));
-            pairing(&named.collect::<Vec<_>>()).into_iter().for_each(|line| self.log(id, line));
-        }
-        self.persist(id);
-        let resume = step.map_or(Resumption::Fresh, |step| Resumption::Checkpoint { step });
-        for assignment in self.assignments(id, generation, &workers, resume) {
-            let worker = workers[assignment.rank.index()];
-            self.send(worker, ToWorker::Start(Box::new(assignment)));
         }
     }
 }
@@ -387,48 +431,14 @@ impl Core {
     }
 
     pub(crate) fn send(&mut self, worker: WorkerId, message: ToWorker) {
-        self.actions.push_back(Action::Send { worker, message });
+        if let Some(session) = self.workers.session(worker) {
+            self.actions.push_back(Action::Send { worker, session, message });
+        }
     }
 
     pub(crate) fn persist(&mut self, id: JobId) {
         if let Some(job) = self.jobs.get(&id) {
             self.actions.push_back(Action::PersistJob(Box::new(job.record.clone())));
         }
-    }
-
-    fn assignments(
-        &self,
-        id: JobId,
-        generation: Generation,
-        workers: &[WorkerId],
-        resume: Resumption,
-    ) -> Vec<Assignment> {
-        let Some(record) = self.job(id) else { return Vec::new() };
-        let ranked = || workers.iter().zip(0..).map(|(w, r)| (*w, Rank(r)));
-        let register = |worker| self.workers.register(worker);
-        let peer = |from: WorkerId, to: WorkerId, rank| {
-            let routes = register(from).zip(register(to)).map(|(from, to)| routes(from, to));
-            Peer {
-                rank,
-                worker: to,
-                host: self.workers.host(to).to_owned(),
-                device: register(to).map(|r| r.device.clone()).unwrap_or_default(),
-                host_key: register(to).and_then(|r| r.host_key.clone()),
-                addresses: routes.unwrap_or_default().into_iter().map(|route| route.address).collect(),
-            }
-        };
-        ranked()
-            .map(|(worker, rank)| Assignment {
-                job: id,
-                generation,
-                rank,
-                placement: Placement::even(record.logical_shards, workers.len() as u32),
-                peers: ranked().map(|(to, rank)| peer(worker, to, rank)).collect(),
-                file: record.file.clone(),
-                toml: record.toml.clone(),
-                datasets: record.datasets.clone(),
-                resume: resume.clone(),
-            })
-            .collect()
     }
 }

@@ -4,7 +4,7 @@ use lockstep_common::ids::{JobId, WorkerId};
 use std::fmt;
 
 /// A job in the queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Waiting {
     /// The job.
     pub job: JobId,
@@ -12,6 +12,11 @@ pub struct Waiting {
     pub min: u32,
     /// It takes no more workers.
     pub max: u32,
+    /// Workers that have its state in memory or are about to, in ascending order. If they suffice it starts on them alone:
+    /// others would have to be waited for, and can join while it runs.
+    pub kept: Vec<WorkerId>,
+    /// Workers that it does not take.
+    pub barred: Vec<WorkerId>,
 }
 
 /// What becomes of a waiting job.
@@ -58,21 +63,26 @@ impl fmt::Display for WaitReason {
 /// First come, first served, and all or nothing: a job takes its workers at once, up to its maximum. A later job never
 /// overtakes one that waits, so that a job that needs many workers is not starved by small ones.
 pub fn decide(queue: &[Waiting], idle: &[WorkerId]) -> Vec<(JobId, Decision)> {
-    let mut free = idle;
+    let mut free = idle.to_vec();
     let mut waiting = 0;
     let mut decisions = Vec::with_capacity(queue.len());
     for job in queue {
-        let count = free.len().min(job.max as usize);
+        let usable: Vec<_> = free.iter().copied().filter(|w| !job.barred.contains(w)).collect();
+        let others = usable.iter().copied().filter(|w| !job.kept.contains(w));
+        let (min, max) = (job.min.max(1) as usize, job.max as usize);
+        let chosen: Vec<_> = match job.kept.len() {
+            enough if enough >= min => job.kept.iter().copied().take(max).collect(),
+            _ => job.kept.iter().copied().chain(others).take(max).collect(),
+        };
         let decision = if waiting > 0 {
             waiting += 1;
             Decision::Wait(WaitReason::Behind { position: waiting })
-        } else if count == 0 || count < job.min as usize {
+        } else if chosen.len() < min {
             waiting = 1;
-            Decision::Wait(WaitReason::Workers { needed: job.min, free: free.len() as u32 })
+            Decision::Wait(WaitReason::Workers { needed: job.min, free: chosen.len() as u32 })
         } else {
-            let (taken, rest) = free.split_at(count);
-            free = rest;
-            Decision::Start(taken.to_vec())
+            free.retain(|w| !chosen.contains(w));
+            Decision::Start(chosen)
         };
         decisions.push((job.job, decision));
     }
@@ -85,8 +95,7 @@ mod tests {
 
     /// The decisions for jobs (min, max) and idle workers, in words.
     fn check(jobs: &[(u32, u32)], idle: &[u64], expected: &[&str]) {
-        let queue: Vec<_> =
-            jobs.iter().zip(1..).map(|(&(min, max), n)| Waiting { job: JobId(n), min, max }).collect();
+        let queue: Vec<_> = jobs.iter().zip(1..).map(|(&(min, max), n)| waiting(n, min, max)).collect();
         let idle: Vec<_> = idle.iter().copied().map(WorkerId).collect();
         let words: Vec<_> = decide(&queue, &idle)
             .into_iter()
@@ -99,6 +108,21 @@ mod tests {
             })
             .collect();
         assert_eq!(words, expected);
+    }
+
+    fn waiting(job: u64, min: u32, max: u32) -> Waiting {
+        Waiting { job: JobId(job), min, max, kept: Vec::new(), barred: Vec::new() }
+    }
+
+    #[test]
+    fn a_job_goes_on_with_those_that_have_its_state_and_takes_others_only_if_they_are_too_few() {
+        let idle = [1, 2, 3, 4].map(WorkerId);
+        let kept = |min| Waiting { kept: vec![WorkerId(2), WorkerId(3)], ..waiting(1, min, 4) };
+        let start = |workers: &[u64]| Decision::Start(workers.iter().copied().map(WorkerId).collect());
+        assert_eq!(decide(&[kept(2)], &idle)[0].1, start(&[2, 3]));
+        assert_eq!(decide(&[kept(3)], &idle)[0].1, start(&[2, 3, 1, 4]));
+        let barred = Waiting { barred: vec![WorkerId(1)], ..kept(3) };
+        assert_eq!(decide(&[barred], &idle)[0].1, start(&[2, 3, 4]));
     }
 
     #[test]

@@ -46,6 +46,8 @@ struct Waiter<'a> {
     rank: u32,
     collective: &'a InFlight,
     waits_ms: u64,
+    /// Whether something came all the same.
+    gets_on: bool,
 }
 
 /// Getters
@@ -121,7 +123,12 @@ impl Board {
             _ => format!("{} wait", words::ranks(&who)),
         };
         let (worker, host) = &self.members[rank as usize];
-        let verb = if entered { "stopped in" } else { "has not entered" };
+        let gets_on = self.told[rank as usize].as_ref().is_some_and(|told| told.gets_on(now_ms));
+        let verb = match (entered, gets_on) {
+            (true, true) => "is still in",
+            (true, false) => "stopped in",
+            (false, _) => "has not entered",
+        };
         let seconds = waits_ms / 1000;
         let word = self.last_word(rank, waits_ms, now_ms);
         let line = format!("rank {rank} ({worker} on {host}) {verb} {name}; {who} {seconds} s; {word}");
@@ -189,6 +196,11 @@ impl Told {
         collective.waits_ms.saturating_add(since)
     }
 
+    /// Whether it got on when it told this, which is not long ago: a rank that waits tells so every second.
+    fn gets_on(&self, now_ms: u64) -> bool {
+        self.report.gets_on && self.age_ms(now_ms) < 2 * WAIT_MS && self.report.failure.is_none()
+    }
+
     /// The newest collective that was completed, and how long before the report.
     fn completed(&self) -> Option<(&str, u64)> {
         self.report.last.iter().find(|c| c.completed).map(|c| (c.name.as_str(), c.ago_ms))
@@ -200,17 +212,19 @@ impl Told {
         let failed = self.report.failure.is_some();
         let waits = |c: &&InFlight| !c.missing.is_empty() && (failed || c.waits_ms >= WAIT_MS);
         let collective = self.report.in_flight.iter().find(waits)?;
-        Some(Waiter { rank, collective, waits_ms: self.waits_ms(collective, now_ms) })
+        let (waits_ms, gets_on) = (self.waits_ms(collective, now_ms), self.gets_on(now_ms));
+        Some(Waiter { rank, collective, waits_ms, gets_on })
     }
 }
 
-/// Everybody who is waited for waits too: a connection between them is cut, or their programs have parted.
+/// Everybody who is waited for waits too: the link between them is slow, or cut, or their programs have parted.
 fn circular(waiter: &Waiter<'_>, waiters: &[Waiter<'_>]) -> Cause {
     let name = &waiter.collective.name;
     let missing: Vec<_> = waiter.collective.missing.iter().map(|m| m.rank.0).collect();
     let elsewhere = waiters.iter().find(|w| missing.contains(&w.rank) && w.collective.name != *name);
     let but = match elsewhere {
         Some(other) => format!("rank {} is in {}", other.rank, other.collective.name),
+        None if waiter.gets_on => "they are in it too, and something comes through: a slow link".to_owned(),
         None => "they are in it too: nothing comes through between them".to_owned(),
     };
     let (rank, seconds) = (waiter.rank, waiter.waits_ms / 1000);
@@ -255,7 +269,12 @@ mod tests {
                     .collect(),
             })
             .collect();
-        FlightReport { in_flight_count: in_flight.len() as u32, in_flight, last: vec![past], failure: None }
+        FlightReport {
+            in_flight_count: in_flight.len() as u32,
+            in_flight,
+            last: vec![past],
+            ..FlightReport::default()
+        }
     }
 
     fn waiting(board: &Board, now_ms: u64) -> Vec<String> {
@@ -319,6 +338,20 @@ mod tests {
         assert!(
             waiting(&board, 0)[1].ends_with("for rank 1; rank 1 is in gradient bucket 2 of step 41, phase 0")
         );
+    }
+
+    #[test]
+    fn a_slow_link_is_not_told_as_a_standstill() {
+        let moving = |in_flight| FlightReport { gets_on: true, ..report(in_flight) };
+        let mut board = board(2);
+        board.handle_report(0, moving(&[(BUCKET_3, 3_000, &[-1])]), 0);
+        board.handle_report(1, moving(&[(BUCKET_3, 4_000, &[-0])]), 0);
+        let slow = "they are in it too, and something comes through: a slow link";
+        assert!(waiting(&board, 0).iter().all(|line| line.ends_with(slow)), "{:?}", waiting(&board, 0));
+        assert!(waiting(&board, 2_000)[0].ends_with("nothing comes through between them"));
+        board.handle_report(1, moving(&[]), 2_000);
+        assert!(waiting(&board, 2_000)[0].starts_with("rank 1 (w2 on host2) is still in gradient bucket 3"));
+        assert!(waiting(&board, 4_000)[0].starts_with("rank 1 (w2 on host2) stopped in gradient bucket 3"));
     }
 
     #[test]

@@ -3,9 +3,11 @@
 use crate::core::{Action, Core};
 use crate::flight::Board;
 use crate::generation::Live;
+use crate::pace::Paces;
 use crate::record::{Ending, JobRecord, NewJob};
 use lockstep_common::ids::{Generation, JobId, WorkerId};
-use lockstep_common::wire::{FlightSummary, JobState, StepRecord, StopMode};
+use lockstep_common::wire::{FlightSummary, JobState, StepRecord};
+use std::collections::BTreeMap;
 use thiserror::Error;
 
 /// Why a command was refused.
@@ -50,11 +52,32 @@ pub(crate) struct Job {
     pub(crate) flight: Option<Board>,
     /// Where they were when the membership before it failed, until the job steps again.
     pub(crate) failed_flight: Option<Board>,
+    /// How fast the ranks of the present membership are.
+    pub(crate) paces: Paces,
+    /// Before this no rank is given other shards for its pace.
+    pub(crate) rebalance_from_ms: u64,
+    /// How many shards each worker is to own in the next membership, if it has the same workers.
+    pub(crate) wanted: Option<Vec<(WorkerId, u32)>>,
+    /// When the members that are being shut down are let go.
+    pub(crate) leave_at_ms: Option<u64>,
+    /// Workers that its other workers could not reach, and until when they are left out.
+    pub(crate) benched: BTreeMap<WorkerId, u64>,
 }
 
 impl Job {
     pub(crate) fn new(record: JobRecord) -> Self {
-        Self { record, phase: Phase::Idle, pace_s: None, flight: None, failed_flight: None }
+        Self {
+            record,
+            phase: Phase::Idle,
+            pace_s: None,
+            flight: None,
+            failed_flight: None,
+            paces: Paces::new(0),
+            rebalance_from_ms: 0,
+            wanted: None,
+            leave_at_ms: None,
+            benched: BTreeMap::new(),
+        }
     }
 
     pub(crate) fn live(&self) -> Option<&Live> {
@@ -73,6 +96,7 @@ impl Job {
 
     /// A membership of `members`, with their hosts, is at work.
     pub(crate) fn begin_flight(&mut self, generation: Generation, members: Vec<(WorkerId, String)>) {
+        self.paces = Paces::new(members.len());
         let old = self.flight.replace(Board::new(generation, members));
         self.failed_flight = old.filter(Board::has_failed).or(self.failed_flight.take());
     }
@@ -93,10 +117,11 @@ impl Job {
         self.record.state == JobState::Queued && matches!(self.phase, Phase::Idle)
     }
 
-    /// Smallest and largest membership as of now.
-    pub(crate) fn range(&self) -> (u32, u32) {
+    /// Smallest and largest membership as of now; `kept` says whether some worker has its state in memory.
+    pub(crate) fn range(&self, kept: bool) -> (u32, u32) {
         match self.record.wait_for {
-            Some(n) => (n, n),
+            Some(n) if !kept => (n, n),
+            Some(n) => (self.record.min_workers.min(n), n),
             None => (self.record.min_workers, self.record.max_workers),
         }
     }
@@ -125,22 +150,22 @@ impl Core {
         self.actions.push_back(Action::PersistJob(Box::new(record.clone())));
         self.log(id, format!("submitted as {id} `{}`", record.name));
         self.jobs.insert(id, Job::new(record));
-        self.schedule();
+        self.schedule(now_ms);
         id
     }
 
     /// Ends a job without a checkpoint.
     pub fn cancel(&mut self, id: JobId, now_ms: u64) -> Result<(), CommandError> {
-        self.halt(id, Ending::Cancel, StopMode::Abort, JobState::Cancelled, "cancelled", now_ms)
+        self.halt(id, Ending::Cancel, JobState::Cancelled, "cancelled", now_ms)
     }
 
     /// Stops a job with a checkpoint and frees its workers.
     pub fn pause(&mut self, id: JobId, now_ms: u64) -> Result<(), CommandError> {
-        self.halt(id, Ending::Pause, StopMode::Checkpoint, JobState::Paused, "paused", now_ms)
+        self.halt(id, Ending::Pause, JobState::Paused, "paused", now_ms)
     }
 
     /// Puts a paused job back in the queue, at the place that its number gives it.
-    pub fn resume(&mut self, id: JobId) -> Result<(), CommandError> {
+    pub fn resume(&mut self, id: JobId, now_ms: u64) -> Result<(), CommandError> {
         let job = self.jobs.get_mut(&id).ok_or(CommandError::UnknownJob(id))?;
         if job.record.state != JobState::Paused {
             return Err(CommandError::NotNow { job: id, state: job.record.state, verb: "resumed" });
@@ -148,15 +173,15 @@ impl Core {
         job.record.state = JobState::Queued;
         self.log(id, "put back in the queue".to_owned());
         self.persist(id);
-        self.schedule();
+        self.schedule(now_ms);
         Ok(())
     }
 
     /// Makes the job wait for exactly this many workers, or for its own range again.
-    pub fn set_wait_for(&mut self, id: JobId, workers: Option<u32>) -> Result<(), CommandError> {
+    pub fn set_wait_for(&mut self, id: JobId, workers: Option<u32>, now_ms: u64) -> Result<(), CommandError> {
         self.jobs.get_mut(&id).ok_or(CommandError::UnknownJob(id))?.record.wait_for = workers;
         self.persist(id);
-        self.schedule();
+        self.schedule(now_ms);
         Ok(())
     }
 
@@ -164,7 +189,6 @@ impl Core {
         &mut self,
         id: JobId,
         ending: Ending,
-        mode: StopMode,
         rest: JobState,
         verb: &'static str,
         now_ms: u64,
@@ -178,7 +202,7 @@ impl Core {
         let live = job.live().is_some();
         self.log(id, format!("to be {verb} by an operator"));
         if live {
-            self.begin_ending(id, ending, mode, now_ms);
+            self.begin_ending(id, ending, now_ms);
             return Ok(());
         }
         self.drop_reservation(id);
@@ -187,7 +211,7 @@ impl Core {
             job.record.reason = format!("{verb} by an operator");
         }
         self.persist(id);
-        self.schedule();
+        self.schedule(now_ms);
         Ok(())
     }
 }

@@ -6,19 +6,25 @@
 //! core knows neither sockets, files, clocks nor randomness, so that any sequence of events can be tried on it.
 
 mod addresses;
+mod cause;
 mod core;
 mod decide;
 mod flight;
 mod generation;
 mod jobs;
+mod joining;
+mod pace;
 mod presence;
 mod record;
 mod recovery;
+mod start;
+mod stragglers;
 mod words;
 mod workers;
 
 pub use crate::core::{Action, Config, Core, Reception, Restored};
 pub use addresses::{Route, Way, routes};
+pub use cause::{Cause, Gone, StartReason, Who};
 pub use decide::{Decision, WaitReason, Waiting, decide};
 pub use jobs::CommandError;
 pub use record::{Ending, JobRecord, NewJob, WorkerRecord};

@@ -1,7 +1,8 @@
 //! Who is there: sessions that open and end, and patience that runs out.
 
+use crate::cause::{Cause, Gone};
 use crate::core::Core;
-use crate::generation::MemberState;
+use crate::generation::{Live, MemberState};
 use crate::jobs::{CommandError, Job, Phase};
 use crate::record::Ending;
 use lockstep_common::ids::{Generation, JobId, WorkerId};
@@ -20,23 +21,33 @@ impl Core {
         if !self.workers.knows(worker) {
             return Err(CommandError::UnknownWorker(worker));
         }
-        let running = register.running;
+        let (running, held) = (register.running, register.held);
         let engagement = running.map(|r| (r.job, r.generation));
         self.workers.connect(worker, session, register, now_ms);
         if let Some(old) = self.workers.engaged(worker).filter(|old| Some(*old) != engagement) {
             self.handle_forgotten(worker, old, running.is_some(), now_ms);
         }
+        self.notice_absence(worker, engagement, now_ms);
         if let Some(running) = running {
             self.handle_return(worker, (running.job, running.generation), running.step);
         }
-        self.schedule();
+        if let Some(held) = held
+            && self
+                .jobs
+                .get(&held.job)
+                .is_none_or(|j| j.record.state.is_final() || j.record.started != held.generation)
+        {
+            self.workers.set_held(worker, None);
+            self.send(worker, ToWorker::Release { job: held.job });
+        }
+        self.schedule(now_ms);
         Ok(())
     }
 
     /// A worker that was in `old` has come back without it.
     fn handle_forgotten(&mut self, worker: WorkerId, old: (JobId, Generation), elsewhere: bool, now_ms: u64) {
         if elsewhere {
-            self.handle_member_lost(worker, old, "came back with other work", false, now_ms);
+            self.handle_member_lost(worker, old, Gone::Elsewhere, now_ms);
             return;
         }
         let until_ms = now_ms + self.config.report_grace_ms;
@@ -48,11 +59,30 @@ impl Core {
                 let state = live.rank_of(worker).map(|rank| &mut live.members[rank].state);
                 if let Some(state @ (MemberState::Present | MemberState::Away { .. })) = state {
                     // Its last report may still be on the way.
-                    let restart = matches!(state, MemberState::Away { restart: true, .. });
-                    *state = MemberState::Away { until_ms, restart };
+                    *state = MemberState::Forgotten { until_ms };
                 }
             }
             _ => self.workers.release(worker, old),
+        }
+    }
+
+    /// A worker has come back, and is in the middle of nothing but `engagement`: where it could not be reached, it is known
+    /// now not to be at work any more, once its last report has had time to come.
+    fn notice_absence(&mut self, worker: WorkerId, engagement: Option<(JobId, Generation)>, now_ms: u64) {
+        let until_ms = now_ms + self.config.report_grace_ms;
+        for (id, job) in &mut self.jobs {
+            let Some(live) = job.live_mut().filter(|l| Some((*id, l.generation)) != engagement) else {
+                continue;
+            };
+            if let Some(rank) = live.rank_of(worker)
+                && match live.members[rank].state {
+                    MemberState::Away { .. } => true,
+                    MemberState::Gone(how) => !how.is_certain(),
+                    _ => false,
+                }
+            {
+                live.members[rank].state = MemberState::Forgotten { until_ms };
+            }
         }
     }
 
@@ -81,59 +111,57 @@ impl Core {
         self.log(job, format!("{worker} is back at step {step}"));
     }
 
-    /// A session has ended. An older one than the worker's newest does not matter.
-    pub fn handle_disconnected(&mut self, worker: WorkerId, session: u64, now_ms: u64) {
+    /// A session has ended. An older one than the worker's newest does not matter. `process_ended` says that the worker's
+    /// host has told that nobody holds its port any more.
+    pub fn handle_disconnected(&mut self, worker: WorkerId, session: u64, process_ended: bool, now_ms: u64) {
         if !self.workers.disconnect(worker, session, now_ms) {
             return;
         }
-        let Some(engagement) = self.workers.engaged(worker) else { return };
+        let Some(engagement) = self.workers.engaged(worker) else { return self.schedule(now_ms) };
         let until_ms = now_ms + self.config.away_grace_ms;
-        if self.is_current(worker, engagement.0, engagement.1)
+        if !process_ended
+            && self.is_current(worker, engagement.0, engagement.1)
             && let Some(job) = self.jobs.get_mut(&engagement.0)
             && job.record.ending.is_none()
             && let Some(live) = job.live_mut()
             && let Some(rank) = live.rank_of(worker)
         {
-            live.members[rank].state = MemberState::Away { until_ms, restart: false };
+            live.members[rank].state = MemberState::Away { since_ms: now_ms, until_ms };
             return;
         }
-        self.handle_member_lost(worker, engagement, "lost its connection", false, now_ms);
-        self.schedule();
+        let how = if process_ended { Gone::ProcessEnded } else { Gone::Unreachable };
+        self.handle_member_lost(worker, engagement, how, now_ms);
+        self.schedule(now_ms);
     }
 
     /// Time passes: who has been away or deaf for too long is lost.
     pub fn handle_tick(&mut self, now_ms: u64) {
-        let (mut lost, mut dismissed, mut waits) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut lost, mut waits) = (Vec::new(), Vec::new());
         for (id, job) in &mut self.jobs {
             waits.extend(job.flight.as_mut().and_then(|board| Some((*id, board.poll_log(now_ms)?))));
             let Some(live) = job.live() else { continue };
+            let lease_ms = job.record.orphan_timeout_ms + self.config.lease_margin_ms;
             let engagement = (*id, live.generation);
-            let deaf = live.abort_by_ms.is_some_and(|by| by <= now_ms);
-            for member in &live.members {
-                match member.state {
-                    MemberState::Away { until_ms, restart } if until_ms <= now_ms => {
-                        lost.push((member.worker, engagement, "did not come back", restart));
-                    }
-                    MemberState::Present if deaf => {
-                        lost.push((member.worker, engagement, "did not stop", false));
-                        dismissed.push(member.worker);
-                    }
-                    _ => {}
-                }
-            }
+            lost.extend(overdue(live, lease_ms, now_ms).map(|(worker, how)| (worker, engagement, how)));
         }
         for (id, line) in waits {
             self.log(id, line);
         }
-        for worker in dismissed {
-            let reason = "it did not stop when told to; start it again".to_owned();
-            self.send(worker, ToWorker::Dismiss { reason });
-            self.workers.leaving(worker);
+        for (worker, engagement, how) in lost {
+            if how == Gone::Deaf {
+                let reason = "it did not stop when told to; start it again".to_owned();
+                self.send(worker, ToWorker::Dismiss { reason });
+                self.workers.leaving(worker);
+            }
+            self.handle_member_lost(worker, engagement, how, now_ms);
         }
-        for (worker, engagement, what, restart) in lost {
-            self.handle_member_lost(worker, engagement, what, restart, now_ms);
+        let running: Vec<_> =
+            self.jobs.iter().filter(|(_, j)| j.live().is_some()).map(|(id, _)| *id).collect();
+        for id in running {
+            self.let_leavers_go(id, now_ms);
+            self.admit(id, now_ms);
         }
-        self.schedule();
+        self.schedule(now_ms);
     }
 
     /// A worker does not take part any longer in what it was engaged in.
@@ -141,13 +169,15 @@ impl Core {
         &mut self,
         worker: WorkerId,
         engagement: (JobId, Generation),
-        what: &str,
-        planned: bool,
+        how: Gone,
         now_ms: u64,
     ) {
         let (id, generation) = engagement;
         let current = self.is_current(worker, id, generation);
-        self.workers.release(worker, engagement);
+        if how != Gone::Accused {
+            // An accused worker is connected and may still be at work: it is free once it has said that it is not.
+            self.workers.release(worker, engagement);
+        }
         if !current {
             let reserved = self.jobs.get(&id).is_some_and(|j| match &j.phase {
                 Phase::Reserved(workers) => j.record.generation == generation && workers.contains(&worker),
@@ -156,14 +186,50 @@ impl Core {
             if reserved {
                 self.drop_reservation(id);
             }
+            let gone = self.jobs.get_mut(&id).and_then(Job::live_mut).filter(|l| l.generation == generation);
+            if how.is_certain()
+                && let Some(live) = gone
+                && let Some(rank) = live.rank_of(worker)
+                && matches!(live.members[rank].state, MemberState::Gone(_))
+            {
+                // Now it is known for certain, which may be what the next membership waits for.
+                live.members[rank].state = MemberState::Gone(how);
+                self.settle(id, now_ms);
+            }
             return;
         }
-        let host = self.workers.host(worker).to_owned();
-        let Some(live) = self.jobs.get_mut(&id).and_then(Job::live_mut) else { return };
-        let Some(rank) = live.rank_of(worker) else { return };
-        live.members[rank].state = MemberState::Gone;
-        let reason = format!("rank {rank} ({worker} on {host}) {what}");
-        self.log(id, reason.clone());
-        self.begin_ending(id, Ending::Recover { reason, planned }, StopMode::Abort, now_ms);
+        let Some(rank) = self.jobs.get(&id).and_then(Job::live).and_then(|l| l.rank_of(worker)) else {
+            return;
+        };
+        if let Some(live) = self.jobs.get_mut(&id).and_then(Job::live_mut) {
+            live.members[rank].state = MemberState::Gone(how);
+        }
+        let cause = Cause::Gone { who: self.who(worker, rank), how };
+        self.log(id, cause.to_string());
+        self.begin_ending(id, Ending::Next { cause, mode: StopMode::Abort }, now_ms);
     }
+}
+
+/// The members of which nothing more is expected.
+///
+/// Who is away is waited for as long as others may be stepping with it, which shows in that none of them has ended; if all
+/// are away, as long as workers may step without a coordinator.
+fn overdue(live: &Live, lease_ms: u64, now_ms: u64) -> impl Iterator<Item = (WorkerId, Gone)> {
+    let deaf = live.abort_by_ms.is_some_and(|by| by <= now_ms);
+    let over = live.is_fenced() || live.stop == Some(StopMode::Abort);
+    let all_away =
+        !live.members.iter().any(|m| matches!(m.state, MemberState::Present | MemberState::Forgotten { .. }));
+    live.members.iter().filter_map(move |member| {
+        let how = match member.state {
+            MemberState::Forgotten { until_ms } if until_ms <= now_ms => Gone::Forgot,
+            MemberState::Away { until_ms, .. } if over && until_ms <= now_ms => Gone::Unreachable,
+            MemberState::Away { since_ms, .. } if all_away && since_ms + lease_ms <= now_ms => {
+                Gone::LeaseOver
+            }
+            MemberState::Present if member.accused_until_ms.is_some_and(|by| by <= now_ms) => Gone::Accused,
+            MemberState::Present if deaf => Gone::Deaf,
+            _ => return None,
+        };
+        Some((member.worker, how))
+    })
 }

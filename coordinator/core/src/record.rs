@@ -1,6 +1,8 @@
 //! What is kept of a job and of a worker: the records survive a restart of the coordinator.
 
+use crate::cause::Cause;
 use lockstep_common::ids::{Generation, JobId, WorkerId};
+use lockstep_common::placement::Placement;
 use lockstep_common::wire::{DatasetBrief, JobState, StopMode};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -24,8 +26,12 @@ pub struct NewJob {
     pub keep_checkpoints: u32,
     /// Its datasets by content.
     pub datasets: Vec<DatasetBrief>,
-    /// Waits for exactly this many workers, whatever the range says.
+    /// Waits for exactly this many workers, whatever the range says, as long as nobody has its state in memory.
     pub wait_for: Option<u32>,
+    /// Whether its workers can hand its whole state over from memory to memory.
+    pub state_in_memory: bool,
+    /// How long its workers may step without a word from their coordinator.
+    pub orphan_timeout_ms: u64,
 }
 
 /// All that is kept of a job.
@@ -49,8 +55,12 @@ pub struct JobRecord {
     pub keep_checkpoints: u32,
     /// Its datasets by content.
     pub datasets: Vec<DatasetBrief>,
-    /// Waits for exactly this many workers, whatever the range says.
+    /// Waits for exactly this many workers, whatever the range says, as long as nobody has its state in memory.
     pub wait_for: Option<u32>,
+    /// Whether its workers can hand its whole state over from memory to memory.
+    pub state_in_memory: bool,
+    /// How long its workers may step without a word from their coordinator.
+    pub orphan_timeout_ms: u64,
     /// When it was submitted, in the core's milliseconds.
     pub submitted_ms: u64,
     /// Its state.
@@ -59,8 +69,12 @@ pub struct JobRecord {
     pub reason: String,
     /// Its newest membership.
     pub generation: Generation,
+    /// The newest membership that workers have been started in.
+    pub started: Generation,
     /// The workers of that membership by rank; empty while it has none.
     pub members: Vec<WorkerId>,
+    /// The logical shards that they own; of use only while there are members.
+    pub placement: Option<Placement>,
     /// Why that membership is being ended, if it is.
     pub ending: Option<Ending>,
     /// The last committed step that was reported.
@@ -96,11 +110,15 @@ impl JobRecord {
             keep_checkpoints: job.keep_checkpoints,
             datasets: job.datasets,
             wait_for: job.wait_for,
+            state_in_memory: job.state_in_memory,
+            orphan_timeout_ms: job.orphan_timeout_ms,
             submitted_ms: now_ms,
             state: JobState::Queued,
             reason: String::new(),
             generation: Generation(0),
+            started: Generation(0),
             members: Vec::new(),
+            placement: None,
             ending: None,
             step: 0,
             total_steps: 0,
@@ -132,6 +150,7 @@ impl JobRecord {
             state: JobState::Queued,
             reason: String::new(),
             members: Vec::new(),
+            placement: None,
             ending: None,
             fruitless: 0,
             first_error: String::new(),
@@ -143,12 +162,12 @@ impl JobRecord {
 /// Why a generation is being ended, which decides what comes after it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Ending {
-    /// It lost a worker: the job goes on in another generation.
-    Recover {
+    /// The job goes on in another generation.
+    Next {
         /// What happened.
-        reason: String,
-        /// Whether a worker left on its own account, which is no failure of the job.
-        planned: bool,
+        cause: Cause,
+        /// How the ranks are told to end this one.
+        mode: StopMode,
     },
     /// An error that another generation would meet again.
     Fail {
@@ -165,18 +184,20 @@ impl Ending {
     /// How ranks are told to leave for this reason.
     pub(crate) fn stop_mode(&self) -> StopMode {
         match self {
-            Self::Pause | Self::Recover { planned: true, .. } => StopMode::Checkpoint,
-            Self::Cancel | Self::Fail { .. } | Self::Recover { planned: false, .. } => StopMode::Abort,
+            Self::Pause => StopMode::Checkpoint,
+            Self::Cancel | Self::Fail { .. } => StopMode::Abort,
+            Self::Next { mode, .. } => *mode,
         }
     }
 
-    /// Whether this reason takes the place of `other`: an operator's wish that of a recovery, and what ends the job
-    /// that of all else. The first of two equals stays.
+    /// Whether this reason takes the place of `other`: a failure that of a planned change, an operator's wish that of
+    /// both, and what ends the job that of all else. The first of two equals stays.
     pub(crate) fn outweighs(&self, other: &Self) -> bool {
         let weight = |ending: &Self| match ending {
-            Self::Recover { .. } => 0,
-            Self::Pause => 1,
-            Self::Cancel | Self::Fail { .. } => 2,
+            Self::Next { cause, .. } if !cause.is_failure() => 0,
+            Self::Next { .. } => 1,
+            Self::Pause => 2,
+            Self::Cancel | Self::Fail { .. } => 3,
         };
         weight(self) > weight(other)
     }

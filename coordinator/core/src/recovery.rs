@@ -1,84 +1,98 @@
-//! From the end of one membership to the start of the next.
+//! The end of a membership, and what becomes of its job.
 
-use crate::core::{Action, Core};
-use crate::decide::{Decision, Waiting, decide};
-use crate::generation::{MemberState, Verdict, verdict};
+use crate::cause::Cause;
+use crate::core::Core;
+use crate::generation::{Live, MemberState, Verdict, verdict};
 use crate::jobs::{Job, Phase};
 use crate::record::Ending;
-use lockstep_common::ids::{Generation, JobId, WorkerId};
-use lockstep_common::wire::{JobState, StopMode, ToWorker};
+use lockstep_common::ids::{JobId, WorkerId};
+use lockstep_common::wire::{JobState, Outcome, StopMode, ToWorker};
 
 impl Core {
     /// Ends the job's membership for this reason, unless it is being ended for a weightier one already, and tells the
     /// ranks so.
-    pub(crate) fn begin_ending(&mut self, id: JobId, ending: Ending, mode: StopMode, now_ms: u64) {
+    pub(crate) fn begin_ending(&mut self, id: JobId, ending: Ending, now_ms: u64) {
         let abort_by_ms = now_ms + self.config.abort_ms;
+        let rejoin_by_ms = now_ms + self.config.rejoin_ms;
+        let mode = ending.stop_mode();
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        if let (Ending::Recover { planned: false, .. } | Ending::Fail { .. }, Some(board)) =
-            (&ending, &mut job.flight)
-        {
+        let failure = match &ending {
+            Ending::Next { cause, .. } => cause.is_failure(),
+            Ending::Fail { .. } => true,
+            Ending::Cancel | Ending::Pause => false,
+        };
+        if let Some(board) = job.flight.as_mut().filter(|_| failure) {
             board.handle_failure(now_ms);
         }
         let record = &mut job.record;
         if record.ending.as_ref().is_none_or(|old| ending.outweighs(old)) {
             match &ending {
-                Ending::Recover { reason, .. } => record.reason = format!("recovers: {reason}"),
+                Ending::Next { cause, .. } if cause.is_failure() => {
+                    record.reason = format!("recovers: {cause}")
+                }
+                Ending::Next { cause, .. } => record.reason = cause.to_string(),
                 Ending::Fail { error } => record.reason.clone_from(error),
                 Ending::Cancel => record.reason = "is being cancelled".to_owned(),
                 Ending::Pause => record.reason = "writes a checkpoint and stops".to_owned(),
             }
-            if !matches!(ending, Ending::Recover { .. }) {
+            if !matches!(ending, Ending::Next { .. }) {
                 record.state = JobState::Stopping;
             }
             record.ending = Some(ending);
         }
         let Some(live) = job.live_mut() else { return };
         let generation = live.generation;
-        let news = match (live.stop, mode) {
-            (None, _) | (Some(StopMode::Checkpoint), StopMode::Abort) => Some(mode),
-            _ => None,
+        let news = match live.stop {
+            Some(told) if strength(told) >= strength(mode) => None,
+            _ => Some(mode),
         };
         let told: Vec<_> = if news.is_some() { live.present().collect() } else { Vec::new() };
         live.stop = news.or(live.stop);
-        let mut given_up = Vec::new();
         if mode == StopMode::Abort {
             live.abort_by_ms.get_or_insert(abort_by_ms);
-            // Nothing is lost by not waiting for those that are away: if they come back, they are told to stop.
-            for member in live.members.iter_mut().filter(|m| matches!(m.state, MemberState::Away { .. })) {
-                member.state = MemberState::Gone;
-                given_up.push(member.worker);
+            for member in &mut live.members {
+                if let MemberState::Away { until_ms, .. } = &mut member.state {
+                    *until_ms = (*until_ms).min(rejoin_by_ms);
+                }
             }
-        }
-        for worker in given_up {
-            self.workers.release(worker, (id, generation));
         }
         self.persist(id);
         for worker in told {
             self.send(worker, ToWorker::Stop { job: id, generation, mode });
         }
-        self.settle(id);
+        self.settle(id, now_ms);
     }
 
     /// Decides what becomes of the job, if its membership is over.
-    pub(crate) fn settle(&mut self, id: JobId) {
+    pub(crate) fn settle(&mut self, id: JobId, now_ms: u64) {
         let max_fruitless = self.config.max_fruitless;
+        let Some(job) = self.jobs.get(&id) else { return };
+        let host = |worker| self.workers.host(worker).to_owned();
+        let Some(verdict) = job.live().and_then(|live| verdict(&job.record, live, host)) else { return };
+        let until_ms = now_ms + self.config.bench_ms;
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        let Some(verdict) = job.live().and_then(|live| verdict(&job.record, &live.members)) else { return };
+        job.benched.retain(|_, until| *until > now_ms);
+        if let Some(worker) = job.live().and_then(cut_off) {
+            job.benched.insert(worker, until_ms);
+        }
         job.phase = Phase::Idle;
         job.pace_s = None;
+        job.leave_at_ms = None;
         if matches!(verdict, Verdict::Finished | Verdict::Cancelled | Verdict::Paused) {
             (job.flight, job.failed_flight) = (None, None);
         }
         let record = &mut job.record;
         record.members.clear();
+        record.placement = None;
         record.ending = None;
         let (state, reason) = match verdict {
             Verdict::Finished => (JobState::Finished, "its last step is done".to_owned()),
             Verdict::Failed { error } => (JobState::Failed, error),
             Verdict::Cancelled => (JobState::Cancelled, "cancelled by an operator".to_owned()),
             Verdict::Paused => (JobState::Paused, "paused by an operator".to_owned()),
-            Verdict::Again { reason, planned } => {
-                if !planned {
+            Verdict::Again { cause } => {
+                let reason = cause.to_string();
+                if cause.is_failure() {
                     count_failure(job, &reason);
                 }
                 if job.record.fruitless >= max_fruitless {
@@ -97,59 +111,45 @@ impl Core {
         job.record.reason = reason;
         self.log(id, line);
         self.persist(id);
-        self.schedule();
+        if state != JobState::Queued {
+            self.let_go(id);
+        }
+        self.schedule(now_ms);
     }
 
-    /// Gives the job's chosen workers back, if it has chosen some and has not started.
-    pub(crate) fn drop_reservation(&mut self, id: JobId) {
-        let Some(job) = self.jobs.get_mut(&id) else { return };
-        if let Phase::Reserved(workers) = &job.phase {
-            let engagement = (id, job.record.generation);
-            for &worker in workers {
-                self.workers.release(worker, engagement);
-            }
-            job.phase = Phase::Idle;
+    /// Nobody need keep or follow the job's state any longer.
+    pub(crate) fn let_go(&mut self, id: JobId) {
+        for worker in self.workers.holders(id) {
+            self.workers.set_held(worker, None);
+            self.send(worker, ToWorker::Release { job: id });
+        }
+        for (worker, _) in self.workers.followers(id) {
+            self.workers.unfollow(worker);
+            self.send(worker, ToWorker::Release { job: id });
         }
     }
+}
 
-    /// Starts what can start.
-    pub(crate) fn schedule(&mut self) {
-        let queue: Vec<_> = self
-            .jobs
-            .iter()
-            .filter(|(_, job)| job.waits())
-            .map(|(&id, job)| {
-                let (min, max) = job.range();
-                Waiting { job: id, min, max }
-            })
-            .collect();
-        for (id, decision) in decide(&queue, &self.workers.idle()) {
-            match decision {
-                Decision::Start(workers) => self.reserve(id, workers),
-                Decision::Wait(reason) => {
-                    let Some(job) = self.jobs.get_mut(&id) else { continue };
-                    let record = &mut job.record;
-                    record.reason = match record.fruitless {
-                        0 => reason.to_string(),
-                        _ => format!("{reason}; it was stopped by: {}", record.first_error),
-                    };
-                }
-            }
-        }
+/// A rank that is told to stop in a stronger way obeys; a weaker one changes nothing.
+fn strength(mode: StopMode) -> u8 {
+    match mode {
+        StopMode::Boundary => 0,
+        StopMode::Checkpoint => 1,
+        StopMode::Abort => 2,
     }
+}
 
-    fn reserve(&mut self, id: JobId, workers: Vec<WorkerId>) {
-        let Some(job) = self.jobs.get_mut(&id) else { return };
-        let generation = Generation(job.record.generation.0 + 1);
-        job.record.generation = generation;
-        job.record.reason = format!("starts on {} workers", workers.len());
-        let workers = self.workers.by_host(workers);
-        for &worker in &workers {
-            self.workers.engage(worker, (id, generation));
-        }
-        job.phase = Phase::Reserved(workers);
-        self.actions.push_back(Action::FindCheckpoint { job: id, generation });
-    }
+/// The worker that the others cannot reach, though it lives and the coordinator can reach it: the one that most accuse,
+/// if it accuses others itself. It is left out for a while, since no membership with it could step.
+fn cut_off(live: &Live) -> Option<WorkerId> {
+    let accuses_others = |(rank, state): (usize, &MemberState)| match state {
+        MemberState::Ended(Outcome::Lost { culprit: Some(culprit), .. }) => culprit.index() != rank,
+        _ => false,
+    };
+    let ranks = live.members.iter().enumerate();
+    let suspects = ranks.filter(|(rank, m)| m.accusers > 0 && accuses_others((*rank, &m.state)));
+    let (_, suspect) = suspects.max_by_key(|(rank, m)| (m.accusers, *rank))?;
+    Some(suspect.worker)
 }
 
 fn count_failure(job: &mut Job, reason: &str) {
@@ -162,4 +162,33 @@ fn count_failure(job: &mut Job, reason: &str) {
         record.first_error = reason.to_owned();
     }
     record.fruitless += 1;
+}
+
+/// Members that are let go
+impl Core {
+    /// The members that are being shut down leave at the next boundary, if it is time for that.
+    pub(crate) fn let_leavers_go(&mut self, id: JobId, now_ms: u64) {
+        let Some(job) = self.jobs.get_mut(&id).filter(|j| j.leave_at_ms.is_some_and(|at| at <= now_ms))
+        else {
+            return;
+        };
+        job.leave_at_ms = None;
+        let Some(live) = job.live() else { return };
+        let is_leaving = |worker: &WorkerId| self.workers.is_leaving(*worker);
+        let stay = live.present().filter(|w| !is_leaving(w)).count();
+        let Some((rank, leaver)) = live
+            .members
+            .iter()
+            .enumerate()
+            .find(|(_, m)| m.state == MemberState::Present && is_leaving(&m.worker))
+            .map(|(rank, m)| (rank, m.worker))
+        else {
+            return;
+        };
+        // Too few to go on with might have to leave too before others come: then the state must be on disk.
+        let enough = job.record.state_in_memory && stay >= job.record.min_workers.max(1) as usize;
+        let mode = if enough { StopMode::Boundary } else { StopMode::Checkpoint };
+        let cause = Cause::Leaves { who: self.who(leaver, rank) };
+        self.begin_ending(id, Ending::Next { cause, mode }, now_ms);
+    }
 }

@@ -2,7 +2,7 @@
 
 use crate::record::WorkerRecord;
 use lockstep_common::ids::{Generation, JobId, WorkerId};
-use lockstep_common::wire::Register;
+use lockstep_common::wire::{Held, Position, Register};
 use std::collections::BTreeMap;
 
 /// What a worker does.
@@ -50,8 +50,21 @@ pub(crate) struct Worker {
     session: Option<u64>,
     register: Option<Register>,
     engaged: Option<(JobId, Generation)>,
+    /// What it has said to keep of a job.
+    held: Option<Held>,
+    following: Option<Follower>,
     leaving: bool,
     heard_ms: u64,
+}
+
+/// A worker that gets ready to join a job.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Follower {
+    pub(crate) job: JobId,
+    /// The membership that it follows.
+    pub(crate) generation: Generation,
+    /// When it said that it is ready, and how far its copy was.
+    pub(crate) ready: Option<(u64, Position)>,
 }
 
 #[derive(Default)]
@@ -70,7 +83,7 @@ impl Workers {
         self.0.values().map(Worker::view)
     }
 
-    /// Connected workers without a job, in ascending order.
+    /// Connected workers that neither have a job nor get ready for one, in ascending order.
     pub(crate) fn idle(&self) -> Vec<WorkerId> {
         self.0.iter().filter(|(_, w)| w.is_idle()).map(|(id, _)| *id).collect()
     }
@@ -98,8 +111,68 @@ impl Workers {
         placed.into_iter().map(|(_, id)| id).collect()
     }
 
+    /// The worker's session, if it is connected.
+    pub(crate) fn session(&self, id: WorkerId) -> Option<u64> {
+        self.0.get(&id)?.session
+    }
+
     pub(crate) fn engaged(&self, id: WorkerId) -> Option<(JobId, Generation)> {
         self.0.get(&id)?.engaged
+    }
+
+    /// The worker keeps this, or nothing.
+    pub(crate) fn set_held(&mut self, id: WorkerId, held: Option<Held>) {
+        if let Some(worker) = self.0.get_mut(&id) {
+            worker.held = held;
+        }
+    }
+
+    /// How far the state is that the worker keeps of `job` from its membership `generation`.
+    pub(crate) fn kept(&self, id: WorkerId, job: JobId, generation: Generation) -> Option<Position> {
+        let held = self.0.get(&id)?.held?;
+        (held.job == job && held.generation == generation).then_some(held.position)
+    }
+
+    /// All workers that keep something of `job`.
+    pub(crate) fn holders(&self, job: JobId) -> Vec<WorkerId> {
+        let holds = |w: &Worker| w.held.is_some_and(|held| held.job == job);
+        self.0.iter().filter(|(_, w)| holds(w)).map(|(id, _)| *id).collect()
+    }
+
+    /// The worker gets ready to join `job`.
+    pub(crate) fn follow(&mut self, id: WorkerId, job: JobId, generation: Generation) {
+        if let Some(worker) = self.0.get_mut(&id) {
+            worker.following = Some(Follower { job, generation, ready: None });
+        }
+    }
+
+    /// The worker is ready to join what it follows; whether it follows just that.
+    pub(crate) fn ready(&mut self, id: WorkerId, of: (JobId, Generation), at: Position, now_ms: u64) -> bool {
+        let follower = self.0.get_mut(&id).and_then(|w| w.following.as_mut());
+        let Some(follower) = follower.filter(|f| (f.job, f.generation) == of) else { return false };
+        follower.ready.get_or_insert((now_ms, at));
+        true
+    }
+
+    /// The worker follows nothing any longer; what it did follow.
+    pub(crate) fn unfollow(&mut self, id: WorkerId) -> Option<JobId> {
+        Some(self.0.get_mut(&id)?.following.take()?.job)
+    }
+
+    /// Who gets ready to join `job`.
+    pub(crate) fn followers(&self, job: JobId) -> Vec<(WorkerId, Follower)> {
+        let of_job = |(id, w): (&WorkerId, &Worker)| Some((*id, w.following.filter(|f| f.job == job)?));
+        self.0.iter().filter_map(of_job).collect()
+    }
+
+    /// Who gets ready to join any job.
+    pub(crate) fn all_followers(&self) -> Vec<WorkerId> {
+        self.0.iter().filter(|(_, w)| w.following.is_some()).map(|(id, _)| *id).collect()
+    }
+
+    /// Whether it is being shut down.
+    pub(crate) fn is_leaving(&self, id: WorkerId) -> bool {
+        self.0.get(&id).is_some_and(|w| w.leaving)
     }
 
     pub(crate) fn connect(&mut self, id: WorkerId, session: u64, register: Register, now_ms: u64) {
@@ -107,6 +180,8 @@ impl Workers {
             worker.session = Some(session);
             worker.leaving = false;
             worker.heard_ms = now_ms;
+            worker.held = register.held;
+            worker.following = None;
             worker.register = Some(register);
         }
     }
@@ -116,6 +191,8 @@ impl Workers {
         match self.0.get_mut(&id) {
             Some(worker) if worker.session == Some(session) => {
                 worker.session = None;
+                worker.held = None;
+                worker.following = None;
                 worker.heard_ms = now_ms;
                 true
             }
@@ -139,6 +216,7 @@ impl Workers {
     pub(crate) fn engage(&mut self, id: WorkerId, engagement: (JobId, Generation)) {
         if let Some(worker) = self.0.get_mut(&id) {
             worker.engaged = Some(engagement);
+            worker.following = None;
         }
     }
 
@@ -160,12 +238,14 @@ impl Worker {
             session: None,
             register: None,
             engaged: None,
+            held: None,
+            following: None,
             leaving: false,
         }
     }
 
     fn is_idle(&self) -> bool {
-        self.session.is_some() && self.engaged.is_none() && !self.leaving
+        self.session.is_some() && self.engaged.is_none() && self.following.is_none() && !self.leaving
     }
 
     fn host(&self) -> &str {

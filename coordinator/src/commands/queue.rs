@@ -7,7 +7,7 @@ use crate::output::{duration, hint, say, say_json, table};
 use anyhow::{Context, Result, bail};
 use lockstep_common::ids::{JobId, WorkerId};
 use lockstep_common::net::NetError;
-use lockstep_common::wire::{FrameError, JobSummary, Request, Response, WorkerSummary};
+use lockstep_common::wire::{FrameError, JobSummary, Request, Response, Straggler, WorkerSummary};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -31,6 +31,7 @@ pub(crate) struct JobReport<'a> {
     age_s: u64,
     eta_s: Option<u64>,
     flight: Option<Value>,
+    stragglers: Vec<Value>,
 }
 
 impl<'a> JobReport<'a> {
@@ -51,8 +52,29 @@ impl<'a> JobReport<'a> {
             age_s: job.age_s,
             eta_s: job.eta_s,
             flight: job.flight.as_ref().map(flight::json),
+            stragglers: job.stragglers.iter().map(straggler_json).collect(),
         }
     }
+}
+
+fn straggler_json(straggler: &Straggler) -> Value {
+    let pace = &straggler.pace;
+    json!({
+        "rank": straggler.rank.0,
+        "worker": straggler.worker.to_string(),
+        "host": straggler.host,
+        "times": straggler.times,
+        "seconds": { "data": pace.data, "forward": pace.forward, "backward": pace.backward, "comm": pace.comm, "optimizer": pace.optimizer },
+    })
+}
+
+fn straggler_line(straggler: &Straggler) -> String {
+    let Straggler { rank, worker, host, times, pace } = straggler;
+    format!(
+        "{rank} ({worker} on {host}): a shard takes it {times:.1} times as long as the others; of a step it spends {:.3} s on \
+         data, {:.3} s forward, {:.3} s backward",
+        pace.data, pace.forward, pace.backward
+    )
 }
 
 pub(super) async fn submit(dir: &DataDir, path: &Path, json: bool) -> Result<()> {
@@ -122,6 +144,7 @@ pub(super) async fn status(dir: &DataDir, job: JobId, json: bool) -> Result<()> 
         ("age", duration(job.age_s)),
         ("left", job.eta_s.map(duration).unwrap_or_default()),
     ];
+    rows.extend(job.stragglers.iter().map(|s| ("straggler", straggler_line(s))));
     if let Some(flight) = &job.flight {
         rows.extend(flight::rows(flight));
     }

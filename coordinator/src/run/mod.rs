@@ -156,7 +156,13 @@ async fn prepare(
         found.good.map_or_else(|| "the start".to_owned(), |manifest| format!("step {}", manifest.info.step));
     let after = failure.map(|error| format!(" after its failure: {error}")).unwrap_or_default();
     progress.note(format_args!("resuming {job} from {from}{after}"));
-    let resumed = shared.hub.call(move |hub| hub.core.set_wait_for(job, Some(workers))).await;
+    let resumed = shared
+        .hub
+        .call(move |hub| {
+            let now_ms = hub.now_ms();
+            hub.core.set_wait_for(job, Some(workers), now_ms)
+        })
+        .await;
     resumed.map_err(refused)??;
     Ok(job)
 }
@@ -254,7 +260,10 @@ impl Watch<'_> {
         }
         self.shared
             .hub
-            .call(move |hub| hub.core.set_wait_for(job, Some(workers)))
+            .call(move |hub| {
+                let now_ms = hub.now_ms();
+                hub.core.set_wait_for(job, Some(workers), now_ms)
+            })
             .await
             .map_err(refused)??;
         Ok(())

@@ -144,6 +144,7 @@ mod tests {
             age_s: 9,
             eta_s: Some(65),
             flight: None,
+            stragglers: Vec::new(),
         };
         let (place, figures) = describe(&job, Some(2), Some(1234.5));
         assert_eq!(place, "epoch 1/2 | step 120/938");

@@ -271,11 +271,11 @@ impl Hub {
                 self.note_written(created);
             }
             Action::PersistWorker(record) => self.store.put_worker(record).map_err(|e| e.to_string())?,
-            Action::Send { worker, message } => {
+            Action::Send { worker, session, message } => {
                 if let ToWorker::Start(assignment) = message {
                     self.audits.start(assignment).map_err(|e| e.to_string())?;
                 }
-                if let Some(session) = self.sessions.get(worker) {
+                if let Some(session) = self.sessions.get(worker).filter(|s| s.number == *session) {
                     // A session that has just broken is noticed by its own task.
                     let _ = session.outbox.send(message.clone());
                 }
@@ -299,12 +299,16 @@ impl Hub {
                     }
                     latest.good.map(|manifest| manifest.info.step)
                 });
-                hub.core.handle_checkpoint_found(job, generation, found);
+                let now_ms = hub.now_ms();
+                hub.core.handle_checkpoint_found(job, generation, found, now_ms);
             });
         };
         if let Err(e) = std::thread::Builder::new().name("checkpoints".to_owned()).spawn(find) {
             let error = format!("no thread to look for its checkpoints: {e}");
-            failed.post(move |hub| hub.core.handle_checkpoint_found(job, generation, Err(error)));
+            failed.post(move |hub| {
+                let now_ms = hub.now_ms();
+                hub.core.handle_checkpoint_found(job, generation, Err(error), now_ms);
+            });
         }
     }
 
@@ -344,12 +348,12 @@ impl Hub {
         Ok((self.last_session, messages))
     }
 
-    /// A worker's session has ended.
-    pub(crate) fn close_session(&mut self, worker: WorkerId, number: u64) {
+    /// A worker's session has ended, maybe because its process has.
+    pub(crate) fn close_session(&mut self, worker: WorkerId, number: u64, process_ended: bool) {
         if self.sessions.get(&worker).is_some_and(|s| s.number == number) {
             self.sessions.remove(&worker);
         }
-        self.core.handle_disconnected(worker, number, self.now_ms());
+        self.core.handle_disconnected(worker, number, process_ended, self.now_ms());
     }
 
     /// Notes committed steps, without those that were told before: a worker repeats what it was not heard to say.
@@ -394,6 +398,7 @@ impl Hub {
             FromWorker::Ended { .. }
             | FromWorker::Leaving
             | FromWorker::Flight { .. }
+            | FromWorker::Pace { .. }
             | FromWorker::Following { .. } => Ok(()),
         };
         self.note_written(written);

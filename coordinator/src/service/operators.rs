@@ -7,7 +7,7 @@ use super::{Shared, enroll, refuse};
 use crate::jobs_dir::LogReader;
 use lockstep_common::dataset::{DatasetError, Manifest};
 use lockstep_common::ids::JobId;
-use lockstep_common::job::JobSpec;
+use lockstep_common::job::{JobSpec, WireFormat};
 use lockstep_common::wire::{DatasetBrief, Refusal, Request, Response, encode};
 use lockstep_core::{CommandError, NewJob};
 use serde::Serialize;
@@ -56,7 +56,13 @@ pub(super) async fn answer(call: &mut Call, request: Request) -> Result<(), Stop
             })
             .await?
         }
-        Request::Resume { job } => command(&shared, move |hub| hub.core.resume(job)).await?,
+        Request::Resume { job } => {
+            command(&shared, move |hub| {
+                let now_ms = hub.now_ms();
+                hub.core.resume(job, now_ms)
+            })
+            .await?
+        }
         Request::Workers => {
             let workers = shared.hub.look(Hub::worker_summaries).await?;
             return list(call, workers, Response::Workers).await;
@@ -137,6 +143,9 @@ pub(crate) fn check_job(shared: &Shared, file: &str, toml: &str) -> Result<NewJo
         keep_checkpoints: spec.checkpoint.keep,
         datasets,
         wait_for: None,
+        // What int8 and PowerSGD keep belongs to shards, not to replicas: only a checkpoint brings it together.
+        state_in_memory: !matches!(spec.collective.wire, WireFormat::Int8 | WireFormat::PowerSgd),
+        orphan_timeout_ms: spec.workers.orphan_timeout_s * 1000,
     })
 }
 

@@ -3,14 +3,19 @@
 use super::refuse;
 use super::requests::{Call, Stop};
 use lockstep_common::ids::WorkerId;
+use lockstep_common::net::{CONTROL_KEEP_ALIVE, process_ended};
 use lockstep_common::wire::{
     FromWorker, MAX_ADDRESSES, Register, Response, ToWorker, read_frame, write_frame,
 };
 use quinn::Connection;
+use std::time::Duration;
 use tokio::sync::mpsc;
 
 /// The longest name of a host, a device or an interface.
 const MAX_NAME_BYTES: usize = 255;
+
+/// The silence after which a worker's host is asked whether the worker still runs: three keep-alives.
+const SILENCE: Duration = CONTROL_KEEP_ALIVE.saturating_mul(3);
 
 /// Runs a session until the worker or its connection ends.
 pub(super) async fn run(
@@ -26,6 +31,7 @@ pub(super) async fn run(
     tracing::info!("{worker} on {} ({}, {}) is here", register.host, register.device, call.peer);
     let opened = hub.settle(move |hub| hub.open_session(worker, register)).await?;
     let (number, mut orders) = opened.map_err(|e| refuse("unknown_worker", e))?;
+    let mut process_is_gone = false;
     let result = async {
         call.answer(&Response::Welcome).await?;
         let send = &mut call.send;
@@ -45,7 +51,7 @@ pub(super) async fn run(
         let reports_in = async {
             loop {
                 let report: FromWorker = read_frame(recv).await?;
-                if matches!(report, FromWorker::Flight { .. }) {
+                if matches!(report, FromWorker::Flight { .. } | FromWorker::Pace { .. }) {
                     // Only the newest counts, and it is of use while the store cannot be written too: a refusal for
                     // that reason changes nothing.
                     let _ = hub.call(move |hub| hub.hear_news(worker, report)).await;
@@ -61,15 +67,19 @@ pub(super) async fn run(
         tokio::select! {
             result = orders_out => result,
             result = reports_in => result,
+            Some(_) = process_ended(&connection, SILENCE, || true) => {
+                process_is_gone = true;
+                Ok(())
+            }
         }
     }
     .await;
-    hub.post(move |hub| hub.close_session(worker, number));
+    hub.post(move |hub| hub.close_session(worker, number, process_is_gone));
     tracing::info!("{worker}'s session has ended");
     // Whatever else it has under way is void without its session.
     match &result {
-        Ok(()) => {}
-        Err(Stop::Broken(_)) => connection.close(0u32.into(), b"session ended"),
+        Ok(()) if !process_is_gone => {}
+        Ok(()) | Err(Stop::Broken(_)) => connection.close(0u32.into(), b"session ended"),
         // The worker reads orders here, and would not understand an answer.
         Err(Stop::Refused(refusal)) => {
             connection.close(0u32.into(), refusal.message.as_bytes());

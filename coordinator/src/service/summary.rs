@@ -30,6 +30,7 @@ impl Hub {
             age_s: self.now_ms().saturating_sub(job.submitted_ms) / 1000,
             eta_s: self.core.eta_s(job.id).map(|s| s.ceil() as u64),
             flight: None,
+            stragglers: self.core.stragglers(job.id),
         }
     }
 

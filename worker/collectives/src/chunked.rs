@@ -8,7 +8,8 @@
 //! Rabenseifner, "Optimization of collective reduction operations", 2004, with direct exchange instead of
 //! recursive halving, which keeps the order of addition free to be the tree's.
 
-use crate::buffer::{Buffer, Shared};
+use crate::buffer::Buffer;
+use crate::ends::{Finish, Mine, Sink, Whole};
 use crate::engine::{Collective, Engine, Part, Publish};
 use crate::error::CollectiveError;
 use crate::frame::{Header, Stage};
@@ -18,7 +19,6 @@ use crate::op::{Element, ReduceOp};
 use crate::tag::Tag;
 use crate::transport::Lane;
 use crate::tree::Union;
-use bytes::Bytes;
 use lockstep_common::ids::Rank;
 use parking_lot::Mutex;
 use std::ops::Range;
@@ -55,24 +55,19 @@ pub(crate) struct Task {
     pub(crate) spread: bool,
 }
 
-/// What is done with the result: all of it, or this rank's chunk.
-pub(crate) type Finish<T> = Box<dyn FnOnce(Numbers<T>) -> Option<Publish> + Send>;
-
 /// A large reduction in flight.
 pub(crate) struct Chunked<T> {
     task: Task,
     geometry: Geometry,
     parties: Arc<Parties>,
-    nodes: Vec<Arc<Numbers<T>>>,
+    mine: Mine<T>,
     fail: Fail,
     state: Mutex<State<T>>,
 }
 
 struct State<T> {
-    output: Option<Numbers<T>>,
-    /// Where the output begins in the whole vector.
-    output_start: usize,
-    finish: Option<Finish<T>>,
+    /// Where the result goes, until it is complete.
+    sink: Option<Box<dyn Sink<T>>>,
     /// This rank's chunk, piece by piece.
     own: Vec<Piece>,
     own_left: usize,
@@ -99,9 +94,21 @@ impl<T: Element> Chunked<T> {
         finish: Finish<T>,
         fail: Fail,
     ) -> Self {
-        let world = parties.members.len();
-        let piece = (PIECE_BYTES / parties.union.most_nodes().max(1)).max(MIN_PIECE_BYTES) / size_of::<T>();
-        let geometry = Geometry { len, world, piece };
+        let start = if task.spread { 0 } else { chunk(len, parties.me, parties.members.len()).start };
+        let mine = Mine::There(nodes.into_iter().map(Arc::new).collect());
+        Self::between(task, parties, len, mine, Box::new(Whole { output, start, finish }), fail)
+    }
+
+    /// The same, from and to other places than whole vectors.
+    pub(crate) fn between(
+        task: Task,
+        parties: Arc<Parties>,
+        len: usize,
+        mine: Mine<T>,
+        sink: Box<dyn Sink<T>>,
+        fail: Fail,
+    ) -> Self {
+        let (world, geometry) = (parties.members.len(), Self::geometry(&parties, len));
         let own: Vec<_> = (0..geometry.pieces(parties.me))
             .map(|_| Piece { nodes: (0..world).map(|_| None).collect(), missing: world - 1 })
             .collect();
@@ -109,17 +116,25 @@ impl<T: Element> Chunked<T> {
         let results: Vec<_> =
             (0..world).map(|p| vec![false; if comes(p) { geometry.pieces(p) } else { 0 }]).collect();
         let state = State {
-            output: Some(output),
-            output_start: if task.spread { 0 } else { geometry.chunk(parties.me).start },
-            finish: Some(finish),
+            sink: Some(sink),
             own_left: own.len(),
             own,
             results_left: results.iter().map(Vec::len).collect(),
             results,
             entered: vec![false; world],
         };
-        let nodes = nodes.into_iter().map(Arc::new).collect();
-        Self { task, geometry, parties, nodes, fail, state: Mutex::new(state) }
+        Self { task, geometry, parties, mine, fail, state: Mutex::new(state) }
+    }
+
+    fn geometry(parties: &Parties, len: usize) -> Geometry {
+        let piece = (PIECE_BYTES / parties.union.most_nodes().max(1)).max(MIN_PIECE_BYTES) / size_of::<T>();
+        Geometry { len, world: parties.members.len(), piece }
+    }
+
+    /// The most frames that one party sends to another in a reduction of `len` elements: the pieces of two chunks.
+    pub(crate) fn most_frames(parties: &Parties, len: usize) -> usize {
+        let geometry = Self::geometry(parties, len);
+        (0..geometry.world).map(|party| geometry.pieces(party)).sum()
     }
 
     /// The other members, starting behind this one, so that not everybody sends to the first one first.
@@ -190,27 +205,28 @@ impl<T: Element> Chunked<T> {
         };
         let range = self.geometry.piece(me, index);
         let mut result = engine.pool().take(range.len() * size_of::<T>());
-        self.combine(&nodes, &range, result.elements_mut());
+        self.combine(engine, &nodes, &range, result.elements_mut());
         drop(nodes);
-        self.state.lock().write(range.clone(), result.elements());
+        self.state.lock().write(range.start, result.elements());
         let result = result.freeze();
         for to in self.others().filter(|_| self.task.spread) {
             let to = self.parties.members[to];
             engine.send(to, Lane::Bulk, self.part(Stage::Result, &range), vec![result.clone()]);
         }
         // Counted only now: whoever sees the result may leave, and what is not queued by then is never sent.
-        let output = {
+        let complete = {
             let mut state = self.state.lock();
             state.own_left -= 1;
-            state.take_output()
+            state.take_sink()
         };
-        Ok(output.and_then(|(output, finish)| finish(output)))
+        Ok(complete.and_then(Sink::finish))
     }
 
-    fn combine(&self, nodes: &[Option<Buffer>], range: &Range<usize>, out: &mut [T]) {
+    fn combine(&self, engine: &Engine, nodes: &[Option<Buffer>], range: &Range<usize>, out: &mut [T]) {
+        let mine = self.mine.part(engine.pool(), range.clone());
         let inputs = self.parties.union.order.iter().map(|&(party, node)| match &nodes[party] {
             Some(nodes) => &nodes.elements()[node * range.len()..][..range.len()],
-            None => &self.nodes[node][range.clone()],
+            None => mine.node(node, range.len()),
         });
         self.task.op.combine(out, &inputs.collect::<Vec<_>>(), &self.parties.union.merges);
         self.task.op.finish(out, self.task.leaves);
@@ -219,51 +235,49 @@ impl<T: Element> Chunked<T> {
     fn take_result(&self, header: &Header, payload: &Buffer) -> Result<Option<Publish>, CollectiveError> {
         let source = self.party(header.source)?;
         let index = self.locate(header, source, 1)?;
-        let output = {
+        let complete = {
             let mut state = self.state.lock();
             state.entered[source] = true;
             match state.results[source].get_mut(index) {
                 Some(seen) if !*seen => *seen = true,
                 _ => return Err(self.broken(header.source, "an unexpected result, or the same twice")),
             }
-            state.write(self.geometry.piece(source, index), payload.elements());
+            state.write(self.geometry.piece(source, index).start, payload.elements());
             state.results_left[source] -= 1;
-            state.take_output()
+            state.take_sink()
         };
-        Ok(output.and_then(|(output, finish)| finish(output)))
+        Ok(complete.and_then(Sink::finish))
     }
 }
 
 impl<T: Element> State<T> {
-    /// The output, once, when every piece of it is there.
-    fn take_output(&mut self) -> Option<(Numbers<T>, Finish<T>)> {
+    /// Where the result went, once, when every piece of it is there.
+    fn take_sink(&mut self) -> Option<Box<dyn Sink<T>>> {
         let done = self.own_left == 0 && self.results_left.iter().all(|&left| left == 0);
-        done.then(|| self.output.take().zip(self.finish.take())).flatten()
+        self.sink.take_if(|_| done)
     }
 
-    fn write(&mut self, range: Range<usize>, piece: &[T]) {
-        if let Some(output) = &mut self.output {
-            output[range.start - self.output_start..range.end - self.output_start].copy_from_slice(piece);
+    fn write(&mut self, start: usize, piece: &[T]) {
+        if let Some(sink) = &mut self.sink {
+            sink.write(start, piece);
         }
     }
 }
 
 impl<T: Element> Collective for Chunked<T> {
     fn launch(&self, engine: &Engine) -> Result<Option<Publish>, CollectiveError> {
-        let nodes: Vec<_> = self.nodes.iter().map(|n| Bytes::from_owner(Shared(n.clone()))).collect();
         let most = self.others().map(|to| self.geometry.pieces(to)).max().unwrap_or(0);
         for index in 0..most {
             for to in self.others().filter(|&to| index < self.geometry.pieces(to)) {
                 let range = self.geometry.piece(to, index);
-                let bytes = range.start * size_of::<T>()..range.end * size_of::<T>();
-                let payload = nodes.iter().map(|node| node.slice(bytes.clone())).collect();
+                let payload = self.mine.bytes(engine.pool(), range.clone());
                 let to = self.parties.members[to];
                 engine.send(to, Lane::Bulk, self.part(Stage::Contribution, &range), payload);
             }
         }
         // A vector too short for a chunk of this rank's own may leave it nothing to wait for.
-        let output = self.state.lock().take_output();
-        Ok(output.and_then(|(output, finish)| finish(output)))
+        let complete = self.state.lock().take_sink();
+        Ok(complete.and_then(Sink::finish))
     }
 
     fn handle_frame(

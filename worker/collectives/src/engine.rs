@@ -4,12 +4,13 @@
 //! collective computes, and the order of locks is the engine's, then a collective's.
 
 use crate::buffer::{Buffer, Pool};
-use crate::error::CollectiveError;
+use crate::error::{CollectiveError, Moment};
 use crate::flight::{Entry, Flight, FlightSnapshot, Ticket, Waiting};
 use crate::frame::{Header, Stage};
-use crate::inquiry::{self, Inquiry};
+use crate::inquiry::Inquiry;
 use crate::numbers::Numbers;
 use crate::op::Element;
+use crate::progress::Progress;
 use crate::shm::Neighbours;
 use crate::tag::Tag;
 use crate::transport::{Farewell, Frame, Lane, Transport};
@@ -18,15 +19,23 @@ use crossbeam_channel::Receiver;
 use lockstep_common::ids::{Generation, Rank};
 use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio::sync::futures::OwnedNotified;
 
-/// How many bytes a peer may send for collectives that this rank has not started before its lanes are read no
-/// further: two 25 MB buckets of gradients, so that a rank that is one collective behind slows nobody.
+mod overdue;
+
+use overdue::Questions;
+
+/// How many bytes a peer may send for collectives that this rank has not started before its bulk lane is read no
+/// further: two 25 MB buckets of gradients, so that a rank that is one collective behind slows nobody. The small lane
+/// has as much again to itself, which no honest rank uses up.
 const EARLY_BYTES: usize = 64 << 20;
+
+/// What an early frame counts besides its payload: its header, and its places in a list and a table.
+const EARLY_FRAME_BYTES: usize = 256;
 
 /// The largest vector that is copied through the rings of a host rather than reduced where it lies: the second takes
 /// two messages one after the other.
@@ -84,8 +93,11 @@ pub(crate) struct Engine {
     near: OnceLock<Arc<Neighbours>>,
     pool: Pool,
     flight: Flight,
+    progress: Progress,
     state: Mutex<State>,
     early_space: Arc<Notify>,
+    /// Of all peers.
+    early_bytes: AtomicUsize,
     bytes_sent: AtomicU64,
     bytes_received: AtomicU64,
     collectives: AtomicU64,
@@ -110,7 +122,9 @@ struct InFlight {
 
 #[derive(Clone)]
 struct Peer {
+    /// When it last sent a part of a collective, or got on by its own account.
     last_heard: Instant,
+    questions: Questions,
     early_bytes: usize,
     /// How many of its ways here it has ended.
     ended: u32,
@@ -126,7 +140,9 @@ impl Engine {
         timeout: Duration,
         transport: Option<Box<dyn Transport>>,
     ) -> Arc<Self> {
-        let peer = Peer { last_heard: Instant::now(), early_bytes: 0, ended: 0, left: false };
+        let now = Instant::now();
+        let peer =
+            Peer { last_heard: now, questions: Questions::new(now), early_bytes: 0, ended: 0, left: false };
         Arc::new(Self {
             rank,
             world,
@@ -136,6 +152,7 @@ impl Engine {
             near: OnceLock::new(),
             pool: Pool::default(),
             flight: Flight::new(),
+            progress: Progress::new(),
             state: Mutex::new(State {
                 failed: None,
                 in_flight: HashMap::new(),
@@ -144,6 +161,7 @@ impl Engine {
                 peers: vec![peer; world as usize],
             }),
             early_space: Arc::new(Notify::new()),
+            early_bytes: AtomicUsize::new(0),
             bytes_sent: AtomicU64::new(0),
             bytes_received: AtomicU64::new(0),
             collectives: AtomicU64::new(0),
@@ -215,12 +233,17 @@ impl Engine {
             let state = self.state.lock();
             (state.failed.clone(), state.in_flight.iter().map(|(tag, e)| e.waiting(*tag)).collect())
         };
-        self.flight.snapshot(in_flight, failure)
+        self.flight.snapshot(in_flight, self.progress.idle(Instant::now()), failure)
     }
 
     /// For how long the oldest collective has been in flight.
     pub(crate) fn oldest_wait(&self) -> Option<Duration> {
         self.state.lock().in_flight.values().map(|entry| entry.started.elapsed()).max()
+    }
+
+    /// This rank computes.
+    pub(crate) fn note_progress(&self) {
+        self.progress.note(Instant::now());
     }
 
     /// How many collectives have been entered and have ended so far.
@@ -239,8 +262,8 @@ impl Engine {
             return self.abort(CollectiveError::Protocol { rank: from, detail });
         }
         match header.stage {
-            Stage::Ask => return self.answer(from, header.tag),
-            Stage::Waiting => return self.take_answer(from, header.tag, &payload),
+            Stage::Ask => return self.handle_question(from, header.tag),
+            Stage::Waiting => return self.handle_answer(from, header.tag, &payload),
             _ => {}
         }
         let collective = {
@@ -248,48 +271,23 @@ impl Engine {
             if state.failed.is_some() {
                 return;
             }
-            state.peers[from.index()].last_heard = Instant::now();
+            let now = Instant::now();
+            state.peers[from.index()].last_heard = now;
             match state.in_flight.get(&header.tag) {
-                Some(entry) => entry.collective.clone(),
+                Some(entry) => {
+                    self.progress.note(now);
+                    entry.collective.clone()
+                }
                 None => {
-                    state.peers[from.index()].early_bytes += payload.len();
+                    let bytes = EARLY_FRAME_BYTES + payload.len();
+                    state.peers[from.index()].early_bytes += bytes;
+                    self.early_bytes.fetch_add(bytes, Relaxed);
                     state.early.entry(header.tag).or_default().push((header, payload));
                     return;
                 }
             }
         };
         self.advance(header.tag, collective.handle_frame(self, &header, payload));
-    }
-
-    fn ask(&self, tag: Tag, ranks: Vec<Rank>) {
-        for rank in ranks {
-            self.send(rank, Lane::Small, Part::about(tag, Stage::Ask), vec![]);
-        }
-    }
-
-    /// Tells `from` whom this rank waits for in `tag`, or for whose sake it has not entered it yet.
-    fn answer(&self, from: Rank, tag: Tag) {
-        let (entered, collective) = {
-            let state = self.state.lock();
-            let entry = state.in_flight.get(&tag);
-            let oldest = || state.in_flight.values().min_by_key(|entry| entry.started);
-            (entry.is_some(), entry.or_else(oldest).map(|entry| entry.collective.clone()))
-        };
-        let mut missing = collective.map(|collective| collective.missing()).unwrap_or_default();
-        if !entered {
-            missing.retain(|(rank, _)| *rank != from);
-            if missing.is_empty() {
-                missing.push((self.rank, false));
-            }
-        }
-        let payload = vec![Bytes::from(inquiry::encode(&missing))];
-        self.send(from, Lane::Small, Part::about(tag, Stage::Waiting), payload);
-    }
-
-    fn take_answer(&self, from: Rank, tag: Tag, payload: &Buffer) {
-        let missing = inquiry::decode(payload, self.world);
-        let next = self.state.lock().inquiries.get_mut(&tag).map(|inquiry| inquiry.answered(from, missing));
-        self.ask(tag, next.unwrap_or_default());
     }
 
     /// A transport cannot make sense of what `from` sent.
@@ -299,14 +297,15 @@ impl Engine {
 
     /// The connection to `from` broke.
     pub(crate) fn handle_lost(&self, from: Rank, reason: String) {
-        let tag = {
-            let state = self.state.lock();
+        self.abort_if(|state| {
             if state.peers[from.index()].left {
-                return;
+                return None;
             }
-            state.oldest_that_needs(from)
-        };
-        self.abort(CollectiveError::PeerLost { rank: from, tag, reason });
+            // Where none needs it, something does soon.
+            let tag = state.oldest_that_needs(from).or_else(|| state.oldest());
+            let at = tag.map(Moment::In).or_else(|| self.flight.newest().map(Moment::After));
+            Some(CollectiveError::PeerLost { rank: from, at, reason })
+        });
     }
 
     /// `from` left after it had sent everything on one of the ways here: the network, or shared memory.
@@ -333,48 +332,23 @@ impl Engine {
         self.abort(CollectiveError::Forwarded { by: from, culprit, message });
     }
 
-    /// Someone waited for `tag` up to the time-out. Ends the group if a rank it needs has been silent for that
-    /// long and everyone had time to say whom they wait for; otherwise says how long to wait before asking again.
-    pub(crate) fn handle_overdue(&self, tag: Tag) -> Duration {
-        let now = Instant::now();
-        let error = {
-            let mut state = self.state.lock();
-            let State { in_flight, inquiries, peers, .. } = &mut *state;
-            let Some(entry) = in_flight.get(&tag) else {
-                return self.timeout;
-            };
-            let started = entry.started;
-            let inquiry = inquiries.entry(tag).or_insert_with(|| Inquiry::new(self.rank, now));
-            let missing = inquiry.conclude(entry.collective.missing());
-            let silence = |rank: Rank| now - peers[rank.index()].last_heard.max(started).min(now);
-            let silent: Vec<_> =
-                missing.iter().copied().filter(|&(rank, _)| silence(rank) >= self.timeout).collect();
-            // Whoever began to wait late has heard no answers yet.
-            let answers = (self.timeout / 4).saturating_sub(now - inquiry.began());
-            if silent.is_empty() || !answers.is_zero() {
-                let longest = missing.iter().map(|&(rank, _)| silence(rank)).max().unwrap_or_default();
-                let ask = inquiry.ask(&missing);
-                drop(state);
-                self.ask(tag, ask);
-                return self.timeout.saturating_sub(longest).max(answers);
-            }
-            let entered = silent.iter().all(|&(_, entered)| entered);
-            let missing = silent.iter().filter(|s| s.1 == entered).map(|s| s.0).collect();
-            CollectiveError::TimedOut { tag, missing, entered, waited: now - started }
-        };
-        self.abort(error);
-        self.timeout
-    }
-
-    /// What to await before reading more from `from`, if it is far ahead of this rank. Check again after it.
-    pub(crate) fn early_space(&self, from: Rank) -> Option<OwnedNotified> {
+    /// What to await before reading more of `lane` from `from`, if it is far ahead of this rank. Check again after it.
+    pub(crate) fn early_space(&self, from: Rank, lane: Lane) -> Option<OwnedNotified> {
+        if !self.is_far_ahead(from, lane) {
+            return None;
+        }
         let freed = self.early_space.clone().notified_owned();
-        self.is_far_ahead(from).then_some(freed)
+        self.is_far_ahead(from, lane).then_some(freed)
     }
 
-    /// Whether nothing more should be read from `from` for now: it is far ahead of this rank.
-    pub(crate) fn is_far_ahead(&self, from: Rank) -> bool {
-        self.state.lock().peers[from.index()].early_bytes >= EARLY_BYTES
+    /// Whether nothing more should be read of `lane` from `from` for now: it is far ahead of this rank.
+    pub(crate) fn is_far_ahead(&self, from: Rank, lane: Lane) -> bool {
+        let most = match lane {
+            Lane::Small => 2 * EARLY_BYTES,
+            Lane::Bulk => EARLY_BYTES,
+        };
+        // Asked at every look at a ring, and hardly ever true.
+        self.early_bytes.load(Relaxed) >= most && self.state.lock().peers[from.index()].early_bytes >= most
     }
 
     /// Starts a collective: sends this rank's part and takes in what arrived early.
@@ -388,13 +362,16 @@ impl Engine {
                 return Err(CollectiveError::TagInUse(tag));
             }
             let started = Instant::now();
+            self.progress.note(started);
             let (signature, bytes) = collective.describe();
             let ticket = self.flight.enter(Entry { tag, signature, bytes, entered: started });
             let entry = InFlight { started, ticket, collective: collective.clone() };
             state.in_flight.insert(tag, entry);
             let early = state.early.remove(&tag).unwrap_or_default();
             for (header, payload) in &early {
-                state.peers[header.source.index()].early_bytes -= payload.len();
+                let bytes = EARLY_FRAME_BYTES + payload.len();
+                state.peers[header.source.index()].early_bytes -= bytes;
+                self.early_bytes.fetch_sub(bytes, Relaxed);
             }
             early
         };
@@ -443,15 +420,22 @@ impl Engine {
 
     /// Fails every collective, pending and future, and tells the peers. Only the first cause counts.
     pub(crate) fn abort(&self, error: CollectiveError) {
-        let in_flight = {
+        self.abort_if(|_| Some(error));
+    }
+
+    /// The same, if there is a cause.
+    fn abort_if(&self, cause: impl FnOnce(&State) -> Option<CollectiveError>) {
+        let (error, in_flight) = {
             let mut state = self.state.lock();
             if state.failed.is_some() {
                 return;
             }
+            let Some(error) = cause(&state) else { return };
             state.failed = Some(error.clone());
             state.early.clear();
             state.peers.iter_mut().for_each(|peer| peer.early_bytes = 0);
-            std::mem::take(&mut state.in_flight)
+            self.early_bytes.store(0, Relaxed);
+            (error, std::mem::take(&mut state.in_flight))
         };
         tracing::debug!(rank = self.rank.0, generation = self.generation.0, %error, "group ends");
         self.flight.fail(in_flight.iter().map(|(tag, entry)| entry.waiting(*tag)).collect());
@@ -499,6 +483,7 @@ impl Engine {
                 if let Some(entry) = entry {
                     self.collectives.fetch_add(1, Relaxed);
                     let ended = Instant::now();
+                    self.progress.note(ended);
                     self.flight.complete(entry.ticket, ended);
                     self.nanoseconds.fetch_add((ended - entry.started).as_nanos() as u64, Relaxed);
                 }
@@ -535,6 +520,10 @@ impl State {
     fn oldest_that_needs(&self, rank: Rank) -> Option<Tag> {
         let waiting = self.in_flight.iter().filter(|(tag, _)| self.needs(**tag, rank));
         waiting.min_by_key(|(_, entry)| entry.started).map(|(tag, _)| *tag)
+    }
+
+    fn oldest(&self) -> Option<Tag> {
+        self.in_flight.iter().min_by_key(|(_, entry)| entry.started).map(|(tag, _)| *tag)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::tag::Tag;
 use lockstep_common::ids::Rank;
+use std::fmt;
 use std::time::Duration;
 
 /// A failed collective.
@@ -11,12 +12,12 @@ use std::time::Duration;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CollectiveError {
     /// The connection to a rank broke.
-    #[error("lost {rank}{}: {reason}", at(.tag))]
+    #[error("lost {rank}{}: {reason}", .at.map(|at| format!(" {at}")).unwrap_or_default())]
     PeerLost {
         /// The rank that is gone.
         rank: Rank,
-        /// The oldest collective that still needed it.
-        tag: Option<Tag>,
+        /// Where this rank was then; `None` before the first collective.
+        at: Option<Moment>,
         /// What the transport saw.
         reason: String,
     },
@@ -103,6 +104,24 @@ pub enum CollectiveError {
     Config(String),
 }
 
+/// Where in its job a rank is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// In this collective, and perhaps in younger ones.
+    In(Tag),
+    /// In none: this was the last that it completed.
+    After(Tag),
+}
+
+impl fmt::Display for Moment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::In(tag) => write!(f, "in {tag}"),
+            Self::After(tag) => write!(f, "after {tag}"),
+        }
+    }
+}
+
 impl CollectiveError {
     /// The rank at fault, where one is known.
     pub fn culprit(&self) -> Option<Rank> {
@@ -163,7 +182,13 @@ mod tests {
             timed_out.to_string(),
             "rank 2 has not entered gradient bucket 3 of step 41, phase 1 after 10.0 s"
         );
-        let lost = CollectiveError::PeerLost { rank: Rank(1), tag: Some(tag), reason: "timed out".into() };
-        assert_eq!(lost.to_string(), "lost rank 1 in gradient bucket 3 of step 41, phase 1: timed out");
+        let lost = |at| {
+            let lost = CollectiveError::PeerLost { rank: Rank(1), at, reason: "timed out".into() };
+            lost.to_string()
+        };
+        let bucket = "gradient bucket 3 of step 41, phase 1";
+        assert_eq!(lost(Some(Moment::In(tag))), format!("lost rank 1 in {bucket}: timed out"));
+        assert_eq!(lost(Some(Moment::After(tag))), format!("lost rank 1 after {bucket}: timed out"));
+        assert_eq!(lost(None), "lost rank 1: timed out");
     }
 }

@@ -5,7 +5,7 @@
 
 use crate::error::CollectiveError;
 use crate::formats::Block8;
-use crate::group::{BROADCAST, GATHER};
+use crate::group::{BROADCAST, GATHER, GATHER_TO};
 use crate::op::{Element, ReduceOp};
 use crate::tag::Tag;
 use lockstep_common::ids::Rank;
@@ -22,6 +22,8 @@ pub struct FlightSnapshot {
     pub in_flight: Vec<Waiting>,
     /// Ended, the newest first.
     pub last: Vec<Past>,
+    /// How long ago this rank got on: entered or ended a collective, took in a part of one, or computed.
+    pub idle: Duration,
     /// The first cause of the group's end, if it has failed.
     pub failure: Option<CollectiveError>,
 }
@@ -143,10 +145,21 @@ impl Flight {
         record.entered + record.ended
     }
 
+    /// The collective that was completed last.
+    pub(crate) fn newest(&self) -> Option<Tag> {
+        let record = self.0.lock();
+        let completed = record.lines.iter().filter_map(|line| match line.end {
+            End::Completed(at) => Some((at, line.ticket, line.entry.tag)),
+            End::InFlight | End::Failed(_) => None,
+        });
+        completed.max_by_key(|&(at, ticket, _)| (at, ticket)).map(|(_, _, tag)| tag)
+    }
+
     /// The record, with what the engine knows of those `in_flight`.
     pub(crate) fn snapshot(
         &self,
         in_flight: Vec<Waiting>,
+        idle: Duration,
         failure: Option<CollectiveError>,
     ) -> FlightSnapshot {
         let now = Instant::now();
@@ -155,7 +168,7 @@ impl Flight {
         in_flight.sort_by_key(|waiting| std::cmp::Reverse(waiting.waited));
         let mut last: Vec<_> = record.lines.iter().filter_map(|line| line.past(now)).collect();
         last.sort_by_key(|past| past.ago);
-        FlightSnapshot { in_flight, last, failure }
+        FlightSnapshot { in_flight, last, idle, failure }
     }
 }
 
@@ -183,7 +196,7 @@ impl Waiting {
 /// A signature in words.
 fn words(signature: u8) -> String {
     match signature {
-        GATHER => "gather".to_owned(),
+        GATHER | GATHER_TO => "gather".to_owned(),
         BROADCAST => "broadcast".to_owned(),
         _ => {
             let element = match signature & 0xf {
@@ -217,11 +230,12 @@ mod tests {
     #[test]
     fn the_last_collectives_are_remembered_the_newest_first() {
         let flight = Flight::new();
+        assert_eq!(flight.newest(), None);
         let slow = flight.enter(entry(9999));
         let pair = [flight.enter(entry(0)), flight.enter(entry(1))];
-        assert!(flight.snapshot(vec![], None).last.is_empty());
+        assert!(flight.snapshot(vec![], Duration::ZERO, None).last.is_empty());
         pair.into_iter().rev().for_each(|ticket| flight.complete(ticket, Instant::now()));
-        assert_eq!(indices(&flight.snapshot(vec![], None).last), [0, 1]);
+        assert_eq!(indices(&flight.snapshot(vec![], Duration::ZERO, None).last), [0, 1]);
         for index in 2..1000 {
             let ticket = flight.enter(entry(index));
             flight.complete(ticket, Instant::now());
@@ -231,12 +245,13 @@ mod tests {
         // Its place has been taken: it must not mark another one.
         let taken = flight.enter(entry(1000));
         flight.complete(slow, Instant::now());
-        let last = flight.snapshot(vec![], None).last;
+        let last = flight.snapshot(vec![], Duration::ZERO, None).last;
+        assert_eq!(flight.newest(), Some(entry(999).tag));
         assert_eq!(indices(&last), (745..1000).rev().collect::<Vec<_>>());
         assert_eq!((last[0].signature.as_str(), last[0].bytes, last[0].completed), ("sum of f32", 8, true));
         assert_eq!(flight.events(), 2003);
         flight.complete(taken, Instant::now());
-        assert_eq!(flight.snapshot(vec![], None).last[0].tag.index, 1000);
+        assert_eq!(flight.snapshot(vec![], Duration::ZERO, None).last[0].tag.index, 1000);
     }
 
     #[test]
@@ -248,7 +263,7 @@ mod tests {
         flight.enter(open);
         flight.fail(vec![Waiting::new(open, vec![(Rank(2), false)])]);
         let cause = CollectiveError::Aborted("over".to_owned());
-        let snapshot = flight.snapshot(vec![], Some(cause.clone()));
+        let snapshot = flight.snapshot(vec![], Duration::ZERO, Some(cause.clone()));
         assert_eq!(snapshot.failure, Some(cause));
         assert_eq!(snapshot.in_flight[0].missing, [(Rank(2), false)]);
         let ends: Vec<_> = snapshot.last.iter().map(|p| (p.tag.index, p.completed)).collect();

@@ -1,4 +1,4 @@
-//! Everyone sends its bytes to everyone at once: half a round trip, for small payloads and plain bytes.
+//! Everyone sends its bytes to everyone, or to one rank, at once: half a round trip, for small payloads and plain bytes.
 
 use crate::buffer::Buffer;
 use crate::engine::{Collective, Engine, Part, Publish};
@@ -35,6 +35,8 @@ pub(crate) struct Gather {
     tag: Tag,
     signature: u8,
     mine: Option<Bytes>,
+    /// The only rank to which it goes, if not to all.
+    root: Option<Rank>,
     expect: Vec<Expect>,
     fail: Fail,
     state: Mutex<State>,
@@ -48,9 +50,17 @@ struct State {
 
 #[derive(Default)]
 struct Blob {
-    pieces: Vec<(u64, Buffer)>,
+    /// Each as long as it has to be, so that there are no more than a blob of that length has.
+    pieces: Vec<Piece>,
     received: u64,
     whole: Option<Bytes>,
+}
+
+struct Piece {
+    offset: u64,
+    /// The length of the whole blob.
+    total: u64,
+    bytes: Buffer,
 }
 
 impl Gather {
@@ -75,7 +85,12 @@ impl Gather {
         }
         let missing = blobs.iter().filter(|blob| blob.whole.is_none()).count();
         let state = Mutex::new(State { blobs, missing, finish: Some(finish) });
-        Self { tag, signature, mine, expect, fail, state }
+        Self { tag, signature, mine, root: None, expect, fail, state }
+    }
+
+    /// The same, with this rank's bytes for `root` alone.
+    pub(crate) fn only_to(self, root: Rank) -> Self {
+        Self { root: Some(root), ..self }
     }
 
     fn check(&self, header: &Header) -> Result<(), CollectiveError> {
@@ -88,6 +103,11 @@ impl Gather {
             Expect::Bytes(expected) if expected != header.total => {
                 let detail = format!("its part has {} bytes, expected {expected}", header.total);
                 Err(CollectiveError::Mismatch { rank, tag: self.tag, detail })
+            }
+            Expect::Any if header.total > self.tag.kind.most_blob_bytes() => {
+                let most = self.tag.kind.most_blob_bytes();
+                let detail = format!("{} bytes, more than {most}, in {}", header.total, self.tag);
+                Err(CollectiveError::Protocol { rank, detail })
             }
             Expect::Nothing => {
                 let detail = "it contributes to a collective that wants nothing from it".to_owned();
@@ -125,7 +145,7 @@ impl Collective for Gather {
                     offset: start as u64,
                     total,
                 };
-                for to in engine.others() {
+                for to in engine.others().filter(|to| self.root.is_none_or(|root| root == *to)) {
                     engine.send(to, lane, part, vec![piece.clone()]);
                 }
             }
@@ -153,8 +173,13 @@ impl Collective for Gather {
         if payload.len() == 0 && header.total > 0 {
             return Err(broken("an empty piece"));
         }
-        blob.received += payload.len() as u64;
-        blob.pieces.push((header.offset, payload));
+        let piece = (header.total - header.offset).min(PIECE_BYTES as u64);
+        let fits = header.offset.is_multiple_of(PIECE_BYTES as u64) && payload.len() as u64 == piece;
+        if !fits || blob.pieces.first().is_some_and(|first| first.total != header.total) {
+            return Err(broken("pieces that do not fit"));
+        }
+        blob.received += piece;
+        blob.pieces.push(Piece { offset: header.offset, total: header.total, bytes: payload });
         if blob.received < header.total {
             return Ok(None);
         }
@@ -186,20 +211,20 @@ impl Blob {
     /// The pieces in order, or nothing if they overlap, leave a gap or miss `total`.
     fn join(&mut self, engine: &Engine, total: u64) -> Option<Bytes> {
         let mut pieces = std::mem::take(&mut self.pieces);
-        pieces.sort_by_key(|(offset, _)| *offset);
+        pieces.sort_by_key(|piece| piece.offset);
         let mut end = 0;
-        for (offset, piece) in &pieces {
-            if *offset != end {
+        for piece in &pieces {
+            if piece.offset != end {
                 return None;
             }
-            end += piece.len() as u64;
+            end += piece.bytes.len() as u64;
         }
         if end != total {
             return None;
         }
         if pieces.len() == 1 {
-            return pieces.pop().map(|(_, piece)| piece.freeze());
+            return pieces.pop().map(|piece| piece.bytes.freeze());
         }
-        Some(engine.pool().copy(pieces.iter().map(|(_, piece)| piece.bytes())).freeze())
+        Some(engine.pool().copy(pieces.iter().map(|piece| piece.bytes.bytes())).freeze())
     }
 }

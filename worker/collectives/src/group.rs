@@ -1,7 +1,10 @@
 //! What the rest of a worker sees of the other ranks.
 
-use crate::chunked::{Chunked, Finish, Parties, Task, chunk};
+mod narrowed;
+
+use crate::chunked::{Chunked, Parties, Task, chunk};
 use crate::doubling::{self, DIRECT_RANKS, Doubling};
+use crate::ends::Finish;
 use crate::engine::{Collective, Engine, NEAR_SMALL_BYTES, Stats};
 use crate::error::CollectiveError;
 use crate::flight::FlightSnapshot;
@@ -24,9 +27,12 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+mod blobs;
+
 /// Signatures of the collectives that move plain bytes. Reductions have `0x0o_t`: operation, element type.
 pub(crate) const GATHER: u8 = 0x80;
 pub(crate) const BROADCAST: u8 = 0x81;
+pub(crate) const GATHER_TO: u8 = 0x82;
 /// Marks the signature of a reduction whose result is scattered.
 pub(crate) const SCATTER: u8 = 0x40;
 
@@ -230,6 +236,12 @@ impl Group {
         self.engine.flight_events()
     }
 
+    /// Says that this rank gets on with its work. To be called now and then between collectives that lie further apart
+    /// than the job's time-out, or the others take it for hung.
+    pub fn note_progress(&self) {
+        self.engine.note_progress();
+    }
+
     /// The first cause of the group's end, if it has ended.
     pub fn failure(&self) -> Option<CollectiveError> {
         self.engine.failure()
@@ -299,7 +311,8 @@ impl Group {
         op: ReduceOp,
     ) -> Result<Vec<Numbers<T>>, CollectiveError> {
         let mut leaves: Vec<Numbers<T>> = leaves.into_iter().map(Into::into).collect();
-        self.check_leaves(tag, &leaves, op)?;
+        self.check_leaves(tag, &leaves)?;
+        self.check_op::<T>(tag, leaves[0].len(), op)?;
         let plan = &self.shape.plan;
         op.merge_in_place(&mut leaves, &plan.local);
         let kept = leaves.into_iter().enumerate().filter(|(i, _)| plan.kept.contains(i));
@@ -360,32 +373,6 @@ impl Group {
         self.engine.start(tag, collective)
     }
 
-    /// Brings every rank's bytes, of any length, to every rank, in order of rank.
-    pub fn all_gather(&self, tag: Tag, bytes: Vec<u8>) -> Result<Pending<Vec<Bytes>>, CollectiveError> {
-        let expect = vec![Expect::Any; self.world_size() as usize];
-        self.gather(tag, GATHER, Some(bytes.into()), expect, |blobs| blobs)
-    }
-
-    /// Brings the bytes of `root` to every rank. Only the root gives `bytes`.
-    pub fn broadcast(
-        &self,
-        tag: Tag,
-        root: Rank,
-        bytes: Option<Vec<u8>>,
-    ) -> Result<Pending<Bytes>, CollectiveError> {
-        let misuse = |detail: String| Err(CollectiveError::Misuse { tag, detail });
-        if root.0 >= self.world_size() {
-            return misuse(format!("the root is {root} in a group of {}", self.world_size()));
-        }
-        if bytes.is_some() != (root == self.rank()) {
-            return misuse(format!("the root, {root}, gives the bytes and no other rank does"));
-        }
-        let mut expect = vec![Expect::Nothing; self.world_size() as usize];
-        expect[root.index()] = Expect::Any;
-        let pick = move |mut blobs: Vec<Bytes>| blobs.swap_remove(root.index());
-        self.gather(tag, BROADCAST, bytes.map(Bytes::from), expect, pick)
-    }
-
     /// Is ready when every rank has called it.
     pub fn barrier(&self, tag: Tag) -> Result<Pending<()>, CollectiveError> {
         let slot = Slot::new();
@@ -415,12 +402,7 @@ impl Group {
         &self.engine
     }
 
-    fn check_leaves<T: Element>(
-        &self,
-        tag: Tag,
-        leaves: &[Numbers<T>],
-        op: ReduceOp,
-    ) -> Result<(), CollectiveError> {
+    fn check_leaves<T: Element>(&self, tag: Tag, leaves: &[Numbers<T>]) -> Result<(), CollectiveError> {
         let misuse = |detail| Err(CollectiveError::Misuse { tag, detail });
         let Shape { placement, plan, .. } = &*self.shape;
         if let Some(idle) = plan.ranks.nodes.iter().position(|&nodes| nodes == 0) {
@@ -437,8 +419,12 @@ impl Group {
         if let Some(other) = leaves.iter().find(|leaf| leaf.len() != len) {
             return misuse(format!("vectors of {len} and {} elements", other.len()));
         }
+        Ok(())
+    }
+
+    fn check_op<T: Element>(&self, tag: Tag, len: usize, op: ReduceOp) -> Result<(), CollectiveError> {
         match op.refuse::<T>(len) {
-            Some(detail) => misuse(detail),
+            Some(detail) => Err(CollectiveError::Misuse { tag, detail }),
             None => Ok(()),
         }
     }
@@ -488,35 +474,8 @@ impl Group {
             return self.engine.start(tag, Arc::new(rounds));
         }
         let expect = sizes.map(|bytes| Expect::Bytes(bytes as u64)).collect();
-        self.start_gather(tag, signature, Some(mine), expect, finish, fail)
-    }
-
-    fn gather<R: Send + Sync + 'static>(
-        &self,
-        tag: Tag,
-        signature: u8,
-        mine: Option<Bytes>,
-        expect: Vec<Expect>,
-        finish: impl FnOnce(Vec<Bytes>) -> R + Send + 'static,
-    ) -> Result<Pending<R>, CollectiveError> {
-        let slot = Slot::new();
-        let result = slot.clone();
-        let finish = Box::new(move |blobs| result.set(Ok(finish(blobs))));
-        self.start_gather(tag, signature, mine, expect, finish, fail_slot(&slot))?;
-        Ok(Pending::new(slot, self.engine.clone(), tag))
-    }
-
-    fn start_gather(
-        &self,
-        tag: Tag,
-        signature: u8,
-        mine: Option<Bytes>,
-        expect: Vec<Expect>,
-        finish: gather::Finish,
-        fail: Fail,
-    ) -> Result<(), CollectiveError> {
-        let gather = Gather::new(tag, signature, self.rank(), mine, expect, finish, fail);
-        self.engine.start(tag, Arc::new(gather))
+        self.engine
+            .start(tag, Arc::new(Gather::new(tag, signature, self.rank(), Some(mine), expect, finish, fail)))
     }
 }
 

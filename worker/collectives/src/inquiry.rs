@@ -8,29 +8,38 @@
 use crate::buffer::Buffer;
 use lockstep_common::ids::Rank;
 use std::collections::{HashMap, HashSet};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Ranks whose part is missing, and whether they have entered the collective.
 pub(crate) type Missing = Vec<(Rank, bool)>;
 
-/// What the others said of one collective.
+/// What a rank says that is asked about a collective.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Answer {
+    /// How long ago it last got on.
+    pub(crate) idle: Duration,
+    /// Whom it waits for.
+    pub(crate) missing: Missing,
+}
+
+/// What the others said of one collective in one round of questions.
 #[derive(Debug)]
 pub(crate) struct Inquiry {
     own: Rank,
-    began: Instant,
+    ends: Instant,
     asked: HashSet<Rank>,
     answers: HashMap<Rank, Missing>,
 }
 
 impl Inquiry {
-    /// One by the rank `own`, which asks everyone but itself, at `now`.
-    pub(crate) fn new(own: Rank, now: Instant) -> Self {
-        Self { own, began: now, asked: HashSet::from([own]), answers: HashMap::new() }
+    /// One by the rank `own`, which asks everyone but itself, for answers that come before it `ends`.
+    pub(crate) fn new(own: Rank, ends: Instant) -> Self {
+        Self { own, ends, asked: HashSet::from([own]), answers: HashMap::new() }
     }
 
-    /// When the first were asked.
-    pub(crate) fn began(&self) -> Instant {
-        self.began
+    /// Until when answers are awaited.
+    pub(crate) fn ends(&self) -> Instant {
+        self.ends
     }
 
     /// Those among `missing` to ask now.
@@ -74,15 +83,18 @@ impl Inquiry {
 }
 
 /// An answer, as it travels.
-pub(crate) fn encode(missing: &Missing) -> Vec<u8> {
+pub(crate) fn encode(answer: &Answer) -> Vec<u8> {
     let word = |(rank, entered): &(Rank, bool)| u64::from(rank.0) << 1 | u64::from(*entered);
-    missing.iter().flat_map(|missing| word(missing).to_le_bytes()).collect()
+    let idle_ms = answer.idle.as_millis() as u64;
+    std::iter::once(idle_ms).chain(answer.missing.iter().map(word)).flat_map(u64::to_le_bytes).collect()
 }
 
-/// The answer in `payload`; ranks outside a world of `world` are left out.
-pub(crate) fn decode(payload: &Buffer, world: u32) -> Missing {
+/// The answer in `payload`; ranks outside a world of `world` are left out, and repetitions beyond its size.
+pub(crate) fn decode(payload: &Buffer, world: u32) -> Answer {
     let missing = |word: &u64| (Rank((word >> 1) as u32), word & 1 == 1);
-    payload.elements().iter().map(missing).filter(|(rank, _)| rank.0 < world).collect()
+    let (idle_ms, words) = payload.elements().split_first().unwrap_or((&u64::MAX, &[]));
+    let missing = words.iter().map(missing).filter(|(rank, _)| rank.0 < world).take(world as usize);
+    Answer { idle: Duration::from_millis(*idle_ms), missing: missing.collect() }
 }
 
 #[cfg(test)]
@@ -137,9 +149,12 @@ mod tests {
 
     #[test]
     fn an_answer_survives_the_wire() {
-        let missing = vec![(Rank(0), true), (Rank(3), false)];
-        let buffer = crate::buffer::Pool::default().copy(std::iter::once(&encode(&missing)[..]));
-        assert_eq!(decode(&buffer, 4), missing);
-        assert_eq!(decode(&buffer, 3), [(Rank(0), true)]);
+        let idle = Duration::from_millis(70);
+        let answer = Answer { idle, missing: vec![(Rank(0), true), (Rank(3), false)] };
+        let buffer = crate::buffer::Pool::default().copy(std::iter::once(&encode(&answer)[..]));
+        assert_eq!(decode(&buffer, 4), answer);
+        assert_eq!(decode(&buffer, 3), Answer { idle, missing: vec![(Rank(0), true)] });
+        let nothing = decode(&crate::buffer::Pool::default().take(0), 4);
+        assert!(nothing.missing.is_empty() && nothing.idle > Duration::from_secs(1 << 40));
     }
 }

@@ -6,10 +6,11 @@
 //! ```text
 //! Group          tags, checks, what the caller sees
 //!   Engine       which collectives are in flight, early frames, the first cause of a failure
-//!     Gather     small payloads, bytes, barriers: everyone sends to everyone, half a round trip
-//!     Doubling   small payloads and barriers of more than 64 ranks: log2 W rounds, each twice the last one's size
-//!     Chunked    large payloads: reduce-scatter and all-gather in pieces, reducing while receiving
-//!   Transport    moves frames between ranks: in this process, or over QUIC
+//!     Gather         small payloads, bytes, barriers: everyone sends to everyone, half a round trip
+//!     Doubling       small payloads and barriers of more than 64 ranks: log2 W rounds, each twice the last one's size
+//!     Chunked        large reductions between hosts: reduce-scatter and all-gather in pieces, reducing while receiving
+//!     HostReduction  large reductions within a host, in memory that its ranks share; between hosts it hands on to Chunked
+//!   Transport    moves frames between ranks: in this process, through rings in shared memory, or over QUIC
 //! ```
 //!
 //! **Exact reduction.** The logical shards are the leaves of one fixed binary tree ([`tree`]). A rank reduces
@@ -22,6 +23,7 @@
 mod buffer;
 mod chunked;
 mod doubling;
+mod ends;
 mod engine;
 mod error;
 mod flight;
@@ -35,6 +37,7 @@ pub mod nccl;
 mod numbers;
 mod op;
 mod pending;
+mod progress;
 pub mod quic;
 mod shm;
 mod tag;
@@ -44,7 +47,7 @@ mod transport;
 pub mod tree;
 
 pub use engine::Stats;
-pub use error::CollectiveError;
+pub use error::{CollectiveError, Moment};
 pub use flight::{FlightSnapshot, Past, Waiting};
 pub use group::Group;
 pub use numbers::Numbers;

@@ -1,5 +1,6 @@
 //! The name of a collective, by which the ranks find each other's parts of it.
 
+use crate::frame::MAX_BLOB_BYTES;
 use std::fmt;
 
 /// What a collective is for. Part of its [`Tag`], and what an error calls it.
@@ -65,6 +66,20 @@ impl Tag {
 }
 
 impl TagKind {
+    /// The most bytes that a rank may contribute to a gather or a broadcast of this kind. What a peer announces beyond
+    /// it is refused before anything is kept.
+    pub(crate) fn most_blob_bytes(self) -> u64 {
+        match self {
+            TagKind::Digest => 4 << 10,
+            // 52 bytes for each rank of the sender's host, or the reason why not.
+            TagKind::Setup | TagKind::Communicator => 1 << 20,
+            // What the shards of any model keep.
+            TagKind::State => MAX_BLOB_BYTES,
+            // Four bytes for each of a model's parameters at most.
+            _ => 64 << 20,
+        }
+    }
+
     pub(crate) fn code(self) -> u8 {
         match self {
             TagKind::Gradient => 0,

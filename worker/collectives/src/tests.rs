@@ -13,6 +13,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 mod faults;
+mod overdue;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -147,6 +148,93 @@ fn dishonest_pieces_of_a_large_sum_end_the_group() {
         let error = pending.wait().unwrap_err();
         assert_eq!(error.culprit(), Some(Rank(1)));
         assert!(error.to_string().contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn a_gather_to_one_rank_brings_the_others_nothing() {
+    let groups = groups(3, TIMEOUT);
+    let bytes = |rank: u32| vec![rank as u8; 1 + 300_000 * rank as usize];
+    let pending: Vec<_> =
+        groups.iter().map(|group| group.gather_to(tag(), Rank(1), bytes(group.rank().0)).unwrap()).collect();
+    for (group, pending) in groups.iter().zip(pending) {
+        let blobs = pending.wait().unwrap();
+        let expected = if group.rank() == Rank(1) { (0..3).map(bytes).collect() } else { vec![] };
+        assert_eq!(*blobs, expected);
+    }
+    // What went to the root alone: two blobs, and headers.
+    let received: u64 = groups.iter().map(|group| group.stats().bytes_received).sum();
+    assert!(received < 610_000, "{received}");
+}
+
+#[test]
+fn a_blob_beyond_its_kind_ends_the_group() {
+    let digest = Tag::new(7, 0, TagKind::Digest);
+    let blob = Header { tag: digest, signature: crate::group::GATHER, ..honest() };
+    let cases = [
+        (Header { total: 5000, ..blob }, "5000 bytes, more than 4096"),
+        (Header { total: 64, ..blob }, "pieces that do not fit"),
+    ];
+    for (header, expected) in cases {
+        let groups = groups(2, TIMEOUT);
+        let pending = groups[0].all_gather(digest, vec![1; 64]).unwrap();
+        deliver(&groups[0], header);
+        let error = pending.wait().unwrap_err();
+        assert_eq!(error.culprit(), Some(Rank(1)));
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+    let refused = groups(2, TIMEOUT)[0].all_gather(digest, vec![1; 5000]).err().unwrap();
+    assert!(matches!(refused, CollectiveError::Misuse { .. }), "{refused}");
+}
+
+/// Frames that cost nothing but their headers, for collectives that nobody starts.
+#[test]
+fn empty_early_frames_hold_their_sender_up() {
+    let groups = groups(2, TIMEOUT);
+    let engine = groups[0].engine();
+    let ahead = |lane| engine.is_far_ahead(Rank(1), lane);
+    for step in 0..700_000 {
+        let tag = Tag::new(step, 0, TagKind::Barrier);
+        engine.handle_frame(Rank(1), Header { tag, payload_len: 0, ..honest() }, Pool::default().take(0));
+        if ahead(Lane::Small) {
+            assert!(ahead(Lane::Bulk) && step > 400_000, "{step}");
+            return;
+        }
+    }
+    panic!("no number of frames is too many");
+}
+
+/// Pieces for a leader whose host is not ready, more than the vector has.
+#[test]
+fn pieces_that_come_early_from_another_host_are_counted() {
+    const LEN: usize = 32_768;
+    let placement = Placement::even(3, 3);
+    let groups = Group::on_hosts(&placement, &[0, 0, 1], Reduction::Exact, TIMEOUT).unwrap();
+    let pending = groups[0].all_reduce(tag(), vec![vec![1f32; LEN]], ReduceOp::Sum).unwrap();
+    let piece = Header { source: Rank(2), total: LEN as u64, payload_len: 4, ..honest() };
+    for _ in 0..3 {
+        groups[0].engine().handle_frame(Rank(2), piece, Pool::default().take(4));
+    }
+    let error = pending.wait().unwrap_err();
+    assert_eq!(error.culprit(), Some(Rank(2)));
+    assert!(error.to_string().contains("more pieces than there are"), "{error}");
+}
+
+/// Receipts for a result that is not there yet: this rank must not take what lies in its place for it.
+#[test]
+fn a_receipt_that_comes_early_ends_the_group() {
+    const LEN: usize = 32_768;
+    for (hosts, waits) in [([0, 0, 1], 0), ([0, 1, 1], 1), ([0, 0, 0], 0)] {
+        let placement = Placement::even(3, 3);
+        let groups = Group::on_hosts(&placement, &hosts, Reduction::Exact, TIMEOUT).unwrap();
+        let sender = Rank(waits + 1);
+        let pending = groups[waits as usize].all_reduce(tag(), vec![vec![1f32; LEN]], ReduceOp::Sum).unwrap();
+        let receipt =
+            Header { source: sender, stage: Stage::Taken, total: LEN as u64, payload_len: 0, ..honest() };
+        groups[waits as usize].engine().handle_frame(sender, receipt, Pool::default().take(0));
+        let error = pending.wait().unwrap_err();
+        assert_eq!(error.culprit(), Some(sender), "{hosts:?}: {error}");
+        assert!(error.to_string().contains("an unexpected receipt"), "{hosts:?}: {error}");
     }
 }
 

@@ -10,7 +10,8 @@ use crossbeam_channel::Receiver;
 use lockstep_common::ids::Rank;
 use std::sync::{Arc, OnceLock};
 
-/// Two ways to a peer, so that a large bucket never delays a small message.
+/// Two ways to a peer, so that a large bucket does not hold up a small message: it is passed on before what the bucket
+/// has not yet put on its way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lane {
     /// Batch norm, commits, anything of one frame.

@@ -118,7 +118,9 @@ fn a_process_killed_while_all_wait_is_noticed_within_two_seconds() {
     pair.peer.kill().unwrap();
     pair.peer.wait().unwrap();
     let killed = Instant::now();
-    assert_gone(&pair.reduce(1000).unwrap_err(), killed);
+    let error = pair.reduce(1000).unwrap_err();
+    assert_gone(&error, killed);
+    assert!(error.to_string().contains("its host has closed its lifeline"), "{error}");
 }
 
 #[test]

@@ -4,7 +4,7 @@
 
 mod support;
 
-use lockstep_collectives::formats::{Block8, bf16, f16};
+use lockstep_collectives::formats::{Block8, bf16, f16, narrow};
 use lockstep_collectives::{Element, Group, ReduceOp, Tag, TagKind};
 use lockstep_common::ids::Rank;
 use lockstep_common::job::Reduction;
@@ -12,7 +12,7 @@ use lockstep_common::placement::Placement;
 use lockstep_common::rng::Stream;
 use proptest::prelude::*;
 use std::time::Duration;
-use support::{Bits, Draw, assert_same, in_ranks, leaves_of, placement_strategy, reference};
+use support::{Bits, Draw, assert_same, expected, in_ranks, leaves_of, placement_strategy, reference};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -58,10 +58,7 @@ fn check_groups<T: Draw + Element + Bits>(
     op: ReduceOp,
 ) {
     let leaves: Vec<Vec<T>> = (0..placement.shards()).map(|s| T::leaf(seed, s, len, op)).collect();
-    let mut expected = reference(&leaves, op);
-    if op == ReduceOp::Average {
-        expected.iter_mut().for_each(|e| *e = e.divided(placement.shards()));
-    }
+    let expected = expected(&leaves, op);
     let tag = Tag::new(1, 0, TagKind::Gradient);
     in_ranks(groups, |group| {
         let own = leaves_of(group, &leaves);
@@ -86,6 +83,33 @@ proptest! {
             4 => check_exact::<Block8>(&placement, len / 16, seed, op),
             _ => check_exact::<i64>(&placement, len, seed, ReduceOp::Sum),
         }
+    }
+
+    #[test]
+    fn numbers_sent_as_bf16_sum_to_the_reference_tree_of_the_rounded_ones(
+        placement in placement_strategy(12), len in lengths(), seed: u64, average: bool, shared: bool,
+    ) {
+        let op = if average { ReduceOp::Average } else { ReduceOp::Sum };
+        let leaves: Vec<Vec<f32>> = (0..placement.shards()).map(|s| f32::leaf(seed, s, len, op)).collect();
+        let round = |leaf: &Vec<f32>| {
+            let mut rounded = vec![bf16::ZERO; len];
+            narrow(leaf, &mut rounded);
+            rounded
+        };
+        let mut expected = reference(&leaves.iter().map(round).collect::<Vec<_>>(), op);
+        if average {
+            expected.iter_mut().for_each(|e| *e = e.divided(placement.shards()));
+        }
+        let expected: Vec<f32> = expected.into_iter().map(f32::from).collect();
+        let apart = usize::from(shared) + 1;
+        let hosts: Vec<usize> = (0..placement.world_size() as usize).map(|rank| rank / apart).collect();
+        let groups = Group::on_hosts(&placement, &hosts, Reduction::Exact, TIMEOUT).unwrap();
+        let tag = Tag::new(1, 0, TagKind::Gradient);
+        in_ranks(&groups, |group| {
+            let own = leaves_of(group, &leaves);
+            let result = group.all_reduce_bf16(tag, own, op).unwrap().wait().unwrap();
+            assert_same(&result, &expected);
+        });
     }
 
     #[test]

@@ -4,12 +4,18 @@
 
 mod support;
 
+use lockstep_collectives::quic::{MeshConfig, PROTOCOL_VERSION, Peer};
 use lockstep_collectives::{CollectiveError, Group, ReduceOp, Tag, TagKind};
 use lockstep_common::ids::{Generation, Rank, WorkerId};
+use lockstep_common::net::{self, Authority, Role};
 use lockstep_common::placement::Placement;
 use proptest::prelude::*;
+use std::collections::BTreeSet;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
-use support::cluster::{GENERATION, JOB, mesh, workers};
+use support::cluster::{GENERATION, JOB, Worker, mesh, worker, workers};
 use support::{Draw, assert_same, in_ranks, leaves_of, placement_strategy, reference};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -52,11 +58,24 @@ fn a_rank_far_ahead_waits_for_the_other() {
         group.all_reduce(gradient(step), vec![vec![step as f32; LEN]], ReduceOp::Sum).unwrap()
     };
     let ahead: Vec<_> = (1..=4).map(|step| start(&groups[0], step)).collect();
-    // The broadcast of the rank that is ahead, on the small lane, passes the buckets.
-    let tag = Tag::new(0, 0, TagKind::Broadcast);
-    groups[0].broadcast(tag, Rank(0), Some(b"go".to_vec())).unwrap().wait().unwrap();
-    let sent = groups[1].broadcast(tag, Rank(0), None).unwrap();
-    assert_eq!(*sent.wait().unwrap(), b"go"[..]);
+    let tag = |index| Tag::new(0, 0, TagKind::Broadcast).index(index);
+    let go = |index| {
+        groups[0].broadcast(tag(index), Rank(0), Some(b"go".to_vec())).unwrap().wait().unwrap();
+        let sent = groups[1].broadcast(tag(index), Rank(0), None).unwrap();
+        assert_eq!(*sent.wait().unwrap(), b"go"[..]);
+    };
+    // Broadcasts of the rank that is ahead, on the small lane, pass the buckets, also when the bulk lane is read no
+    // further: all that could have come by then has.
+    go(0);
+    let stands = || {
+        let before = groups[1].stats().bytes_received;
+        std::thread::sleep(Duration::from_millis(100));
+        (groups[1].stats().bytes_received == before).then_some(before)
+    };
+    let received = std::iter::repeat_with(stands).flatten().next().unwrap();
+    // Nearly 64 MB: frames count for a little more than they are.
+    assert!(received > 60 << 20, "{received}");
+    (1..4).for_each(go);
     assert!(ahead.iter().all(|pending| !pending.is_ready()));
     let behind: Vec<_> = (1..=4).map(|step| start(&groups[1], step)).collect();
     for (pending, step) in ahead.iter().chain(&behind).zip([1.0, 2.0, 3.0, 4.0].into_iter().cycle()) {
@@ -168,6 +187,224 @@ fn a_peer_that_never_comes_is_named_when_time_is_up() {
     assert!(started.elapsed() >= limit);
 }
 
+/// A way to `to` that passes on what comes from one sender. Any other is refused by the kernel, as by a NAT.
+fn nat(to: SocketAddr, stalled: &Arc<AtomicBool>) -> SocketAddr {
+    let outer = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let inner = UdpSocket::bind("127.0.0.1:0").unwrap();
+    inner.connect(to).unwrap();
+    let address = outer.local_addr().unwrap();
+    let stalled = stalled.clone();
+    std::thread::spawn(move || {
+        let mut bytes = vec![0; 1 << 16];
+        let (len, sender) = outer.recv_from(&mut bytes).unwrap();
+        outer.connect(sender).unwrap();
+        inner.send(&bytes[..len]).unwrap();
+        let pass = |from: UdpSocket, to: UdpSocket| {
+            let stalled = stalled.clone();
+            std::thread::spawn(move || {
+                let mut bytes = vec![0; 1 << 16];
+                // It ends with the test's process.
+                while let Ok(len) = from.recv(&mut bytes) {
+                    if !stalled.load(Relaxed) {
+                        let _ = to.send(&bytes[..len]);
+                    }
+                }
+            })
+        };
+        pass(outer.try_clone().unwrap(), inner.try_clone().unwrap());
+        pass(inner, outer);
+    });
+    address
+}
+
+#[test]
+fn a_peer_behind_a_nat_that_refuses_probes_is_not_taken_for_dead() {
+    let workers = workers(2);
+    let placement = Placement::even(2, 2);
+    let stalled = Arc::new(AtomicBool::new(false));
+    let through = nat(workers[1].peer(1).addresses[0], &stalled);
+    let groups = std::thread::scope(|scope| {
+        let peer = Peer { addresses: vec![through], ..workers[1].peer(1) };
+        let config = workers[0].config(0, vec![peer], &placement, TIMEOUT);
+        let dials = scope.spawn(|| workers[0].connect(config).unwrap());
+        let config = workers[1].config(1, vec![workers[0].peer(0)], &placement, TIMEOUT);
+        [workers[1].connect(config).unwrap(), dials.join().unwrap()]
+    });
+    let meet = |step| {
+        in_ranks(&groups, |group| group.barrier(Tag::new(step, 0, TagKind::Barrier)).unwrap().wait().unwrap())
+    };
+    // Long enough for each to find out what its probes are worth.
+    let begin = Instant::now();
+    (1..).take_while(|_| begin.elapsed() < Duration::from_secs(1)).for_each(|step| drop(meet(step)));
+    stalled.store(true, Relaxed);
+    std::thread::sleep(Duration::from_secs(2));
+    stalled.store(false, Relaxed);
+    meet(0);
+}
+
+/// Ranks 0 and 1 cannot hear each other any more, rank 2 hears both.
+#[test]
+fn a_cut_between_two_of_three_ranks_is_named_within_the_time_out() {
+    const LIMIT: Duration = Duration::from_secs(10);
+    let workers = workers(3);
+    let placement = Placement::even(3, 3);
+    let cut = Arc::new(AtomicBool::new(false));
+    let through = nat(workers[1].peer(1).addresses[0], &cut);
+    let groups: Vec<Group> = std::thread::scope(|scope| {
+        let connect = |rank: usize| {
+            let mut peers: Vec<_> =
+                (0..3).filter(|&r| r != rank).map(|r| workers[r].peer(r as u32)).collect();
+            if rank == 0 {
+                peers[0].addresses = vec![through];
+            }
+            let config = workers[rank].config(rank as u32, peers, &placement, LIMIT);
+            let worker = &workers[rank];
+            scope.spawn(move || worker.connect(config).unwrap())
+        };
+        let connecting: Vec<_> = (0..3).map(connect).collect();
+        connecting.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    let sum = |group: &Group, step| {
+        let tag = Tag::new(step, 1, TagKind::Gradient).index(3);
+        group.all_reduce(tag, vec![vec![1f32; 1_000_000]], ReduceOp::Sum).and_then(|sum| sum.wait())
+    };
+    in_ranks(&groups, |group| drop(sum(group, 1).unwrap()));
+    cut.store(true, Relaxed);
+    let started = Instant::now();
+    let errors = in_ranks(&groups, |group| (2..).find_map(|step| sum(group, step).err()).unwrap());
+    assert!(started.elapsed() < LIMIT, "{:?}", started.elapsed());
+    for (rank, error) in errors.iter().enumerate() {
+        assert!([Some(Rank(0)), Some(Rank(1))].contains(&error.culprit()), "rank {rank}: {error}");
+        let text = error.to_string();
+        assert!(text.contains("gradient bucket 3 of step 2, phase 1"), "rank {rank}: {text}");
+    }
+}
+
+/// Another rank may prepare for long, but its worker answers meanwhile: one that does not is not there.
+#[test]
+fn a_peer_that_cannot_be_reached_is_named_after_the_time_out() {
+    const LIMIT: Duration = Duration::from_secs(2);
+    let workers = workers(2);
+    let placement = Placement::even(2, 2);
+    // Somebody holds the port and answers nothing, as behind a cut link.
+    let mute = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = mute.local_addr().unwrap();
+    let peer = Peer { addresses: vec![address], ..workers[1].peer(1) };
+    let config = MeshConfig {
+        connect_timeout: Duration::from_secs(900),
+        ..workers[0].config(0, vec![peer], &placement, LIMIT)
+    };
+    let started = Instant::now();
+    let error = workers[0].connect(config).err().unwrap();
+    assert!(started.elapsed() >= LIMIT && started.elapsed() < LIMIT * 3 / 2, "{:?}", started.elapsed());
+    assert_eq!(error.culprit(), Some(Rank(1)));
+    let expected = format!("no connection to rank 1: it cannot be reached: {address} has not answered");
+    assert!(error.to_string().starts_with(&expected), "{error}");
+}
+
+#[test]
+fn a_peer_that_answers_may_prepare_for_longer_than_the_time_out() {
+    const LIMIT: Duration = Duration::from_millis(500);
+    let workers = workers(2);
+    let placement = Placement::even(2, 2);
+    let config = |rank: usize| MeshConfig {
+        connect_timeout: TIMEOUT,
+        ..workers[rank].config(rank as u32, vec![workers[1 - rank].peer(1 - rank as u32)], &placement, LIMIT)
+    };
+    std::thread::scope(|scope| {
+        let (dials, prepares) = (config(0), &workers[1]);
+        let early = scope.spawn(|| workers[0].connect(dials).unwrap());
+        std::thread::sleep(3 * LIMIT);
+        let late = prepares.connect(config(1)).unwrap();
+        drop((early.join().unwrap(), late));
+    });
+}
+
+/// A connection that says it is `rank` of the group and waits.
+fn knock(caller: &Worker, called: &Worker, rank: u32) -> quinn::Connection {
+    let peer = called.peer(1);
+    caller.runtime.block_on(async {
+        let tls = caller.client_config.clone();
+        let dialled = caller.endpoint.connect_with(tls, peer.addresses[0], &peer.server_name);
+        let connection = dialled.unwrap().await.unwrap();
+        let (mut send, recv) = connection.open_bi().await.unwrap();
+        let mut hello = [&b"LKSH"[..], &PROTOCOL_VERSION.to_le_bytes()].concat();
+        hello.extend(JOB.0.to_le_bytes());
+        hello.extend(GENERATION.0.to_le_bytes());
+        hello.extend(rank.to_le_bytes());
+        send.write_all(&hello).await.unwrap();
+        std::mem::forget((send, recv));
+        connection
+    })
+}
+
+fn until_put_off(connections: &[quinn::Connection], count: usize) {
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        let reasons: Vec<_> = connections.iter().filter_map(|one| one.close_reason()).collect();
+        assert!(
+            reasons.iter().all(|why| why.to_string().contains("too many of your connections")),
+            "{reasons:?}"
+        );
+        if reasons.len() == count {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{reasons:?}");
+        std::thread::yield_now();
+    }
+}
+
+/// In a large world all are early, and what one worker sends must not push the others out.
+#[test]
+fn early_connections_of_many_workers_wait_and_too_many_of_one_are_put_off() {
+    const OTHERS: u32 = 140;
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::open(folder.path()).unwrap();
+    let [called, mut many] = [1, 2].map(|id| worker(&authority, WorkerId(id)));
+    let name = |many: &mut Worker, id: u32| {
+        let identity = authority.issue(Role::Worker(WorkerId(100 + u64::from(id)))).unwrap();
+        many.client_config = net::client_config(&identity).unwrap();
+    };
+    let mut waiting = vec![];
+    for rank in 0..OTHERS {
+        name(&mut many, rank);
+        waiting.push(knock(&many, &called, rank));
+    }
+    name(&mut many, OTHERS);
+    let pushy: Vec<_> = (0..10).map(|_| knock(&many, &called, OTHERS)).collect();
+    until_put_off(&pushy, 2);
+    let mut incoming = called.lobby.expect(JOB, GENERATION);
+    let admitted = called.runtime.block_on(async {
+        let mut ranks = BTreeSet::new();
+        while ranks.len() <= OTHERS as usize {
+            ranks.insert(incoming.recv().await.unwrap().rank());
+        }
+        ranks
+    });
+    assert!(admitted.into_iter().eq((0..=OTHERS).map(Rank)));
+    until_put_off(&waiting, 0);
+}
+
+#[test]
+fn a_rank_that_is_put_off_comes_again() {
+    let workers = workers(2);
+    let placement = Placement::even(2, 2);
+    let config = |rank: usize| {
+        workers[rank].config(rank as u32, vec![workers[1 - rank].peer(1 - rank as u32)], &placement, TIMEOUT)
+    };
+    let knocks = || (0..8).map(|_| knock(&workers[0], &workers[1], 7)).collect::<Vec<_>>();
+    std::thread::scope(|scope| {
+        let before = knocks();
+        let dials = config(0);
+        let dialler = scope.spawn(|| workers[0].connect(dials).unwrap());
+        // It is there when the first of the others has had to go.
+        until_put_off(&before, 1);
+        let after = knocks();
+        let last = workers[1].connect(config(1)).unwrap();
+        drop((dialler.join().unwrap(), last, before, after));
+    });
+}
+
 /// A peer with a valid certificate that speaks the greeting, then rubbish.
 #[test]
 fn rubbish_ends_the_group_and_names_the_rank() {
@@ -196,12 +433,12 @@ fn rubbish_ends_the_group_and_names_the_rank() {
                 let dialled = workers[0].endpoint.connect_with(tls, peer.addresses[0], &peer.server_name);
                 let connection = dialled.unwrap().await.unwrap();
                 let (mut send, mut recv) = connection.open_bi().await.unwrap();
-                let mut hello = b"LKSH\x01\x00".to_vec();
+                let mut hello = [&b"LKSH"[..], &PROTOCOL_VERSION.to_le_bytes()].concat();
                 hello.extend(JOB.0.to_le_bytes());
                 hello.extend(GENERATION.0.to_le_bytes());
                 hello.extend(0u32.to_le_bytes());
                 send.write_all(&hello).await.unwrap();
-                recv.read_exact(&mut [0; 10]).await.unwrap();
+                recv.read_exact(&mut [0; 26]).await.unwrap();
                 for lane in [0u8, 1] {
                     let mut stream = connection.open_uni().await.unwrap();
                     stream.write_all(&[lane]).await.unwrap();

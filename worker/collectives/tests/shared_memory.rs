@@ -4,6 +4,7 @@
 
 mod support;
 
+use lockstep_collectives::formats::{Block8, bf16, f16};
 use lockstep_collectives::{CollectiveError, Element, Group, ReduceOp, Tag, TagKind};
 use lockstep_common::ids::Rank;
 use lockstep_common::job::Reduction;
@@ -11,7 +12,7 @@ use lockstep_common::placement::Placement;
 use lockstep_common::rng::Stream;
 use proptest::prelude::*;
 use std::time::Duration;
-use support::{Bits, Draw, assert_same, in_ranks, leaves_of, placement_strategy, reference};
+use support::{Bits, Draw, assert_same, expected, in_ranks, leaves_of, placement_strategy, reference};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -35,52 +36,77 @@ fn hosts_of(ranks: u32, seed: u64) -> Vec<usize> {
         .collect()
 }
 
-fn check<T: Draw + Element + Bits>(placement: &Placement, hosts: &[usize], len: usize, seed: u64) {
-    let leaves: Vec<Vec<T>> = (0..placement.shards()).map(|s| T::leaf(seed, s, len, ReduceOp::Sum)).collect();
-    let expected = reference(&leaves, ReduceOp::Sum);
+fn check<T: Draw + Element + Bits>(
+    placement: &Placement,
+    hosts: &[usize],
+    len: usize,
+    seed: u64,
+    op: ReduceOp,
+) {
+    let leaves: Vec<Vec<T>> = (0..placement.shards()).map(|s| T::leaf(seed, s, len, op)).collect();
+    let expected = expected(&leaves, op);
     let groups = Group::on_hosts(placement, hosts, Reduction::Exact, TIMEOUT).unwrap();
     in_ranks(&groups, |group| {
-        let all = group.all_reduce(gradient(1), leaves_of(group, &leaves), ReduceOp::Sum).unwrap();
-        let part = group.reduce_scatter(gradient(2), leaves_of(group, &leaves), ReduceOp::Sum).unwrap();
+        let all = group.all_reduce(gradient(1), leaves_of(group, &leaves), op).unwrap();
+        if op != ReduceOp::Moments {
+            let part = group.reduce_scatter(gradient(2), leaves_of(group, &leaves), op).unwrap();
+            assert_same(&part.wait().unwrap(), &expected[group.chunk(len)]);
+        }
         assert_same(&all.wait().unwrap(), &expected);
-        assert_same(&part.wait().unwrap(), &expected[group.chunk(len)]);
     });
 }
 
+/// Lengths on both sides of where memory begins to be shared (16 KiB), of where hosts send chunks (64 KiB), and odd ones.
+fn lengths() -> impl Strategy<Value = usize> {
+    prop_oneof![
+        3 => 0usize..40,
+        2 => 4_090usize..4_100,
+        2 => 16_380usize..16_500,
+        1 => 100_000usize..150_000,
+    ]
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(96))]
 
     #[test]
     fn sums_equal_the_reference_tree_on_any_hosts(
-        placement in placement_strategy(12),
-        one_host: bool,
-        len in prop_oneof![3 => 0usize..40, 2 => 4_090usize..4_100, 2 => 16_380usize..16_500, 1 => 100_000usize..150_000],
-        seed: u64,
-        dtype in 0..3,
+        placement in placement_strategy(12), one_host: bool, len in lengths(), seed: u64, dtype in 0..7, average: bool,
     ) {
         let ranks = placement.world_size();
         let hosts = if one_host { vec![0; ranks as usize] } else { hosts_of(ranks, seed) };
+        let op = if average { ReduceOp::Average } else { ReduceOp::Sum };
         match dtype {
-            0 => check::<f32>(&placement, &hosts, len, seed),
-            1 => check::<f64>(&placement, &hosts, len, seed),
-            _ => check::<i64>(&placement, &hosts, len, seed),
+            0 => check::<f32>(&placement, &hosts, len, seed, op),
+            1 => check::<f64>(&placement, &hosts, len, seed, op),
+            2 => check::<bf16>(&placement, &hosts, len, seed, op),
+            3 => check::<f16>(&placement, &hosts, len, seed, op),
+            4 => check::<Block8>(&placement, &hosts, len / 16, seed, op),
+            5 => check::<i64>(&placement, &hosts, len, seed, ReduceOp::Sum),
+            _ => check::<f64>(&placement, &hosts, 2 * len + 1, seed, ReduceOp::Moments),
         }
     }
-}
 
-#[test]
-fn an_average_is_the_sum_divided_once() {
-    let placement = Placement::even(5, 3);
-    for hosts in [[0, 0, 0], [0, 0, 1], [0, 1, 2]] {
-        let groups = Group::on_hosts(&placement, &hosts, Reduction::Exact, TIMEOUT).unwrap();
-        for len in [7, 40_000] {
-            let leaves: Vec<Vec<f64>> = (0..5).map(|s| f64::leaf(8, s, len, ReduceOp::Sum)).collect();
-            let expected: Vec<_> = reference(&leaves, ReduceOp::Sum).iter().map(|sum| sum / 5.0).collect();
-            in_ranks(&groups, |group| {
-                let tag = gradient(len as u64);
-                let average = group.all_reduce(tag, leaves_of(group, &leaves), ReduceOp::Average).unwrap();
-                assert_same(&average.wait().unwrap(), &expected);
-            });
+    #[test]
+    fn fast_sums_are_the_same_bits_on_all_ranks_of_any_hosts_and_close_to_exact(
+        placement in placement_strategy(9), one_host: bool, len in lengths(), seed: u64,
+    ) {
+        let ranks = placement.world_size();
+        let hosts = if one_host { vec![0; ranks as usize] } else { hosts_of(ranks, seed) };
+        let leaf = |s: u32| -> Vec<f64> {
+            let mut stream = Stream::new(seed, "fast", &[u64::from(s)]);
+            (0..len).map(|_| stream.uniform_in(1.0, 2.0)).collect()
+        };
+        let leaves: Vec<_> = (0..placement.shards()).map(leaf).collect();
+        let groups = Group::on_hosts(&placement, &hosts, Reduction::Fast, TIMEOUT).unwrap();
+        let results = in_ranks(&groups, |group| {
+            group.all_reduce(gradient(1), leaves_of(group, &leaves), ReduceOp::Sum).unwrap().wait().unwrap()
+        });
+        for result in &results {
+            assert_same(result, &results[0]);
+        }
+        for (sum, exact) in results[0].iter().zip(reference(&leaves, ReduceOp::Sum)) {
+            prop_assert!((sum - exact).abs() <= 1e-14 * exact, "{} instead of {}", sum, exact);
         }
     }
 }

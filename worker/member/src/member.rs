@@ -40,6 +40,8 @@ pub(crate) struct Session {
     orphan_timeout_ms: u64,
     /// Whether it has been told to end, by whomever.
     pub(crate) ending: bool,
+    /// Whether that was at once.
+    aborted: bool,
     /// Whether nothing of it is to be kept.
     released: bool,
 }
@@ -171,7 +173,7 @@ impl Member {
         // At once, so that nothing new is assigned here and nobody takes the end for a failure.
         self.tell(FromWorker::Leaving);
         if let Some(assignment) = self.next.take() {
-            self.decline(&assignment);
+            self.let_down(&assignment);
         }
         self.unfollow();
         self.drop_kept();
@@ -230,7 +232,7 @@ impl Member {
 
     pub(crate) fn abort(&mut self, reason: &str) {
         if let Some(session) = &mut self.session {
-            session.ending = true;
+            (session.ending, session.aborted) = (true, true);
             self.actions.push_back(Action::Abort { reason: reason.to_owned() });
         }
     }
@@ -265,7 +267,7 @@ impl Member {
             return Err(Refused::Repeated);
         }
         if self.is_leaving() {
-            self.decline(&assignment);
+            self.let_down(&assignment);
             return Err(Refused::Leaving);
         }
         if self.session.is_none() {
@@ -275,7 +277,8 @@ impl Member {
         if let Some(superseded) = self.next.replace(assignment) {
             self.decline(&superseded);
         }
-        if self.session.as_ref().is_some_and(|s| !s.ending) {
+        // Even if it was to end in good order: its peers have gone on without it, and it would wait for them.
+        if self.session.as_ref().is_some_and(|s| !s.aborted) {
             self.abort("a newer generation has begun");
         }
         Ok(())
@@ -330,6 +333,7 @@ impl Member {
             world_size: assignment.peers.len(),
             orphan_timeout_ms: workers.unwrap_or_else(|_| WorkerRange::default()).orphan_timeout_s * 1000,
             ending: false,
+            aborted: false,
             released: false,
         });
         self.actions.push_back(Action::Begin { assignment, start });
@@ -339,6 +343,15 @@ impl Member {
     fn decline(&mut self, assignment: &Assignment) {
         let (job, generation) = (assignment.job, assignment.generation);
         let outcome = Outcome::Stopped { step: 0 };
+        self.tell(FromWorker::Ended { job, generation, outcome, held: None });
+    }
+
+    /// Says that a generation cannot begin with this worker, which leaves: its other ranks would wait for it, as they do not
+    /// stop at the same step without having begun one.
+    fn let_down(&mut self, assignment: &Assignment) {
+        let (job, generation, rank) = (assignment.job, assignment.generation, assignment.rank);
+        let error = format!("{rank} leaves before its first step");
+        let outcome = Outcome::Lost { error, culprit: Some(rank) };
         self.tell(FromWorker::Ended { job, generation, outcome, held: None });
     }
 

@@ -182,6 +182,17 @@ fn a_newer_generation_begins_when_the_old_session_has_ended() {
 }
 
 #[test]
+fn a_newer_generation_aborts_a_session_that_was_to_end_in_good_order() {
+    let mut member = Member::default();
+    start(&mut member, 1, Resumption::Fresh);
+    let stop = ToWorker::Stop { job: JOB, generation: Generation(1), mode: StopMode::Boundary };
+    member.handle_order(stop).unwrap();
+    actions(&mut member);
+    let told = start(&mut member, 2, from_peers(5, &[0]));
+    assert!(matches!(&told[..], [Action::Abort { .. }]), "its peers may be gone: {told:?}");
+}
+
+#[test]
 fn a_generation_that_is_stopped_before_it_began_never_begins() {
     let mut member = Member::default();
     start(&mut member, 1, Resumption::Fresh);
@@ -332,7 +343,14 @@ fn an_idle_worker_leaves_at_once_and_takes_nothing_on() {
     assert_eq!(actions(&mut member), leaves);
     let order = ToWorker::Start(assignment(JOB, 2, 2, Resumption::Fresh));
     assert_eq!(member.handle_order(order), Err(Refused::Leaving));
-    assert_eq!(actions(&mut member), [ended(2, Outcome::Stopped { step: 0 }, None)]);
+    // Not that it has stopped: its peers would wait for it, without having begun a step at whose end they could stop too.
+    let told = actions(&mut member);
+    let [Action::Tell(FromWorker::Ended { outcome: Outcome::Lost { culprit, .. }, held: None, .. })] =
+        &told[..]
+    else {
+        panic!("{told:?}");
+    };
+    assert!(culprit.is_some());
     assert_eq!(member.handle_order(ToWorker::Follow(following(3))), Err(Refused::Leaving));
 }
 

@@ -41,6 +41,13 @@ impl RawTensor {
         })
     }
 
+    /// The element type of `tensor` as [`dtype`](Self::dtype) names it.
+    pub fn dtype_of(tensor: &Tensor) -> Result<&'static str, NnError> {
+        let kind = tensor.f_kind()?;
+        let known = DTYPES.into_iter().find(|(_, k)| *k == kind).map(|(dtype, _)| dtype);
+        known.ok_or_else(|| NnError::Torch(format!("tensors of type {kind:?} are never stored")))
+    }
+
     /// The tensor that these bytes describe, on the CPU. Fails on an unknown type and on a length that does not
     /// fit the shape.
     pub fn to_tensor(&self) -> Result<Tensor, NnError> {
@@ -69,11 +76,7 @@ impl RawTensor {
 
 /// Element type, as safetensors names it, and shape of a tensor.
 pub fn describe(tensor: &Tensor) -> Result<(&'static str, Vec<usize>), NnError> {
-    let kind = tensor.f_kind()?;
-    let known = DTYPES.into_iter().find(|(_, k)| *k == kind);
-    let (dtype, _) =
-        known.ok_or_else(|| NnError::Torch(format!("tensors of type {kind:?} are never stored")))?;
-    Ok((dtype, tensor.size().into_iter().map(|d| d as usize).collect()))
+    Ok((RawTensor::dtype_of(tensor)?, tensor.size().into_iter().map(|d| d as usize).collect()))
 }
 
 #[cfg(test)]

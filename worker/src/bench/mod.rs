@@ -17,16 +17,12 @@ mod wire;
 pub(crate) use args::AllreduceArgs;
 
 use crate::cli::BenchCommand;
-use anyhow::{Context, Result};
+use crate::network;
+use anyhow::Result;
 
 /// Runs a benchmark to its end.
 pub(crate) fn run(command: BenchCommand) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .thread_name("network")
-        .enable_all()
-        .build()
-        .context("cannot start the network threads")?;
+    let runtime = network::runtime()?;
     match command {
         BenchCommand::Rank => rank::run(&runtime),
         BenchCommand::Allreduce(args) => {

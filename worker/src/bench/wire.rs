@@ -1,6 +1,6 @@
 //! The forms in which the benchmark's numbers travel: those of a job's `[collective] wire` that fit any vector.
 
-use lockstep_collectives::formats::{Block8, bf16, narrow, widen};
+use lockstep_collectives::formats::Block8;
 use lockstep_collectives::{CollectiveError, Group, Numbers, ReduceOp, Tag};
 use lockstep_common::job::WireFormat;
 use std::sync::Arc;
@@ -35,17 +35,7 @@ impl Wire {
         let len = leaves.first().map_or(0, |leaf| leaf.len());
         match self.form {
             WireFormat::F32 | WireFormat::PowerSgd => group.all_reduce(tag, leaves, ReduceOp::Sum)?.wait(),
-            WireFormat::Bf16 => {
-                let narrowed = leaves.into_iter().map(|leaf| {
-                    let mut narrowed: Numbers<bf16> = group.numbers(len);
-                    narrow(&leaf, &mut narrowed);
-                    narrowed
-                });
-                let sum = group.all_reduce(tag, narrowed.collect::<Vec<_>>(), ReduceOp::Sum)?.wait()?;
-                let mut wide = group.numbers(len);
-                widen(&sum, &mut wide);
-                Ok(Arc::new(wide))
-            }
+            WireFormat::Bf16 => group.all_reduce_bf16(tag, leaves, ReduceOp::Sum)?.wait(),
             WireFormat::Int8 => {
                 self.residuals.resize_with(leaves.len(), Vec::new);
                 let blocks = leaves.iter().zip(&mut self.residuals).map(|(leaf, residual)| {

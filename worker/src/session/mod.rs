@@ -1,5 +1,6 @@
 //! One worker's part in one generation of one job, on a thread of its own.
 
+pub(crate) mod data;
 mod output;
 mod prepare;
 mod run;
@@ -11,21 +12,24 @@ use crate::flight::{SharedGroup, Watch};
 use crate::kept::{Kept, State};
 use crate::mesh::Mesh;
 use crate::metrics::Metrics;
+use crate::state::desk::Desk;
+use crate::state::follow::Follower;
+use crate::state::pack::Copied;
+use crate::tasks::TaskPlan;
 use crate::train::Number;
 use crate::train::compress;
 use crate::train::device::device;
 use crate::train::error::TrainError;
 use crate::train::gpu;
 use crate::train::wishes::Wishes;
-use lockstep_collectives::CollectiveError;
+use lockstep_collectives::{CollectiveError, Group};
 use lockstep_common::dataset::ShardCache;
-use lockstep_common::ids::{Generation, JobId};
+use lockstep_common::ids::{Generation, JobId, WorkerId};
 use lockstep_common::job::{JobSpec, Precision};
-use lockstep_common::wire::{Assignment, Outcome, Position, StopMode};
-use lockstep_member::Start;
+use lockstep_common::wire::{Assignment, Outcome, Position, Resumption, StopMode};
 use parking_lot::Mutex;
 use prepare::Prepared;
-use run::Session;
+use run::{Parts, Session};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tokio::runtime::Handle;
@@ -42,8 +46,20 @@ pub(crate) struct Environment {
     pub(crate) shards: Arc<ShardCache>,
     pub(crate) device: DeviceArg,
     pub(crate) threads: usize,
+    /// This worker.
+    pub(crate) worker: WorkerId,
     /// What is left of the last session.
     pub(crate) kept: Arc<Kept>,
+}
+
+/// Where a session's state comes from.
+pub(crate) enum Origin {
+    /// From the job file, a checkpoint, or the peers that hold it.
+    Elsewhere,
+    /// From what the last session has left.
+    Kept,
+    /// From the copy that has followed the job; as [`Self::Elsewhere`] if that does not get to where it should.
+    Followed(Follower),
 }
 
 /// What the agent and the training thread share.
@@ -118,7 +134,7 @@ impl SessionHandle {
 pub(crate) fn start(
     environment: Environment,
     assignment: Assignment,
-    start: Start,
+    origin: Origin,
     ends: UnboundedSender<SessionEnd>,
 ) -> SessionHandle {
     let shared = Arc::new(Shared {
@@ -136,7 +152,7 @@ pub(crate) fn start(
         environment.metrics.membership(generation.0, assignment.peers.len() as u32);
         fault::set_rank(assignment.rank);
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            run(&environment, &assignment, start, &shared)
+            run(&environment, &assignment, origin, &shared)
         }));
         let step = shared.step.load(Ordering::Relaxed);
         let outcome = match result {
@@ -167,7 +183,7 @@ pub(crate) fn start(
 fn run(
     environment: &Environment,
     assignment: &Assignment,
-    start: Start,
+    origin: Origin,
     shared: &Arc<Shared>,
 ) -> Result<Outcome, TrainError> {
     // The optimizer's operations are short, and the other workers of this host have the other cores.
@@ -181,8 +197,8 @@ fn run(
     // Filled as soon as there is a state, so that whatever comes after that does not lose it.
     let mut state = None;
     let result = match job.precision {
-        Precision::F32 => run_typed::<f32>(environment, assignment, start, job, shared, &mut state),
-        Precision::F64 => run_typed::<f64>(environment, assignment, start, job, shared, &mut state),
+        Precision::F32 => run_typed::<f32>(environment, assignment, origin, job, shared, &mut state),
+        Precision::F64 => run_typed::<f64>(environment, assignment, origin, job, shared, &mut state),
     };
     let goes_on = match &result {
         Ok(outcome) => matches!(outcome, Outcome::Stopped { .. }),
@@ -197,20 +213,16 @@ fn run(
 fn run_typed<T: Number>(
     environment: &Environment,
     assignment: &Assignment,
-    start: Start,
+    origin: Origin,
     job: JobSpec,
     shared: &Arc<Shared>,
     state: &mut Option<State>,
 ) -> Result<Outcome, TrainError> {
     let choice = gpu::choice(&assignment.peers, job.collective.backend)?;
+    let desk = environment.mesh.station().open(assignment);
     // All that may take long comes before the ranks connect: from then on they wait for each other.
-    let prepared = Prepared::<T>::new(environment, assignment, start, &job, shared, state)?;
-    let group = environment.runtime.block_on(async {
-        tokio::select! {
-            group = environment.mesh.group(assignment, job.reduction, &job.collective) => group.map_err(TrainError::from),
-            () = shared.abort.notified() => Err(TrainError::Aborted),
-        }
-    })?;
+    let prepared = Prepared::<T>::new(environment, assignment, origin, &job, shared, state)?;
+    let group = connect(environment, assignment, &job, shared, &desk.desk, &prepared.plan, state)?;
     *shared.group.lock() = Some(group.clone());
     if shared.is_aborted() {
         return Err(TrainError::Aborted);
@@ -223,16 +235,9 @@ fn run_typed<T: Number>(
     let device = device(environment.device);
     let result = gpu::carrier::<T>(&group, &assignment.peers, &job.collective, choice, device)
         .and_then(|carrier| {
-            Session::begin(
-                environment,
-                assignment,
-                job,
-                shared.clone(),
-                group.clone(),
-                prepared,
-                carrier,
-                state,
-            )
+            let group = group.clone();
+            let parts = Parts { job, group, prepared, carrier, desk: desk.desk.clone() };
+            Session::begin(environment, assignment, shared.clone(), parts, state)
         })
         .and_then(|mut session| {
             let outcome = session.train().or_else(|error| session.part(error));
@@ -251,8 +256,44 @@ fn run_typed<T: Number>(
     result
 }
 
+/// Forms the group, and meanwhile shows the state to those that are behind.
+fn connect(
+    environment: &Environment,
+    assignment: &Assignment,
+    job: &JobSpec,
+    shared: &Shared,
+    desk: &Desk,
+    plan: &TaskPlan,
+    state: &Option<State>,
+) -> Result<Group, TrainError> {
+    let source = match &assignment.resume {
+        Resumption::Peers { sources, .. } => sources.contains(&assignment.rank),
+        Resumption::Fresh | Resumption::Checkpoint { .. } => false,
+    };
+    if !source {
+        desk.withdraw("this rank does not hold the state");
+    }
+    let group = environment.mesh.group(assignment, job.reduction, &job.collective);
+    environment.runtime.block_on(async {
+        tokio::pin!(group);
+        let mut shown = !source;
+        loop {
+            tokio::select! {
+                group = &mut group => return group.map_err(TrainError::from),
+                () = shared.abort.notified() => return Err(TrainError::Aborted),
+                () = desk.asked(), if !shown => {
+                    if let Some(state) = state {
+                        desk.show(Copied::of(&state.replica, plan)?.pack(assignment.job)?, &state.ledger);
+                    }
+                    shown = true;
+                }
+            }
+        }
+    })
+}
+
 /// Ends the group, so that nobody waits for this rank.
-fn abort(group: &lockstep_collectives::Group, error: &TrainError) {
+fn abort(group: &Group, error: &TrainError) {
     group.abort(match error {
         TrainError::Collective(cause) => cause.clone(),
         other => CollectiveError::Aborted(other.to_string()),

@@ -8,6 +8,9 @@ use crate::data::loader::{Loader, Timetable};
 use crate::fault::{self, Point};
 use crate::kept::State;
 use crate::ledger::Ledger;
+use crate::pace::PaceReporter;
+use crate::state::desk::Desk;
+use crate::state::pack::Copied;
 use crate::train::clock::timed;
 use crate::train::compress;
 use crate::train::device_buckets::Carrier;
@@ -40,8 +43,20 @@ pub(super) struct Session<'a, T> {
     loader: Loader,
     test: Option<Arc<Decoder<T>>>,
     output: Output,
+    pace: PaceReporter,
+    /// Where those that are behind, and those that want to join, get the state.
+    desk: Arc<Desk>,
     /// Seconds for which training has stood still for the next checkpoint to begin.
     waited: f64,
+}
+
+/// What a session is made of.
+pub(super) struct Parts<T> {
+    pub(super) job: JobSpec,
+    pub(super) group: Group,
+    pub(super) prepared: Prepared<T>,
+    pub(super) carrier: Option<Arc<dyn Carrier>>,
+    pub(super) desk: Arc<Desk>,
 }
 
 /// Sums over the steps of this generation.
@@ -56,17 +71,14 @@ struct Totals {
 
 impl<'a, T: Number> Session<'a, T> {
     /// Takes over `state`, and agrees with the other ranks on where they are.
-    #[expect(clippy::too_many_arguments)]
     pub(super) fn begin(
         environment: &'a Environment,
         assignment: &'a Assignment,
-        job: JobSpec,
         shared: Arc<Shared>,
-        group: Group,
-        prepared: Prepared<T>,
-        carrier: Option<Arc<dyn Carrier>>,
+        parts: Parts<T>,
         state: &mut Option<State>,
     ) -> Result<Self, TrainError> {
+        let Parts { job, group, prepared, carrier, desk } = parts;
         let Prepared { plan, wires, timetable, total_steps, loader, test } = prepared;
         let Some(here) = state else { return Err(TrainError::Fatal("no state was prepared".to_owned())) };
         let (ledger, samples) = compare(&group, here)?;
@@ -75,7 +87,9 @@ impl<'a, T: Number> Session<'a, T> {
         };
         replica.set_samples(samples);
         let output = Output::new(environment, assignment, &ledger);
-        let trainer = Trainer::<T>::new(job, plan, group, replica, environment.threads)?.carried_by(carrier);
+        let trainer = Trainer::<T>::new(job, plan, group, replica, environment.threads)?
+            .carried_by(carrier)
+            .followed_at(desk.clone());
         if let Some(wires) = wires {
             trainer.restore_wires(wires.as_ref())?;
         }
@@ -90,6 +104,8 @@ impl<'a, T: Number> Session<'a, T> {
             loader,
             test,
             output,
+            pace: PaceReporter::new(assignment),
+            desk,
             waited: 0.0,
         })
     }
@@ -124,6 +140,10 @@ impl<'a, T: Number> Session<'a, T> {
             let step = self.trainer.replica.step;
             let stop = self.stop_mode(wishes);
             digest = self.follow_up(step, stop, wishes.busy)?;
+            if wishes.snapshot {
+                let copied = Copied::of(&self.trainer.replica, &self.trainer.plan)?;
+                self.desk.copy(copied, &self.ledger)?;
+            }
             if let Some(mode) = stop.filter(|_| step < self.total_steps) {
                 self.leave_early(step, mode);
                 return Ok(Outcome::Stopped { step });
@@ -147,6 +167,7 @@ impl<'a, T: Number> Session<'a, T> {
         let (samples, epoch) = (batches.samples, batches.epoch + 1);
         let before = self.trainer.group.stats();
         let mut wishes = self.shared.wishes();
+        wishes.snapshot = self.desk.is_wanted();
         if self.is_first() {
             wishes.heard = self.environment.control.heard_step(self.assignment.job);
         }
@@ -165,11 +186,14 @@ impl<'a, T: Number> Session<'a, T> {
         totals.comm += done.times.comm(seconds);
         totals.gradients += done.times.gradients;
         self.environment.metrics.step(&done.figures, samples, &done.times, seconds);
+        self.pace.step(&self.environment.control, self.assignment, &done.times, seconds);
         self.environment.metrics.collectives(&before, &self.trainer.group.stats());
         self.count_shards();
         let (total_steps, values) = (self.total_steps, done.figures);
         let (generation, shards) = (self.assignment.generation, done.shards);
         let record = StepRecord { generation, step, epoch, total_steps, samples, seconds, values, shards };
+        // The others have begun, so nobody needs the state that this generation started from.
+        self.desk.withdraw("the generation has gone on");
         self.ledger.heard(done.wishes.heard);
         self.ledger.note(record.clone());
         self.output.reporter.step(record);

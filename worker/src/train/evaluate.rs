@@ -26,6 +26,7 @@ pub(crate) fn evaluate<T: Number>(
         .zip(trainer.lanes())
         .map(|(shard, lane)| {
             let (shard, plan, test) = (LogicalShard(shard), plan.clone(), test.clone());
+            let group = trainer.group.clone();
             lane.evaluate(move |task| {
                 let mut sums = vec![0.0; names.len() + 1];
                 for samples in plan.batches(shard) {
@@ -34,6 +35,8 @@ pub(crate) fn evaluate<T: Number>(
                         *sum += value;
                     }
                     sums[names.len()] += batch.samples.len() as f64;
+                    // Ranks with fewer samples, or faster cores, wait for this one.
+                    group.note_progress();
                 }
                 Ok(sums)
             })

@@ -11,7 +11,12 @@ use std::sync::Arc;
 use tch::{Device, Tensor};
 
 /// Where the hooks of all lanes deliver.
-pub(crate) enum Gradients<T> {
+pub(crate) struct Gradients<T> {
+    group: Group,
+    buckets: Buckets<T>,
+}
+
+enum Buckets<T> {
     /// In memory of the CPU.
     Host(GradientBuckets<T>),
     /// In memory of a GPU.
@@ -30,45 +35,48 @@ impl<T: Number> Gradients<T> {
         step: u64,
         phase: u16,
     ) -> Result<Self, TrainError> {
-        Ok(match carrier {
-            None => Self::Host(GradientBuckets::for_group(plan, wire, group.clone(), step, phase)),
+        let buckets = match carrier {
+            None => Buckets::Host(GradientBuckets::for_group(plan, wire, group.clone(), step, phase)),
             Some(carrier) => {
                 let owned = group.placement().range(group.rank()).len();
                 let memory = (T::KIND, device);
-                Self::Device(DeviceBuckets::new(plan, owned, memory, carrier.clone(), step, phase)?)
+                Buckets::Device(DeviceBuckets::new(plan, owned, memory, carrier.clone(), step, phase)?)
             }
-        })
+        };
+        Ok(Self { group: group.clone(), buckets })
     }
 
     /// Takes the final gradient of `parameter` from the shard in `slot`.
     pub(crate) fn deliver(&self, slot: usize, parameter: usize, gradient: &Tensor) -> Result<(), NnError> {
-        match self {
-            Self::Host(buckets) => buckets.deliver(slot, parameter, gradient),
-            Self::Device(buckets) => buckets.deliver(slot, parameter, gradient),
+        // The first bucket is full when the last of this rank's shards has delivered, which others may wait for long.
+        self.group.note_progress();
+        match &self.buckets {
+            Buckets::Host(buckets) => buckets.deliver(slot, parameter, gradient),
+            Buckets::Device(buckets) => buckets.deliver(slot, parameter, gradient),
         }
     }
 
     /// The shard in `slot` has nothing more to deliver.
     pub(crate) fn finish(&self, slot: usize) -> Result<(), NnError> {
-        match self {
-            Self::Host(buckets) => buckets.finish(slot),
-            Self::Device(buckets) => buckets.finish(slot),
+        match &self.buckets {
+            Buckets::Host(buckets) => buckets.finish(slot),
+            Buckets::Device(buckets) => buckets.finish(slot),
         }
     }
 
     /// The reduced gradients by parameter name on `device`, once they are there.
     pub(crate) fn wait(&self, device: Device) -> Result<Vec<(String, Tensor)>, TrainError> {
-        match self {
-            Self::Host(buckets) => buckets.wait(device),
-            Self::Device(buckets) => buckets.wait(),
+        match &self.buckets {
+            Buckets::Host(buckets) => buckets.wait(device),
+            Buckets::Device(buckets) => buckets.wait(),
         }
     }
 
     /// The order in which gradients became final.
     pub(crate) fn observed_order(&self) -> Vec<usize> {
-        match self {
-            Self::Host(buckets) => buckets.observed_order(),
-            Self::Device(buckets) => buckets.observed_order(),
+        match &self.buckets {
+            Buckets::Host(buckets) => buckets.observed_order(),
+            Buckets::Device(buckets) => buckets.observed_order(),
         }
     }
 }

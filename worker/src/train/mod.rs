@@ -30,7 +30,7 @@ pub(crate) mod trainer;
 pub(crate) mod wishes;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use compress::{Shapes, Wire};
 use lockstep_common::job::JobSpec;

@@ -42,7 +42,6 @@ pub(crate) struct Replica {
 }
 
 /// What a phase does to every replica: the same on all of them.
-#[derive(Debug)]
 pub(crate) struct PhaseUpdate {
     /// The phase within its step.
     pub(crate) phase: u16,
@@ -58,6 +57,21 @@ pub(crate) struct PhaseUpdate {
     pub(crate) statistics: Vec<BnRecord>,
     /// What the phase came to, by name.
     pub(crate) figures: BTreeMap<String, f64>,
+}
+
+impl PhaseUpdate {
+    /// Where a replica that is at `before` is after it.
+    pub(crate) fn after(&self, before: Position) -> Position {
+        after(before, self.phase, self.commits)
+    }
+}
+
+/// Where a replica that is at `before` is after `phase`, and perhaps the commit of its step.
+pub(crate) fn after(before: Position, phase: u16, commits: bool) -> Position {
+    match commits {
+        true => Position::at(before.step.saturating_add(1)),
+        false => Position { step: before.step, phase: phase.saturating_add(1) },
+    }
 }
 
 impl Replica {
@@ -111,6 +125,7 @@ impl Replica {
         mut update: PhaseUpdate,
         clip: &ClipSpec,
     ) -> Result<Option<BTreeMap<String, f64>>, TrainError> {
+        let after = update.after(self.position());
         self.torn = true;
         if let Some(max) = clip.value {
             clip_value(&mut update.gradients, max)?;
@@ -132,8 +147,7 @@ impl Replica {
         }
         self.figures.append(&mut update.figures);
         let committed = update.commits.then(|| std::mem::take(&mut self.figures));
-        (self.step, self.phase) =
-            if update.commits { (self.step + 1, 0) } else { (self.step, update.phase + 1) };
+        (self.step, self.phase) = (after.step, after.phase);
         self.torn = false;
         Ok(committed)
     }

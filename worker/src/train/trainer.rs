@@ -19,6 +19,7 @@ use super::statistics::PhaseStatistics;
 use super::wishes::Wishes;
 use crate::data::loader::StepBatches;
 use crate::fault::{self, Point};
+use crate::state::desk::Desk;
 use crate::tasks::TaskPlan;
 use lockstep_collectives::{CollectiveError, Group, Numbers, Pending, ReduceOp, Tag, TagKind};
 use lockstep_common::audit::ShardSamples;
@@ -44,6 +45,8 @@ pub(crate) struct Trainer<T> {
     /// By network.
     wires: Vec<NamedWire<T>>,
     modes: Vec<BatchNorm>,
+    /// Where those that follow get the updates.
+    desk: Option<Arc<Desk>>,
     /// Reduces a GPU's gradients.
     carrier: Option<Arc<dyn Carrier>>,
     device: Device,
@@ -114,6 +117,7 @@ impl<T: Number> Trainer<T> {
             lanes,
             modes,
             carrier: None,
+            desk: None,
             device,
             threads,
         };
@@ -128,6 +132,11 @@ impl<T: Number> Trainer<T> {
     /// The same with gradients that stay in device memory until `carrier` takes them.
     pub(crate) fn carried_by(self, carrier: Option<Arc<dyn Carrier>>) -> Self {
         Self { carrier, ..self }
+    }
+
+    /// The same with updates that are shown at `desk`.
+    pub(crate) fn followed_at(self, desk: Arc<Desk>) -> Self {
+        Self { desk: Some(desk), ..self }
     }
 
     fn bucket_plan(&self, network: usize, order: &[usize]) -> Arc<BucketPlan> {
@@ -250,6 +259,9 @@ impl<T: Number> Trainer<T> {
             let seen = plan.phases[..usize::from(phase)].iter().any(|p| p.minibatch == phase_plan.minibatch);
             self.replica.note_samples(shards, !seen);
             let update = PhaseUpdate { phase, commits, network, lr, gradients, statistics, figures };
+            if let Some(desk) = self.desk.as_ref().filter(|desk| desk.is_followed()) {
+                desk.note(&update, self.replica.position())?;
+            }
             let committed = timed(&mut done.times.optimizer, || self.replica.apply(update, &self.job.clip))?;
             done.figures.extend(committed.into_iter().flatten());
         }

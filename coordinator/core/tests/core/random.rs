@@ -94,7 +94,7 @@ impl Cluster {
             // Refusals are answers too.
             Event::Cancel(job) => drop(self.world.core.cancel(JobId(job), now_ms)),
             Event::Pause(job) => drop(self.world.core.pause(JobId(job), now_ms)),
-            Event::Resume(job) => drop(self.world.core.resume(JobId(job))),
+            Event::Resume(job) => drop(self.world.core.resume(JobId(job), now_ms)),
             Event::Connect(worker) => self.connect(worker),
             Event::Cut(worker) => self.cut(worker),
             Event::Kill(worker) => {

@@ -2,8 +2,8 @@
 
 use crate::world::{World, finished, job, stopped};
 use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
-use lockstep_common::wire::{FromWorker, JobState, Outcome, Resumption, StopMode, ToWorker};
-use lockstep_core::{Config, Core, Reception, Restored};
+use lockstep_common::wire::{FromWorker, JobState, Outcome, Position, Resumption, StopMode, ToWorker};
+use lockstep_core::{Config, Core, NewJob, Reception, Restored};
 
 const J1: JobId = JobId(1);
 
@@ -67,6 +67,7 @@ fn worker_death_reported_by_a_peer_starts_the_next_generation_with_who_is_left()
     world.cut(2);
     assert_eq!(world.state(J1), JobState::Running, "a lost connection is not yet a lost worker");
     world.end(1, J1, 1, lost(1));
+    world.pass(1_100);
     assert_eq!(
         world.reason(J1),
         "needs 2 workers, 1 is free; it was stopped by: rank 0 (w1 on host1): step 7, phase backward, bucket 2"
@@ -82,12 +83,21 @@ fn worker_death_reported_by_a_peer_starts_the_next_generation_with_who_is_left()
 }
 
 #[test]
-fn a_worker_that_stays_away_is_lost_and_the_others_are_aborted() {
+fn a_worker_that_only_the_coordinator_cannot_reach_disturbs_nobody_until_a_peer_misses_it() {
     let mut world = running();
+    world.inbox();
     world.cut(2);
-    world.pass(4_900);
-    assert!(world.inbox().iter().all(|(_, m)| !matches!(m, ToWorker::Stop { .. })));
-    world.pass(200);
+    world.pass(60_000);
+    assert_eq!((world.state(J1), world.inbox()), (JobState::Running, Vec::new()), "its peers step with it");
+    world.end(1, J1, 1, lost(1));
+    world.pass(1_100);
+    assert!(world.reason(J1).starts_with("needs 2 workers, 1 is free"), "{}", world.reason(J1));
+}
+
+#[test]
+fn a_worker_whose_process_has_ended_is_lost_at_once_and_the_others_are_aborted() {
+    let mut world = running();
+    world.die(2);
     let stop = ToWorker::Stop { job: J1, generation: Generation(1), mode: StopMode::Abort };
     assert_eq!(world.inbox().last(), Some(&(WorkerId(1), stop)));
     world.end(1, J1, 1, stopped(3));
@@ -140,21 +150,21 @@ fn a_killed_coordinator_finds_its_job_running_and_does_not_touch_it() {
 }
 
 #[test]
-fn after_a_restart_workers_that_stay_away_are_lost_after_the_grace() {
+fn after_a_restart_the_end_of_one_rank_shows_that_one_that_stays_away_is_lost() {
     let mut world = running().restart();
     world.return_with(1, J1, 1, 0, 50);
-    world.pass(14_900);
-    assert_eq!(world.inbox(), []);
-    world.pass(200);
-    world.end(1, J1, 1, stopped(50));
-    assert_eq!(world.reason(J1), "needs 2 workers, 1 is free");
+    world.pass(60_000);
+    assert_eq!(world.inbox(), [], "the rank that is back steps, so the other one does");
+    world.end(1, J1, 1, lost(1));
+    world.pass(1_100);
+    assert!(world.reason(J1).starts_with("needs 2 workers, 1 is free"), "{}", world.reason(J1));
 }
 
 #[test]
 fn messages_of_an_old_generation_are_ignored_and_counted() {
     let mut world = running();
     world.end(1, J1, 1, lost(1));
-    world.end(2, J1, 1, lost(0));
+    world.end(2, J1, 1, stopped(0));
     world.find(None);
     assert_eq!(world.generation(J1), Generation(2));
     let before = world.core.stale_messages();
@@ -171,6 +181,7 @@ fn a_returning_worker_of_an_old_generation_is_told_to_abort() {
     let mut world = running();
     world.cut(2);
     world.end(1, J1, 1, lost(1));
+    world.pass(1_100);
     world.inbox();
     world.return_with(2, J1, 1, 1, 9);
     let stop = ToWorker::Stop { job: J1, generation: Generation(1), mode: StopMode::Abort };
@@ -195,7 +206,11 @@ fn a_job_is_finished_when_all_ranks_are_and_their_weights_agree() {
     world.end(1, J1, 1, finished("a"));
     world.end(2, J1, 1, finished("b"));
     assert_eq!(world.state(J1), JobState::Failed);
-    assert!(world.reason(J1).starts_with("rank 1 (w2) ended with other weights"), "{}", world.reason(J1));
+    assert!(
+        world.reason(J1).starts_with("rank 1 (w2 on host2) ended with other weights"),
+        "{}",
+        world.reason(J1)
+    );
 }
 
 #[test]
@@ -210,20 +225,20 @@ fn an_error_that_would_come_back_fails_the_job_with_the_first_one() {
 #[test]
 fn generations_that_get_no_further_end_in_failure_and_progress_counts_anew() {
     let mut world = running();
-    for generation in 1..=4 {
+    for generation in 1..=9 {
         world.end(1, J1, generation, lost(1));
         world.end(2, J1, generation, stopped(0));
         world.find(None);
     }
-    world.step(1, J1, 5, 12);
-    for generation in 5..=9 {
+    world.step(1, J1, 10, 12);
+    for generation in 10..=19 {
         assert_eq!(world.state(J1), JobState::Running, "generation {generation}");
         world.end(1, J1, generation, lost(1));
         world.end(2, J1, generation, stopped(0));
         world.find(None);
     }
     assert_eq!(world.state(J1), JobState::Failed);
-    assert!(world.reason(J1).contains("5 attempts in a row came no further"), "{}", world.reason(J1));
+    assert!(world.reason(J1).contains("10 attempts in a row came no further"), "{}", world.reason(J1));
     assert!(world.reason(J1).contains("bucket 2"));
 }
 
@@ -241,7 +256,7 @@ fn pause_asks_for_a_checkpoint_and_resume_goes_on_from_it() {
     world.end(1, J1, 1, stopped(31));
     assert_eq!(world.state(J1), JobState::Paused);
     assert!(world.core.pause(J1, world.now_ms).is_err());
-    world.core.resume(J1).unwrap();
+    world.core.resume(J1, world.now_ms).unwrap();
     world.pump();
     world.find(Some(31));
     assert_eq!((world.state(J1), world.core.job(J1).unwrap().step), (JobState::Running, 31));
@@ -304,24 +319,232 @@ fn a_worker_that_does_not_stop_is_dismissed_and_not_waited_for() {
     );
 }
 
-#[test]
-fn a_leaving_worker_makes_its_job_checkpoint_and_go_on_without_it() {
+/// Workers 1 to `workers` run job 1, which goes on with as few as `min`.
+fn running_on(workers: u64, min: u32) -> World {
     let mut world = World::new();
-    world.enroll(2);
-    world.connect(1);
-    world.connect(2);
-    world.submit(job(1, 8));
+    world.enroll(workers);
+    (1..=workers).for_each(|w| world.connect(w));
+    let job = NewJob { wait_for: Some(workers as u32), ..job(min, 8) };
+    world.submit(job);
     world.find(None);
+    assert_eq!(world.core.job(J1).unwrap().members.len() as u64, workers);
+    world.core.set_wait_for(J1, None, world.now_ms).unwrap();
     world.inbox();
-    world.core.handle_message(WorkerId(2), FromWorker::Leaving, world.now_ms);
-    world.pump();
+    world
+}
+
+/// The resumption that each started worker was told.
+fn starts(world: &mut World) -> Vec<(u64, Resumption)> {
+    let start = |(worker, message): (WorkerId, ToWorker)| match message {
+        ToWorker::Start(assignment) => Some((worker.0, assignment.resume)),
+        _ => None,
+    };
+    world.inbox().into_iter().filter_map(start).collect()
+}
+
+fn from_peers(step: u64, phase: u16, sources: &[u32]) -> Resumption {
+    let sources = sources.iter().copied().map(Rank).collect();
+    Resumption::Peers { position: Position { step, phase }, sources }
+}
+
+#[test]
+fn a_leaving_worker_is_let_go_at_a_boundary_and_the_others_go_on_from_what_they_kept() {
+    let mut world = running_on(3, 1);
+    world.say(2, FromWorker::Leaving);
+    assert_eq!(world.inbox(), [], "others may be about to leave too");
+    world.pass(200);
+    let modes: Vec<_> = world.inbox().into_iter().map(|(_, m)| m).collect();
+    let stop = ToWorker::Stop { job: J1, generation: Generation(1), mode: StopMode::Boundary };
+    assert_eq!(modes, vec![stop; 3]);
+    (1..=3).for_each(|w| world.end_with(w, J1, 1, stopped(8), Position::at(8)));
+    let resume = from_peers(8, 0, &[0, 1]);
+    assert_eq!(starts(&mut world), [(1, resume.clone()), (3, resume)]);
+}
+
+#[test]
+fn when_all_workers_leave_at_once_they_write_a_checkpoint_first() {
+    let mut world = running_on(2, 1);
+    world.say(2, FromWorker::Leaving);
+    world.say(1, FromWorker::Leaving);
+    world.pass(200);
     assert!(
         world.inbox().iter().all(|(_, m)| matches!(m, ToWorker::Stop { mode: StopMode::Checkpoint, .. }))
     );
-    world.end(1, J1, 1, stopped(8));
-    world.end(2, J1, 1, stopped(8));
-    world.find(Some(8));
-    assert_eq!(world.core.job(J1).unwrap().members, [WorkerId(1)]);
+}
+
+#[test]
+fn worker_death_mid_step_heals_from_furthest_replica() {
+    let mut world = running_on(4, 1);
+    world.die(4);
+    world.end_with(1, J1, 1, lost(3), Position::at(7));
+    world.end_with(2, J1, 1, lost(3), Position { step: 7, phase: 1 });
+    world.end_with(3, J1, 1, lost(3), Position { step: 7, phase: 1 });
+    let resume = from_peers(7, 1, &[1, 2]);
+    assert_eq!(starts(&mut world), [1, 2, 3].map(|w| (w, resume.clone())));
+}
+
+#[test]
+fn a_checkpoint_beyond_what_is_kept_is_the_truth() {
+    let mut world = running_on(2, 1);
+    world.core.handle_checkpoint_stored(J1, 9);
+    world.end_with(1, J1, 1, lost(1), Position::at(7));
+    world.end(2, J1, 1, stopped(0));
+    world.find(Some(9));
+    assert_eq!(starts(&mut world), [1, 2].map(|w| (w, Resumption::Checkpoint { step: 9 })));
+    // The newest checkpoint turns out to be damaged: what is kept is further than the older one.
+    let mut world = running_on(2, 1);
+    world.core.handle_checkpoint_stored(J1, 9);
+    world.end_with(1, J1, 1, lost(1), Position::at(7));
+    world.end(2, J1, 1, stopped(0));
+    world.find(Some(5));
+    let resume = from_peers(7, 0, &[0]);
+    assert_eq!(starts(&mut world), [1, 2].map(|w| (w, resume.clone())));
+}
+
+#[test]
+fn an_accused_worker_that_says_nothing_is_fenced_and_what_it_kept_is_of_no_use() {
+    let mut world = running_on(3, 1);
+    world.end_with(1, J1, 1, lost(2), Position::at(5));
+    world.end_with(2, J1, 1, lost(2), Position::at(5));
+    assert_eq!(starts(&mut world), [], "it gets a moment to say its own end");
+    world.pass(600);
+    let resume = from_peers(5, 0, &[0, 1]);
+    assert_eq!(starts(&mut world), [1, 2].map(|w| (w, resume.clone())));
+    // The zombie wakes up: its end is of the past, it drops its state and gets ready to join.
+    world.end_with(3, J1, 1, stopped(6), Position::at(6));
+    let told: Vec<_> = world.inbox();
+    assert!(told.contains(&(WorkerId(3), ToWorker::Release { job: J1 })), "{told:?}");
+    assert!(matches!(told.last(), Some((WorkerId(3), ToWorker::Follow(_)))), "{told:?}");
+}
+
+#[test]
+fn no_generation_follows_one_of_which_nobody_is_known_to_have_ended() {
+    let mut world = running_on(2, 1);
+    world.enroll(1);
+    world.connect(3);
+    world.inbox();
+    world.cut(1);
+    world.cut(2);
+    world.pass(3_600_000);
+    assert_eq!((world.generation(J1), world.state(J1)), (Generation(1), JobState::Running));
+    // The coordinator was cut off; they have been stepping all the time.
+    world.return_with(1, J1, 1, 0, 70);
+    world.return_with(2, J1, 1, 1, 70);
+    assert_eq!((world.generation(J1), world.core.job(J1).unwrap().step), (Generation(1), 70));
+    // This time they do not come back for longer than they may step without a coordinator.
+    world.cut(1);
+    world.cut(2);
+    world.pass(3_600_000 + 30_000);
+    world.find(Some(60));
+    assert_eq!(
+        (world.generation(J1), world.core.job(J1).unwrap().members.clone()),
+        (Generation(2), vec![WorkerId(3)])
+    );
+}
+
+#[test]
+fn a_process_that_is_known_to_have_ended_lets_the_next_generation_start() {
+    let mut world = running_on(2, 1);
+    world.enroll(1);
+    world.connect(3);
+    world.cut(1);
+    world.die(2);
+    world.pass(1_100);
+    world.find(Some(4));
+    assert_eq!(world.core.job(J1).unwrap().members, [WorkerId(3)]);
+}
+
+#[test]
+fn a_newcomer_follows_and_joins_at_a_boundary_when_it_is_ready() {
+    let mut world = running_on(2, 1);
+    world.enroll(1);
+    world.connect(3);
+    let told = world.inbox();
+    let [(WorkerId(3), ToWorker::Follow(following))] = &told[..] else { panic!("{told:?}") };
+    assert_eq!(following.sources.iter().map(|p| p.worker.0).collect::<Vec<_>>(), [1, 2]);
+    world.following(3, J1, 1, 20);
+    let stop = ToWorker::Stop { job: J1, generation: Generation(1), mode: StopMode::Boundary };
+    assert_eq!(world.inbox(), [(WorkerId(1), stop.clone()), (WorkerId(2), stop)]);
+    world.end_with(1, J1, 1, stopped(21), Position::at(21));
+    world.end_with(2, J1, 1, stopped(21), Position::at(21));
+    let resume = from_peers(21, 0, &[0, 1]);
+    assert_eq!(starts(&mut world), [1, 2, 3].map(|w| (w, resume.clone())));
+}
+
+#[test]
+fn a_queued_job_gets_the_workers_that_were_about_to_join_another() {
+    let mut world = running_on(2, 1);
+    world.enroll(2);
+    world.connect(3);
+    world.connect(4);
+    world.inbox();
+    world.submit(job(2, 2));
+    world.find(None);
+    assert_eq!(world.core.job(JobId(2)).unwrap().members, [WorkerId(3), WorkerId(4)]);
+}
+
+#[test]
+fn a_death_while_somebody_follows_makes_it_follow_the_next_generation() {
+    let mut world = running_on(3, 1);
+    world.enroll(1);
+    world.connect(4);
+    world.inbox();
+    world.die(3);
+    world.end_with(1, J1, 1, lost(2), Position::at(5));
+    world.end_with(2, J1, 1, lost(2), Position::at(5));
+    let told = world.inbox();
+    let follows = told.iter().filter(|(w, m)| {
+        matches!(m, ToWorker::Follow(f) if *w == WorkerId(4) && f.generation == Generation(2) && f.sources.len() == 2)
+    });
+    assert_eq!(follows.count(), 1, "{told:?}");
+    world.following(4, J1, 1, 5);
+    assert_eq!(world.inbox(), [], "that was the old generation");
+    world.following(4, J1, 2, 6);
+    assert_eq!(world.inbox().len(), 2);
+}
+
+#[test]
+fn a_worker_that_its_peers_cannot_reach_is_left_out_for_a_while() {
+    let mut world = running_on(3, 1);
+    world.end_with(1, J1, 1, lost(2), Position::at(5));
+    world.end_with(2, J1, 1, lost(2), Position::at(5));
+    world.end_with(3, J1, 1, lost(0), Position::at(5));
+    let resume = from_peers(5, 0, &[0, 1]);
+    let told = world.inbox();
+    assert!(told.contains(&(WorkerId(3), ToWorker::Release { job: J1 })), "{told:?}");
+    assert!(told.iter().all(|(w, m)| *w != WorkerId(3) || !matches!(m, ToWorker::Follow(_))), "{told:?}");
+    let started = told.into_iter().filter_map(|(w, m)| match m {
+        ToWorker::Start(a) => Some((w.0, a.resume)),
+        _ => None,
+    });
+    assert_eq!(started.collect::<Vec<_>>(), [1, 2].map(|w| (w, resume.clone())));
+    world.pass(10_100);
+    assert!(matches!(world.inbox()[..], [(WorkerId(3), ToWorker::Follow(_))]), "then it is tried again");
+}
+
+#[test]
+fn workers_that_kept_the_state_while_the_coordinator_was_away_go_on_from_it() {
+    let mut world = running_on(3, 1).restart();
+    for worker in [1, 2] {
+        world.return_holding(worker, J1, 1, 33);
+        world.end_with(worker, J1, 1, lost(2), Position::at(33));
+    }
+    world.pass(1_100);
+    let resume = from_peers(33, 0, &[0, 1]);
+    assert_eq!(starts(&mut world), [1, 2].map(|w| (w, resume.clone())));
+}
+
+#[test]
+fn a_job_whose_wires_keep_state_takes_newcomers_from_a_checkpoint() {
+    let mut world = World::new();
+    world.enroll(2);
+    world.connect(1);
+    world.submit(NewJob { state_in_memory: false, ..job(1, 8) });
+    world.find(None);
+    world.step(1, J1, 1, 3);
+    world.inbox();
+    world.connect(2);
+    assert!(matches!(world.inbox()[..], [(WorkerId(1), ToWorker::Stop { mode: StopMode::Checkpoint, .. })]));
 }
 
 #[test]
@@ -333,10 +556,28 @@ fn a_job_that_waits_for_exactly_n_starts_with_n() {
     exact.wait_for = Some(3);
     world.submit(exact);
     assert_eq!(world.reason(J1), "needs 3 workers, 2 are free");
-    world.core.set_wait_for(J1, Some(2)).unwrap();
+    world.core.set_wait_for(J1, Some(2), world.now_ms).unwrap();
     world.pump();
     world.find(None);
     assert_eq!(world.core.job(J1).unwrap().members.len(), 2);
+}
+
+/// An order of the first process, sent to the second one in the same worker's newer session, once made it step in a
+/// generation that counted as over.
+#[test]
+fn an_order_decided_for_an_earlier_session_is_not_sent_in_a_later_one() {
+    let mut world = World::new();
+    world.enroll(1);
+    world.connect(1);
+    world.submit(job(1, 1));
+    // While the store cannot be written, the order to start waits, and the worker's process is replaced.
+    world.core.handle_checkpoint_found(J1, Generation(1), Ok(None), world.now_ms);
+    world.connect(1);
+    assert_eq!(world.inbox(), []);
+    world.pass(1_100);
+    world.find(None);
+    assert_eq!(world.generation(J1), Generation(2));
+    assert_eq!(starts(&mut world), [(1, Resumption::Fresh)]);
 }
 
 #[test]

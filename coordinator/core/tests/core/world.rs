@@ -2,7 +2,8 @@
 
 use lockstep_common::ids::{Generation, HostKey, JobId, Rank, WorkerId};
 use lockstep_common::wire::{
-    FlightReport, FromWorker, InterfaceAddress, JobState, Outcome, Register, Running, StepRecord, ToWorker,
+    FlightReport, FromWorker, Held, InterfaceAddress, JobState, Outcome, Position, Register, Running,
+    StepRecord, ToWorker,
 };
 use lockstep_core::{Action, Config, Core, JobRecord, NewJob, Restored, WorkerRecord};
 use std::collections::BTreeMap;
@@ -32,6 +33,8 @@ pub(crate) fn job(min: u32, max: u32) -> NewJob {
         keep_checkpoints: 3,
         datasets: Vec::new(),
         wait_for: None,
+        state_in_memory: true,
+        orphan_timeout_ms: 3_600_000,
     }
 }
 
@@ -96,10 +99,10 @@ impl World {
             let words = match &action {
                 Action::PersistJob(job) => format!("persist {} {} {}", job.id, job.state, job.generation),
                 Action::PersistWorker(worker) => format!("persist {}", worker.id),
-                Action::Send { worker, message: ToWorker::Start(a) } => {
+                Action::Send { worker, message: ToWorker::Start(a), .. } => {
                     format!("{worker}: start {} {} as {}", a.job, a.generation, a.rank)
                 }
-                Action::Send { worker, message } => format!("{worker}: {message:?}"),
+                Action::Send { worker, message, .. } => format!("{worker}: {message:?}"),
                 Action::FindCheckpoint { job, generation } => format!("find {job} {generation}"),
                 Action::Log { job, line } => format!("log {job} {line}"),
             };
@@ -107,7 +110,7 @@ impl World {
             match action {
                 Action::PersistJob(job) => drop(self.jobs.insert(job.id, *job)),
                 Action::PersistWorker(worker) => drop(self.workers.insert(worker.id, worker)),
-                Action::Send { worker, message } if self.sessions.contains_key(&worker) => {
+                Action::Send { worker, session, message } if self.sessions.get(&worker) == Some(&session) => {
                     self.sent.push((worker, message));
                 }
                 Action::FindCheckpoint { job, generation } => self.wanted.push((job, generation)),
@@ -136,7 +139,7 @@ impl World {
     /// Answers all searches for checkpoints.
     pub(crate) fn find(&mut self, step: Option<u64>) {
         for (job, generation) in std::mem::take(&mut self.wanted) {
-            self.core.handle_checkpoint_found(job, generation, Ok(step));
+            self.core.handle_checkpoint_found(job, generation, Ok(step), self.now_ms);
         }
         self.pump();
     }
@@ -173,11 +176,26 @@ impl World {
 
     /// The worker's connection breaks.
     pub(crate) fn cut(&mut self, worker: u64) {
+        self.disconnect(worker, false);
+    }
+
+    /// The worker's process ends, and its host says so.
+    pub(crate) fn die(&mut self, worker: u64) {
+        self.disconnect(worker, true);
+    }
+
+    fn disconnect(&mut self, worker: u64, process_ended: bool) {
         self.sent.retain(|(to, _)| to.0 != worker);
         if let Some(session) = self.sessions.remove(&WorkerId(worker)) {
-            self.core.handle_disconnected(WorkerId(worker), session, self.now_ms);
+            self.core.handle_disconnected(WorkerId(worker), session, process_ended, self.now_ms);
         }
         self.pump();
+    }
+
+    /// The worker opens a session and says that it keeps the state of a job after this step.
+    pub(crate) fn return_holding(&mut self, worker: u64, job: JobId, generation: u64, step: u64) {
+        let held = Held { job, generation: Generation(generation), position: Position::at(step) };
+        self.open(worker, Register { held: Some(held), ..introduction(worker) });
     }
 
     /// The worker says something.
@@ -189,6 +207,25 @@ impl World {
     /// The worker says how it ended a generation.
     pub(crate) fn end(&mut self, worker: u64, job: JobId, generation: u64, outcome: Outcome) {
         self.say(worker, FromWorker::Ended { job, generation: Generation(generation), outcome, held: None });
+    }
+
+    /// The worker says how it ended a generation, and that it keeps the state.
+    pub(crate) fn end_with(
+        &mut self,
+        worker: u64,
+        job: JobId,
+        generation: u64,
+        outcome: Outcome,
+        at: Position,
+    ) {
+        let generation = Generation(generation);
+        self.say(worker, FromWorker::Ended { job, generation, outcome, held: Some(at) });
+    }
+
+    /// The worker is ready to join.
+    pub(crate) fn following(&mut self, worker: u64, job: JobId, generation: u64, step: u64) {
+        let (generation, position) = (Generation(generation), Position::at(step));
+        self.say(worker, FromWorker::Following { job, generation, position });
     }
 
     /// The worker reports a step.

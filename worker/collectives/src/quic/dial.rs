@@ -1,9 +1,10 @@
 //! Reaching another rank under one of its addresses.
 
-use super::hello::{self, Hello, HelloError};
+use super::hello::{self, Hello, HelloError, Purpose};
+use super::lifeline::Lifeline;
 use super::{Peer, VerifyPeer, close};
 use crate::error::CollectiveError;
-use lockstep_common::ids::Rank;
+use lockstep_common::ids::{Generation, JobId, Rank};
 use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::task::JoinSet;
@@ -18,6 +19,15 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(3);
 /// The head start of each address over the next one, as long as a round trip around the world.
 const STAGGER: Duration = Duration::from_millis(250);
 
+/// For how long a peer is dialled.
+#[derive(Clone, Copy)]
+pub(super) struct Patience {
+    /// Until when a peer that answers may prepare.
+    pub(super) deadline: Instant,
+    /// How long none of its addresses may answer: its worker listens before it is given a job.
+    pub(super) unreachable: Duration,
+}
+
 /// Connects to `peer` and waits until it has formed the same group.
 pub(super) async fn dial(
     endpoint: quinn::Endpoint,
@@ -25,34 +35,88 @@ pub(super) async fn dial(
     peer: Peer,
     me: Hello,
     verify: VerifyPeer,
-    deadline: Instant,
-) -> Result<quinn::Connection, CollectiveError> {
+    Patience { deadline, unreachable }: Patience,
+) -> Result<(quinn::Connection, Lifeline), CollectiveError> {
     let failed = |detail: String| CollectiveError::Connect { rank: peer.rank, detail };
     let mut last = "time ran out".to_owned();
     let mut pause = RETRY;
+    let mut silent_since = Instant::now();
+    let mut told = false;
     while Instant::now() < deadline {
-        match dial_any(&endpoint, &tls, &peer).await {
-            Err(reason) => last = reason,
+        let until = deadline.min(silent_since + unreachable);
+        match dial_any(&endpoint, &tls, &peer, until).await {
+            Err(reason) if Instant::now() >= silent_since + unreachable => {
+                let seconds = unreachable.as_secs_f64();
+                return Err(failed(format!("it cannot be reached: {reason}; tried for {seconds:.1} s")));
+            }
+            Err(reason) => {
+                if !std::mem::replace(&mut told, true) {
+                    let seconds = unreachable.as_secs_f64();
+                    tracing::warn!(
+                        "{} cannot reach {}: {reason}; trying for {seconds:.1} s",
+                        me.rank,
+                        peer.rank
+                    );
+                }
+                last = reason;
+            }
             Ok(Reached { address, connection, passed_over }) => {
                 if !verify(&connection, peer.worker) {
                     connection.close(close::REFUSED, b"not the expected worker");
                     return Err(failed(format!("{address} is not {}, by its certificate", peer.worker)));
                 }
                 match timeout_at(deadline, hello::introduce(&connection, me, peer.rank)).await {
-                    Ok(Ok(())) => {
+                    Ok(Ok(secret)) => {
+                        if me.purpose == Purpose::Visit {
+                            return Ok((connection, Lifeline::none()));
+                        }
                         tell(me.rank, peer.rank, address, &connection, &passed_over);
-                        return Ok(connection);
+                        return Ok((connection, Lifeline::to(address, secret)));
                     }
-                    Ok(Err(HelloError::Lost(reason))) => last = format!("{address}: {reason}"),
+                    Ok(Err(HelloError::Lost(reason) | HelloError::Busy(reason))) => {
+                        last = format!("{address}: {reason}");
+                    }
                     Ok(Err(error)) => return Err(failed(format!("{address}: {error}"))),
                     Err(_) => last = format!("{address}: connected, but it has not formed this group"),
                 }
+                silent_since = Instant::now();
+                told = false;
             }
         }
         sleep(pause).await;
         pause = (pause * 2).min(RETRY * 10);
     }
     Err(failed(last))
+}
+
+/// A call on a rank of a group that the caller is not in.
+pub struct Visit {
+    /// The caller's endpoint.
+    pub endpoint: quinn::Endpoint,
+    /// Mutual TLS, with [`transport_config`](super::transport_config).
+    pub client_config: quinn::ClientConfig,
+    /// The job.
+    pub job: JobId,
+    /// The generation of the called group.
+    pub generation: Generation,
+    /// The caller's rank in that generation; any other number if it has none.
+    pub rank: Rank,
+    /// The check of the called rank's certificate: [`verify_by_certificate`](super::verify_by_certificate).
+    pub verify_peer: VerifyPeer,
+    /// How long the called rank may take to answer.
+    pub timeout: Duration,
+}
+
+impl Visit {
+    /// Connects to `peer`, whose [`Lobby::visitors`](super::Lobby::visitors) has let the caller in.
+    pub async fn call(&self, peer: Peer) -> Result<quinn::Connection, CollectiveError> {
+        let (job, generation, rank) = (self.job, self.generation, self.rank);
+        let me = Hello { purpose: Purpose::Visit, job, generation, rank };
+        let (endpoint, tls) = (self.endpoint.clone(), self.client_config.clone());
+        let patience = Patience { deadline: Instant::now() + self.timeout, unreachable: self.timeout };
+        let (connection, _) = dial(endpoint, tls, peer, me, self.verify_peer.clone(), patience).await?;
+        Ok(connection)
+    }
 }
 
 /// A peer's address that answered.
@@ -77,11 +141,13 @@ fn tell(me: Rank, peer: Rank, address: SocketAddr, connection: &quinn::Connectio
     }
 }
 
-/// Dials all of the peer's addresses, each a little after the one before, and takes the first that answers.
+/// Dials all of the peer's addresses, each a little after the one before, `until` some time, and takes the first that
+/// answers.
 async fn dial_any(
     endpoint: &quinn::Endpoint,
     tls: &quinn::ClientConfig,
     peer: &Peer,
+    until: Instant,
 ) -> Result<Reached, String> {
     let mut attempts = JoinSet::new();
     for (place, &address) in peer.addresses.iter().enumerate() {
@@ -92,8 +158,8 @@ async fn dial_any(
         });
     }
     let mut reasons: Vec<_> =
-        peer.addresses.iter().map(|address| format!("{address} has not answered yet")).collect();
-    while let Some(attempt) = attempts.join_next().await {
+        peer.addresses.iter().map(|address| format!("{address} has not answered")).collect();
+    while let Ok(Some(attempt)) = timeout_at(until, attempts.join_next()).await {
         match attempt {
             Ok((place, Ok(connection))) => {
                 reasons.truncate(place);

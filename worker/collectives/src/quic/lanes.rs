@@ -1,5 +1,7 @@
 //! The streams of a connection between two ranks, once both have said hello.
 
+use super::lifeline::Lifeline;
+use super::window::{ReceiveWindow, Windows};
 use super::{close, watch};
 use crate::buffer::Pool;
 use crate::engine::Engine;
@@ -31,6 +33,7 @@ pub(crate) struct Link {
     connection: quinn::Connection,
     send: [quinn::SendStream; 2],
     recv: [quinn::RecvStream; 2],
+    lifeline: Lifeline,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -47,7 +50,11 @@ pub(crate) enum LinkError {
 
 impl Link {
     /// Opens this side's lanes and takes the peer's. Each begins with one byte that says which it is.
-    pub(crate) async fn open(connection: quinn::Connection, rank: Rank) -> Result<Self, LinkError> {
+    pub(super) async fn open(
+        connection: quinn::Connection,
+        rank: Rank,
+        lifeline: Lifeline,
+    ) -> Result<Self, LinkError> {
         let send = [open_lane(&connection, Lane::Small).await?, open_lane(&connection, Lane::Bulk).await?];
         let mut recv = [None, None];
         for _ in LANES {
@@ -60,7 +67,7 @@ impl Link {
             }
         }
         match recv {
-            [Some(small), Some(bulk)] => Ok(Self { rank, connection, send, recv: [small, bulk] }),
+            [Some(small), Some(bulk)] => Ok(Self { rank, connection, send, recv: [small, bulk], lifeline }),
             _ => Err(LinkError::Lanes),
         }
     }
@@ -96,6 +103,7 @@ struct LinkInbox {
     rank: Rank,
     connection: quinn::Connection,
     recv: [quinn::RecvStream; 2],
+    lifeline: Lifeline,
 }
 
 /// Starts the tasks that write, and hands out the streams to read.
@@ -103,14 +111,14 @@ pub(crate) fn start(links: Vec<Option<Link>>) -> (QuicTransport, Inboxes) {
     let (arrived, drained) = bounded(0);
     let mut inboxes = Vec::new();
     let peers = links.into_iter().map(|link| {
-        let Link { rank, connection, send, recv } = link?;
+        let Link { rank, connection, send, recv, lifeline } = link?;
         let last = Arc::new(LastWriter { connection: connection.clone(), _arrived: arrived.clone() });
         let queues = send.map(|stream| {
             let (queue, frames) = unbounded_channel();
             tokio::spawn(write(stream, frames, last.clone()));
             queue
         });
-        inboxes.push(LinkInbox { rank, connection: connection.clone(), recv });
+        inboxes.push(LinkInbox { rank, connection: connection.clone(), recv, lifeline });
         Some(PeerLanes { connection, queues: Mutex::new(Some(queues)) })
     });
     let peers = peers.collect();
@@ -186,11 +194,14 @@ impl Inboxes {
     /// Starts the tasks that bring arriving frames, and the peers' deaths, to `engine`. They end with it or with their
     /// connection.
     pub(crate) fn serve(self, engine: &Arc<Engine>) {
-        for LinkInbox { rank, connection, recv } in self.0 {
-            tokio::spawn(watch::watch(connection, rank, Arc::downgrade(engine)));
+        let largest = Windows::largest();
+        for LinkInbox { rank, connection, recv, lifeline } in self.0 {
+            let window = Arc::new(ReceiveWindow::new(connection.clone(), largest));
+            tokio::spawn(watch::watch(connection, rank, window.clone(), Arc::downgrade(engine), lifeline));
             let ended = Arc::new(AtomicU32::new(0));
-            for stream in recv {
-                let inbox = Inbox { from: rank, engine: Arc::downgrade(engine), pool: engine.pool().clone() };
+            for (lane, stream) in LANES.into_iter().zip(recv) {
+                let (engine, pool) = (Arc::downgrade(engine), engine.pool().clone());
+                let inbox = Inbox { from: rank, lane, engine, pool, window: window.clone() };
                 tokio::spawn(inbox.run(stream, ended.clone()));
             }
         }
@@ -200,8 +211,10 @@ impl Inboxes {
 /// The reading end of one lane.
 struct Inbox {
     from: Rank,
+    lane: Lane,
     engine: Weak<Engine>,
     pool: Pool,
+    window: Arc<ReceiveWindow>,
 }
 
 /// Why a lane brings nothing more.
@@ -265,7 +278,10 @@ impl Inbox {
         stream.read_exact(payload.bytes_mut()).await.map_err(broken)?;
         self.engine.upgrade().ok_or(End::NobodyListens)?.handle_frame(self.from, header, payload);
         // The engine must not be kept alive while waiting, or a dropped group could not leave.
-        while let Some(freed) = self.engine.upgrade().ok_or(End::NobodyListens)?.early_space(self.from) {
+        while let Some(freed) =
+            self.engine.upgrade().ok_or(End::NobodyListens)?.early_space(self.from, self.lane)
+        {
+            let _pause = self.window.pause();
             freed.await;
         }
         Ok(())

@@ -6,18 +6,22 @@
 mod dial;
 mod hello;
 mod lanes;
+mod lifeline;
 mod pace;
 mod watch;
+mod window;
 
+pub use dial::Visit;
 pub use hello::{Accepted, HelloError, Lobby, PROTOCOL_VERSION};
 pub(crate) use lanes::{Inboxes, QuicTransport};
 
 use crate::error::CollectiveError;
-use hello::Hello;
+use hello::{Hello, Purpose};
 use lanes::Link;
+use lifeline::Lifeline;
 use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
 use lockstep_common::job::{Backend, Reduction};
-use lockstep_common::net::{self, Role, peer_role};
+use lockstep_common::net::{Role, peer_role};
 use lockstep_common::placement::Placement;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -25,6 +29,7 @@ use std::time::Duration;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
+use window::Windows;
 
 /// How a connection between ranks ends, as the application's close code.
 pub(crate) mod close {
@@ -35,6 +40,8 @@ pub(crate) mod close {
     pub(crate) const REFUSED: VarInt = VarInt::from_u32(2);
     /// The group failed; the reason holds a farewell.
     pub(crate) const ABORTED: VarInt = VarInt::from_u32(3);
+    /// The connection is not wanted now, but another one later.
+    pub(crate) const BUSY: VarInt = VarInt::from_u32(4);
 }
 
 /// Says whether a connection's certificate is that of the worker it should be.
@@ -78,7 +85,7 @@ pub struct MeshConfig {
     pub reduction: Reduction,
     /// What ranks of one host talk through.
     pub backend: Backend,
-    /// How long to wait for a silent peer in every collective.
+    /// How long to wait for a silent peer in every collective, and for one none of whose addresses answers.
     pub timeout: Duration,
     /// How long the peers may take to come: each prepares before it connects.
     pub connect_timeout: Duration,
@@ -91,24 +98,16 @@ pub struct MeshConfig {
 /// Transport parameters for connections between ranks.
 ///
 /// - The MTU starts at QUIC's 1200 bytes and is probed up to what a jumbo Ethernet frame holds.
-/// - The windows of a connection fit together into half of the receive buffer that the kernel grants: a larger one
-///   overruns it, and the losses cost a factor of two to four. 2 MB of them are beyond a stream's, so that a full bulk
-///   lane never blocks the small one.
+/// - The windows are the largest that the kernel's receive buffer allows, until the round trip is known (`window.rs`).
 /// - Congestion control of our own (`pace.rs`): Cubic collapses at 1% loss, and quinn's BBR keeps too little on its way
 ///   where round trips are shorter than a thread's wait for a core.
-/// - A peer is gone after 5 s without a packet, twenty keep-alives; sooner if its host says so (`watch.rs`).
+/// - A peer is gone after 5 s without a packet, twenty keep-alives; sooner if its host says so (`lifeline.rs`,
+///   `watch.rs`).
 pub fn transport_config() -> quinn::TransportConfig {
-    const STREAM_WINDOW: u32 = 4 << 20;
-    const SPARE_WINDOW: u32 = 2 << 20;
-    const LEAST_WINDOW: u32 = 128 << 10;
     /// Less the headers of IPv4 and UDP.
     const JUMBO_BYTES: u16 = 9000 - 28;
     const IDLE_MS: u32 = 5000;
-    // Without a socket there are no connections either, which `bind` reports.
-    let buffer = net::receive_buffer_bytes().unwrap_or_default() as u64;
-    let third = u32::try_from(buffer / 2 / 3).unwrap_or(u32::MAX);
-    let stream = (2 * third).clamp(LEAST_WINDOW, STREAM_WINDOW);
-    let window = stream + third.clamp(LEAST_WINDOW, SPARE_WINDOW);
+    let Windows { stream, connection } = Windows::largest();
     let mut discovery = quinn::MtuDiscoveryConfig::default();
     discovery.upper_bound(JUMBO_BYTES);
     let mut config = quinn::TransportConfig::default();
@@ -116,8 +115,8 @@ pub fn transport_config() -> quinn::TransportConfig {
         .initial_mtu(1200)
         .mtu_discovery_config(Some(discovery))
         .stream_receive_window(stream.into())
-        .receive_window(window.into())
-        .send_window(window.into())
+        .receive_window(connection.into())
+        .send_window(connection.into())
         .initial_rtt(Duration::from_millis(50))
         .keep_alive_interval(Some(watch::KEEP_ALIVE))
         .max_idle_timeout(Some(quinn::VarInt::from_u32(IDLE_MS).into()))
@@ -129,7 +128,9 @@ pub fn transport_config() -> quinn::TransportConfig {
 pub(crate) async fn establish(config: MeshConfig) -> Result<(QuicTransport, Inboxes), CollectiveError> {
     check(&config)?;
     let deadline = Instant::now() + config.connect_timeout;
-    let me = Hello { job: config.job, generation: config.generation, rank: config.rank };
+    let patience = dial::Patience { deadline, unreachable: config.timeout };
+    let me =
+        Hello { purpose: Purpose::Group, job: config.job, generation: config.generation, rank: config.rank };
     let (lower, higher): (Vec<_>, Vec<_>) = config.peers.into_iter().partition(|p| p.rank < config.rank);
     let mut tasks = JoinSet::new();
     for peer in higher {
@@ -137,8 +138,8 @@ pub(crate) async fn establish(config: MeshConfig) -> Result<(QuicTransport, Inbo
         let verify = config.verify_peer.clone();
         tasks.spawn(async move {
             let rank = peer.rank;
-            let connection = dial::dial(endpoint, tls, peer, me, verify, deadline).await?;
-            open(connection, rank, deadline).await
+            let (connection, lifeline) = dial::dial(endpoint, tls, peer, me, verify, patience).await?;
+            open(connection, rank, lifeline, deadline).await
         });
     }
     let verify = config.verify_peer;
@@ -201,9 +202,9 @@ async fn accept(
         }
         let rank = peer.rank;
         let opened = match timeout_at(deadline, accepted.welcome(me)).await {
-            Ok(Ok(connection)) => {
+            Ok(Ok((connection, lifeline))) => {
                 tracing::info!("{rank} -> {me}: dialled from {}", connection.remote_address());
-                open(connection, rank, deadline).await
+                open(connection, rank, lifeline, deadline).await
             }
             Ok(Err(error)) => Err(failed(&error.to_string())),
             Err(_) => Err(failed("time ran out while greeting it")),
@@ -224,10 +225,11 @@ async fn accept(
 async fn open(
     connection: quinn::Connection,
     rank: Rank,
+    lifeline: Lifeline,
     deadline: Instant,
 ) -> Result<Vec<Link>, CollectiveError> {
     let failed = |detail: String| CollectiveError::Connect { rank, detail };
-    match timeout_at(deadline, Link::open(connection, rank)).await {
+    match timeout_at(deadline, Link::open(connection, rank, lifeline)).await {
         Ok(opened) => opened.map(|link| vec![link]).map_err(|error| failed(error.to_string())),
         Err(_) => Err(failed("time ran out while opening its lanes".to_owned())),
     }

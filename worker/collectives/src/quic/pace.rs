@@ -24,8 +24,9 @@ const LEAST_PACKETS: u64 = 16;
 /// The queue that is kept: this part of a round trip...
 const QUEUE_ROUND_TRIPS: f64 = 0.25;
 
-/// ...and this long, twice or more what a thread waits for a core that others use too.
-const QUEUE_TIME: Duration = Duration::from_millis(8);
+/// ...and this long. Half of it goes to the peer's own queue where both send at full rate, and what is left is twice or
+/// more what a thread waits for a core that others use too.
+const QUEUE_TIME: Duration = Duration::from_millis(12);
 
 /// The share of packets that a link may lose before the queue is taken to overflow: several times a bad link's 1%.
 const TOLERATED_LOSS: f64 = 0.08;
@@ -54,6 +55,15 @@ impl ControllerFactory for PaceConfig {
     fn build(self: Arc<Self>, now: Instant, mtu: u16) -> Box<dyn Controller> {
         Box::new(Pace::new(now, mtu))
     }
+}
+
+/// The shortest round trip that a connection has had lately.
+pub(super) fn round_trip(connection: &quinn::Connection) -> Duration {
+    let measured = connection.congestion_state().into_any().downcast::<Pace>();
+    let shortest = measured.ok().and_then(|pace| pace.round_trip);
+    // The estimate leaves out what the peer waits before it acknowledges a packet that comes alone.
+    let estimate = connection.rtt();
+    shortest.map_or(estimate, |shortest| shortest.min(estimate))
 }
 
 /// The state of one connection.
@@ -422,6 +432,6 @@ mod tests {
         let link = Link { rate: 125e6, round_trip: Duration::from_micros(100), ..WIDE_AREA };
         let flow = Flow::new(&link).over(&link, 500).over(&link, 500);
         assert!(flow.used > 0.98, "{}", flow.used);
-        assert!(flow.longest_queue < Duration::from_millis(12), "{:?}", flow.longest_queue);
+        assert!(flow.longest_queue < Duration::from_millis(16), "{:?}", flow.longest_queue);
     }
 }

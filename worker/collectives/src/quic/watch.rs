@@ -1,98 +1,74 @@
-//! Tells a dead peer from a silent one.
-//!
-//! A peer that is stopped or cut off for a moment must not end a generation, so QUIC's idle time-out is 5 s. One that was
-//! killed should be noticed sooner, and can be: its host answers a datagram to the port that nobody holds any more with
-//! ICMP's "port unreachable". So a connection that should have brought a keep-alive and has not is probed.
-//!
-//! The probe is one byte, which is no QUIC packet and is dropped by a peer that lives. It comes from a socket of its own
-//! that is connected to the peer, so that the kernel takes only an answer that quotes the probe's addresses and ports, one
-//! of them random; and it counts only while the connection itself stays silent. Where a firewall drops ICMP, the idle
-//! time-out remains.
+//! A peer whose process has ended, found out long before the idle time-out.
 
+use super::lifeline::Lifeline;
+use super::window::ReceiveWindow;
 use crate::engine::Engine;
 use lockstep_common::ids::Rank;
-use std::io::ErrorKind;
-use std::net::SocketAddr;
-use std::sync::Weak;
+use lockstep_common::net::process_ended;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
-use tokio::net::UdpSocket;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep};
 
 /// How often each side of an idle connection sends something.
 pub(super) const KEEP_ALIVE: Duration = Duration::from_millis(250);
 
-/// How often a connection is looked at.
-const LOOK: Duration = Duration::from_millis(250);
-
 /// The silence after which a peer is probed: three keep-alives.
 const SILENCE: Duration = Duration::from_millis(750);
 
-/// How long a probe waits for its answer at least; two round trips if those are longer. A host sends one such ICMP
-/// message a second to each other host, after a few at once, so a probe may well get none: what was on its way when the
-/// peer died has used them up.
-const PROBE: Duration = Duration::from_millis(100);
+/// The silence that proves a broken lifeline right: two keep-alives, and something for a late one.
+const LAST_SILENCE: Duration = Duration::from_millis(600);
 
-/// Watches the connection to `rank` until it ends or the group does.
-pub(super) async fn watch(connection: quinn::Connection, rank: Rank, engine: Weak<Engine>) {
-    let mut heard = received(&connection);
-    let mut heard_at = Instant::now();
-    while connection.close_reason().is_none() && engine.strong_count() > 0 {
-        let silent = heard_at.elapsed() >= SILENCE;
-        let refused = if silent { refuses(&connection).await } else { false };
-        let now = received(&connection);
-        if now != heard {
-            (heard, heard_at) = (now, Instant::now());
-        } else if refused {
-            if let Some(engine) = engine.upgrade() {
-                let silence = heard_at.elapsed().as_secs_f64();
-                let address = connection.remote_address();
-                engine.handle_lost(
-                    rank,
-                    format!(
-                        "its process is gone: nobody holds {address} any more, silent for {silence:.1} s"
-                    ),
-                );
-            }
-            return;
+/// A peer that still sends so long after its lifeline broke lost only that.
+const RECOVERY: Duration = Duration::from_secs(2);
+
+/// Between two looks at a peer whose lifeline has broken.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Between two looks at whether the window still fits the round trip.
+const REFIT: Duration = Duration::from_millis(250);
+
+/// Watches the connection to `rank` until it ends or the group does, and keeps its `window` fitting.
+pub(super) async fn watch(
+    connection: quinn::Connection,
+    rank: Rank,
+    window: Arc<ReceiveWindow>,
+    engine: Weak<Engine>,
+    lifeline: Lifeline,
+) {
+    let fit = async {
+        loop {
+            window.fit();
+            sleep(REFIT).await;
         }
-        if !silent {
-            sleep(LOOK).await;
+    };
+    let found = tokio::select! {
+        never = fit => never,
+        silence = process_ended(&connection, SILENCE, || engine.strong_count() > 0) => {
+            silence.map(|s| (s, format!("nobody holds {} any more", connection.remote_address())))
+        }
+        silence = severed(&connection, lifeline) => {
+            Some((silence, "its host has closed its lifeline".to_owned()))
+        }
+    };
+    if let Some(((silence, sign), engine)) = found.zip(engine.upgrade()) {
+        let silence = silence.as_secs_f64();
+        engine.handle_lost(rank, format!("its process is gone: {sign}, silent for {silence:.1} s"));
+    }
+}
+
+/// Waits until the lifeline is broken and nothing comes any more, and returns for how long nothing has; never returns
+/// where that does not happen. Whatever lies between the hosts may break a lifeline of two processes that live.
+async fn severed(connection: &quinn::Connection, lifeline: Lifeline) -> Duration {
+    lifeline.broken().await;
+    let received = || connection.stats().udp_rx.datagrams;
+    let (broken, mut heard, mut heard_at) = (Instant::now(), received(), Instant::now());
+    while broken.elapsed() < RECOVERY && connection.close_reason().is_none() {
+        sleep(LOOK).await;
+        if heard != received() {
+            (heard, heard_at) = (received(), Instant::now());
+        } else if heard_at.elapsed() >= LAST_SILENCE && connection.close_reason().is_none() {
+            return heard_at.elapsed();
         }
     }
-}
-
-fn received(connection: &quinn::Connection) -> u64 {
-    connection.stats().udp_rx.datagrams
-}
-
-/// Whether the peer's host says that nobody holds its port. Takes as long as a probe may.
-async fn refuses(connection: &quinn::Connection) -> bool {
-    let patience = PROBE.max(2 * connection.rtt());
-    let end = Instant::now() + patience;
-    let refused = probe(connection, patience).await.unwrap_or_else(|error| {
-        tracing::debug!(%error, "cannot probe a silent peer");
-        false
-    });
-    if !refused {
-        // Also where the probe failed at once: no loop without a pause.
-        sleep_until(end).await;
-    }
-    refused
-}
-
-async fn probe(connection: &quinn::Connection, patience: Duration) -> std::io::Result<bool> {
-    let peer = connection.remote_address();
-    let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-    let any = if peer.is_ipv4() { [0u8; 4].into() } else { [0u16; 8].into() };
-    // From the address that the connection uses, so that the probe takes the same way.
-    let local = connection.local_ip().map_or(any, |ip| ip.to_canonical());
-    let socket = UdpSocket::bind(SocketAddr::new(local, 0)).await?;
-    socket.connect(peer).await?;
-    socket.send(&[0]).await?;
-    match timeout(patience, socket.recv(&mut [0])).await {
-        Ok(Err(error)) if error.kind() == ErrorKind::ConnectionRefused => Ok(true),
-        Ok(Err(error)) => Err(error),
-        // Nothing came, or something that is no answer.
-        Ok(Ok(_)) | Err(_) => Ok(false),
-    }
+    std::future::pending().await
 }

@@ -2,7 +2,6 @@
 
 use super::arena::{Arena, PeerArena};
 use super::doorbell::Doorbell;
-use super::host_key;
 use super::introduce::{Invitation, Listener, Offer, Peer, connect};
 use super::neighbours::{ChannelEnds, Neighbours};
 use super::ring::{CAPACITY_BYTES, Consumer, Producer, ring_bytes};
@@ -13,6 +12,7 @@ use crate::tag::{Tag, TagKind};
 use bytes::Bytes;
 use lockstep_common::ids::Rank;
 use lockstep_common::job::Backend;
+use lockstep_common::net::host_key;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -36,7 +36,7 @@ const INVITATION_BYTES: usize = 52;
 pub(crate) async fn share(group: &Group, backend: Backend) -> Result<Option<Vec<usize>>, CollectiveError> {
     let me = group.rank();
     // A host that cannot tell what it is shares with nobody.
-    let key = host_key().unwrap_or_else(|error| format!("{me}: {error}"));
+    let key = host_key().map_or_else(|| format!("the host of {me}"), |key| key.0);
     let keys = exchange(group, 0, key.into_bytes()).await?;
     let hosts = number(&keys);
     if backend == Backend::Shm

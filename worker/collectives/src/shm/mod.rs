@@ -36,16 +36,3 @@ pub(crate) use arena::Block;
 pub(crate) use meeting::{in_process, share};
 pub(crate) use neighbours::{Neighbours, Waited};
 pub(crate) use reduction::{Circle, Goal, HostReduction, Hosts, Mates};
-
-use std::io;
-use std::os::unix::fs::MetadataExt;
-
-/// Equal for two processes exactly if they can share memory in the way of this module: one running kernel, one
-/// network namespace (the Unix sockets' names are per namespace), one user of one user namespace.
-pub(crate) fn host_key() -> io::Result<String> {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-    let network = std::fs::metadata("/proc/self/ns/net")?.ino();
-    let users = std::fs::metadata("/proc/self/ns/user")?.ino();
-    let user = rustix::process::geteuid().as_raw();
-    Ok(format!("{}/{network}/{users}/{user}", boot.trim()))
-}

@@ -303,7 +303,7 @@ impl Neighbours {
         for (rank, channel) in (0..).map(Rank).zip(&self.channels) {
             let Some(channel) = channel else { continue };
             for lane in [Lane::Small, Lane::Bulk] {
-                if lane == Lane::Bulk && engine.is_far_ahead(rank) {
+                if engine.is_far_ahead(rank, lane) {
                     continue;
                 }
                 for _ in 0..BATCH {
@@ -366,8 +366,10 @@ impl Neighbours {
         let waiting = |(rank, channel): (Rank, &Option<Channel>)| {
             let Some(channel) = channel else { return false };
             let reported = channel.reported.load(Ordering::Acquire);
-            let bulk = || !engine.is_far_ahead(rank) && !channel.inbox[Lane::Bulk as usize].lock().is_empty();
-            let some = !channel.inbox[Lane::Small as usize].lock().is_empty() || bulk();
+            let has = |lane: Lane| {
+                !channel.inbox[lane as usize].lock().is_empty() && !engine.is_far_ahead(rank, lane)
+            };
+            let some = has(Lane::Small) || has(Lane::Bulk);
             let left = channel.ended.load(Ordering::Acquire) == 2;
             !reported && (some || channel.gone.load(Ordering::Acquire) && !left)
         };

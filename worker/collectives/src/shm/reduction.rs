@@ -17,7 +17,8 @@
 
 use super::neighbours::Neighbours;
 use crate::buffer::Buffer;
-use crate::chunked::{Chunked, Finish, Parties, Task, chunk};
+use crate::chunked::{Chunked, Parties, Task, chunk};
+use crate::ends::Finish;
 use crate::engine::{Collective, Engine, Part, Publish};
 use crate::error::CollectiveError;
 use crate::frame::{Header, Stage};
@@ -110,6 +111,8 @@ struct State<T> {
     upper: Option<Arc<Chunked<T>>>,
     /// What other leaders sent before this host's nodes were there.
     early: Vec<(Header, Buffer)>,
+    /// Whether the others of this host have been told of the result, as leader.
+    handed_on: bool,
     /// The ranks that still copy the result from this one.
     takers: usize,
     taken: Vec<bool>,
@@ -202,6 +205,7 @@ impl<T: Element> HostReduction<T> {
             finish: Some(finish),
             upper: None,
             early: vec![],
+            handed_on: false,
             takers: world - 1,
             taken: vec![false; world],
         };
@@ -404,7 +408,11 @@ impl<T: Element> HostReduction<T> {
             return Ok(self.publish(output));
         };
         // Kept until all have copied it.
-        self.state.lock().targets.push(output);
+        {
+            let mut state = self.state.lock();
+            state.targets.push(output);
+            state.handed_on = true;
+        }
         self.others().for_each(|to| self.tell(engine, to, Stage::Whole, &[offset]));
         Ok(None)
     }
@@ -439,7 +447,8 @@ impl<T: Element> HostReduction<T> {
     fn take_taken(&self, member: usize) -> Result<Option<Publish>, CollectiveError> {
         let output = {
             let mut state = self.state.lock();
-            if std::mem::replace(&mut state.taken[member], true) || state.targets.len() != 1 {
+            // Whatever else lies there by then is not the result.
+            if !state.handed_on || std::mem::replace(&mut state.taken[member], true) {
                 return Err(self.broken(self.mates.members[member], "an unexpected receipt"));
             }
             state.takers -= 1;
@@ -458,11 +467,21 @@ impl<T: Element> HostReduction<T> {
         let Goal::Hosts(hosts) = &self.goal else {
             return Err(self.broken(header.source, "a part from another host"));
         };
+        if self.mates.me != 0 || !hosts.leaders.members.contains(&header.source) {
+            return Err(
+                self.broken(header.source, "a part between ranks of which one does not lead its host")
+            );
+        }
         let upper = {
             let mut state = self.state.lock();
             match state.upper.clone() {
                 Some(upper) => upper,
                 None => {
+                    let before =
+                        state.early.iter().filter(|(early, _)| early.source == header.source).count();
+                    if before >= Chunked::<T>::most_frames(&hosts.leaders, self.len) {
+                        return Err(self.broken(header.source, "more pieces than there are"));
+                    }
                     state.early.push((*header, payload));
                     return Ok(None);
                 }

@@ -50,13 +50,25 @@ enum What {
     Sum(usize),
     Scatter(usize),
     Gather(usize),
+    /// Of so many channels.
+    Moments(usize),
+    /// From rank 0.
+    Broadcast(usize),
+}
+
+fn bucket() -> Tag {
+    Tag::new(7, 1, TagKind::Gradient).index(3)
+}
+
+fn barrier() -> Tag {
+    Tag::new(8, 0, TagKind::Barrier)
 }
 
 type Wait = Box<dyn FnOnce() -> Result<Vec<u8>, CollectiveError> + Send>;
 
 impl What {
     fn start(self, group: &Group) -> Result<Wait, CollectiveError> {
-        let tag = Tag::new(7, 1, TagKind::Gradient).index(3);
+        let tag = bucket();
         let leaves = |len| -> Vec<Vec<f32>> {
             let leaf = |shard| {
                 let mut stream = Stream::new(5, "leaf", &[u64::from(shard)]);
@@ -70,6 +82,17 @@ impl What {
             What::Gather(bytes) => {
                 let pending = group.all_gather(tag, vec![group.rank().0 as u8 + 1; bytes])?;
                 return Ok(Box::new(move || Ok(pending.wait()?.concat())));
+            }
+            What::Moments(channels) => {
+                let ones = |_| [vec![4.0; channels + 1], vec![1.0; channels]].concat();
+                let leaves: Vec<Vec<f64>> = group.placement().range(group.rank()).map(ones).collect();
+                let pending = group.all_reduce(tag, leaves, ReduceOp::Moments)?;
+                return Ok(Box::new(move || Ok(bytemuck::cast_slice(&pending.wait()?).to_vec())));
+            }
+            What::Broadcast(bytes) => {
+                let own = (group.rank() == Rank(0)).then(|| vec![7; bytes]);
+                let pending = group.broadcast(tag, Rank(0), own)?;
+                return Ok(Box::new(move || Ok(pending.wait()?.to_vec())));
             }
         };
         Ok(Box::new(move || Ok(bytemuck::cast_slice(&pending.wait()?).to_vec())))
@@ -150,12 +173,16 @@ impl Transport for Doomed {
 struct Scene<'a> {
     hosts: &'a [usize],
     what: What,
+    /// Whether small parts go in rounds.
+    rounds: bool,
     victim: Rank,
 }
 
 /// How a survivor fared: in the collective, in the barrier after it, and how long both took.
 struct Fate {
     rank: Rank,
+    /// Whether it entered the collective before it knew.
+    entered: bool,
     result: Result<Vec<u8>, CollectiveError>,
     barrier: Result<(), CollectiveError>,
     elapsed: Duration,
@@ -196,7 +223,11 @@ impl Scene<'_> {
             };
             assert!(doom.death.set(death).is_ok());
         }
-        let over = |engine| Group::over(engine, placement.clone(), Reduction::Exact, self.hosts);
+        let direct = if self.rounds { 2 } else { world };
+        let over = |engine| {
+            let group = Group::over(engine, placement.clone(), Reduction::Exact, self.hosts);
+            group.direct_up_to(direct)
+        };
         (engines.into_iter().map(over).collect(), neighbours.into_iter().flatten().collect())
     }
 
@@ -241,16 +272,18 @@ impl Scene<'_> {
 
     fn survive(&self, group: &Group) -> Fate {
         let begin = Instant::now();
-        let result = self.what.start(group).and_then(|wait| wait());
-        let barrier = group.barrier(Tag::new(8, 0, TagKind::Barrier));
-        let barrier = barrier.and_then(|pending| pending.wait()).map(|_| ());
-        Fate { rank: group.rank(), result, barrier, elapsed: begin.elapsed() }
+        let started = self.what.start(group);
+        let entered = started.is_ok();
+        let result = started.and_then(|wait| wait());
+        let barrier = group.barrier(barrier()).and_then(|pending| pending.wait()).map(|_| ());
+        Fate { rank: group.rank(), entered, result, barrier, elapsed: begin.elapsed() }
     }
 
     /// Every moment of one kind of fault.
     fn check(&self, fault: Fault) {
         let (expected, frames) = self.undisturbed();
-        assert!(frames > 0, "{self:?}");
+        let idle = matches!(self.what, What::Broadcast(_)) && self.victim != Rank(0);
+        assert!(idle == (frames == 0), "{self:?}");
         for batch in (0..=frames).collect::<Vec<_>>().chunks(AT_ONCE) {
             thread::scope(|scope| {
                 for &sent in batch {
@@ -258,7 +291,15 @@ impl Scene<'_> {
                     scope.spawn(move || {
                         let fates = self.disturbed(fault, sent);
                         let at = format!("{self:?}, {fault:?} after {sent} of {frames} frames");
-                        fates.iter().for_each(|fate| self.check_fate(fault, fate, expected, &at));
+                        // One that is told before it entered anything has no place to name, nor those it tells.
+                        let entered = fates.iter().all(|fate| fate.entered);
+                        for fate in &fates {
+                            self.check_fate(fault, fate, expected, &at);
+                            let text = fate.barrier.as_ref().unwrap_err().to_string();
+                            let place =
+                                [bucket(), barrier()].iter().any(|tag| text.contains(&tag.to_string()));
+                            assert!(place || !entered, "{at}: {} says {text}", fate.rank);
+                        }
                         let whole = fates.iter().all(|fate| fate.result.is_ok());
                         assert!(sent == frames || !whole, "{at}: nobody misses what was never sent");
                         assert!(fault == Fault::Death || sent < frames || whole, "{at}: all was sent");
@@ -269,7 +310,7 @@ impl Scene<'_> {
     }
 
     fn check_fate(&self, fault: Fault, fate: &Fate, expected: &[Vec<u8>], at: &str) {
-        let Fate { rank, result, barrier, elapsed } = fate;
+        let Fate { rank, entered: _, result, barrier, elapsed } = fate;
         assert!(*elapsed < fault.limit(), "{at}: {rank} waited for {elapsed:?}");
         let error = barrier.as_ref().expect_err("the victim never enters the barrier");
         match result {
@@ -287,9 +328,13 @@ impl Scene<'_> {
 
 /// Each rank as the victim, of both faults.
 fn check(hosts: &[usize], what: What) {
+    check_all(hosts, what, false);
+}
+
+fn check_all(hosts: &[usize], what: What, rounds: bool) {
     thread::scope(|scope| {
         for victim in (0..hosts.len() as u32).map(Rank) {
-            let scene = Scene { hosts, what, victim };
+            let scene = Scene { hosts, what, rounds, victim };
             for fault in [Fault::Stop, Fault::Death] {
                 scope.spawn(move || scene.check(fault));
             }
@@ -305,9 +350,32 @@ fn small_sums_survive_no_fault_unnoticed() {
 }
 
 #[test]
+fn moments_survive_no_fault_unnoticed() {
+    // The second are so many that they travel on the bulk lane.
+    for (hosts, channels) in [(&[0, 1, 2][..], 20), (&[0, 0, 1, 1], 20), (&[0, 1, 2], 5000)] {
+        check(hosts, What::Moments(channels));
+    }
+}
+
+#[test]
+fn small_sums_in_rounds_survive_no_fault_unnoticed() {
+    for hosts in [&[0, 1, 2, 3, 4][..], &[0, 0, 1, 1]] {
+        check_all(hosts, What::Sum(100), true);
+    }
+}
+
+#[test]
 fn gathers_survive_no_fault_unnoticed() {
-    check(&[0, 1, 2], What::Gather(600_000));
-    check(&[0, 0, 0], What::Gather(600_000));
+    for hosts in [&[0, 1, 2][..], &[0, 0, 0], &[0, 0, 1, 1]] {
+        check(hosts, What::Gather(600_000));
+    }
+}
+
+#[test]
+fn broadcasts_survive_no_fault_unnoticed() {
+    for hosts in [&[0, 1, 2][..], &[0, 0, 0], &[0, 0, 1, 1]] {
+        check(hosts, What::Broadcast(600_000));
+    }
 }
 
 #[test]
@@ -317,8 +385,9 @@ fn large_sums_over_the_network_survive_no_fault_unnoticed() {
 
 #[test]
 fn reduce_scatter_survives_no_fault_unnoticed() {
-    check(&[0, 1, 2], What::Scatter(LARGE));
-    check(&[0, 0, 0], What::Scatter(LARGE));
+    for hosts in [&[0, 1, 2][..], &[0, 0, 0], &[0, 0, 1, 1]] {
+        check(hosts, What::Scatter(LARGE));
+    }
 }
 
 #[test]

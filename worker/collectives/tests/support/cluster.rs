@@ -42,6 +42,7 @@ pub(crate) fn worker(authority: &Authority, id: WorkerId) -> Worker {
     let lobby = Arc::new(Lobby::new());
     let endpoint = runtime.block_on(async {
         let endpoint = net::bind(SocketAddr::from(([127, 0, 0, 1], 0)), Some(server_config)).unwrap();
+        lobby.listen(endpoint.local_addr().unwrap()).unwrap();
         tokio::spawn(serve(endpoint.clone(), lobby.clone()));
         endpoint
     });

@@ -49,6 +49,15 @@ pub(crate) fn reference<T: Element + Draw>(leaves: &[Vec<T>], op: ReduceOp) -> V
     T::merge(&reference(left, op), &reference(right, op), op)
 }
 
+/// What [`Group`]s make of `leaves`.
+pub(crate) fn expected<T: Element + Draw>(leaves: &[Vec<T>], op: ReduceOp) -> Vec<T> {
+    let root = reference(leaves, op);
+    match op {
+        ReduceOp::Average => root.into_iter().map(|sum| sum.divided(leaves.len() as u32)).collect(),
+        ReduceOp::Sum | ReduceOp::Moments => root,
+    }
+}
+
 /// Random vectors that make any other order of addition show, and a plain merge of two of them.
 pub(crate) trait Draw: Sized {
     fn leaf(seed: u64, shard: u32, len: usize, op: ReduceOp) -> Vec<Self>;

@@ -13,6 +13,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 
+/// The rank that writes checkpoints.
+const WRITER: Rank = Rank(0);
+
 /// A network's wire and the names of its parameters.
 pub(crate) struct NamedWire<T> {
     pub(crate) network: &'static str,
@@ -31,7 +34,8 @@ impl<T> NamedWire<T> {
     }
 }
 
-/// Brings together what all ranks keep after `step`; nothing where the formats lose nothing. Every rank calls this.
+/// Brings what all ranks keep after `step` to rank 0, which writes it; nothing elsewhere, and where the formats lose
+/// nothing. Every rank calls this.
 pub(crate) fn collect<T>(
     wires: &[NamedWire<T>],
     group: &Group,
@@ -40,16 +44,6 @@ pub(crate) fn collect<T>(
     if !is_kept(wires) {
         return Ok(None);
     }
-    let mut own: Vec<u8> = Vec::new();
-    for feedback in wires.iter().filter_map(|w| w.wire.feedback()) {
-        for parameter in 0..feedback.lengths().len() {
-            for slot in 0..feedback.owned() {
-                own.extend_from_slice(bytemuck::cast_slice(&feedback.of(slot, parameter).lock()));
-            }
-        }
-    }
-    let all = group.all_gather(Tag::new(step, 0, TagKind::State), own)?.wait()?;
-
     let mut tensors = RawTensors::new();
     for named in wires {
         for (parameter, values) in named.wire.warm_start().into_iter().enumerate() {
@@ -61,27 +55,32 @@ pub(crate) fn collect<T>(
             }
         }
     }
-    let mut rests: Vec<&[u8]> = all.iter().map(AsRef::as_ref).collect();
     let placement = group.placement();
+    let mut tags = (0..).map(|index| Tag::new(step, 0, TagKind::State).index(index));
     for named in wires {
-        let lengths = named.wire.feedback().map_or(&[][..], |f| f.lengths());
-        for (parameter, &len) in lengths.iter().enumerate().filter(|(_, len)| **len > 0) {
+        let Some(feedback) = named.wire.feedback() else { continue };
+        for (parameter, &len) in feedback.lengths().iter().enumerate().filter(|(_, len)| **len > 0) {
+            let mut own: Vec<u8> = Vec::with_capacity(feedback.owned() * len * size_of::<f32>());
+            for slot in 0..feedback.owned() {
+                own.extend_from_slice(bytemuck::cast_slice(&feedback.of(slot, parameter).lock()));
+            }
+            let Some(tag) = tags.next() else { continue };
+            // One parameter after the other, so that no rank holds more than one besides what it keeps.
+            let all = group.gather_to(tag, WRITER, own)?.wait()?;
             let mut rows = Vec::with_capacity(placement.shards() as usize * len * size_of::<f32>());
-            for (rank, rest) in (0..).map(Rank).zip(&mut rests) {
-                let bytes = placement.range(rank).len() * len * size_of::<f32>();
-                let (own, after) = rest.split_at_checked(bytes).ok_or_else(|| {
-                    TrainError::Fatal(format!(
-                        "{rank} sent less error feedback for the checkpoint than its shards have"
-                    ))
-                })?;
+            for (rank, own) in (0..).map(Rank).zip(all.iter()) {
+                if own.len() != placement.range(rank).len() * len * size_of::<f32>() {
+                    return Err(TrainError::Fatal(format!(
+                        "{rank} sent other error feedback for the checkpoint than its shards have"
+                    )));
+                }
                 rows.extend_from_slice(own);
-                *rest = after;
             }
             let shape = [placement.shards() as usize, len];
             tensors.insert(named.feedback_name(parameter), raw(&shape, &rows));
         }
     }
-    Ok(Some(tensors))
+    Ok((group.rank() == WRITER).then_some(tensors))
 }
 
 /// Whether a checkpoint of these wires has a file of their own.

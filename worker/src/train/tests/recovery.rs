@@ -6,7 +6,7 @@ use super::*;
 type Step = Result<BTreeMap<String, f64>, TrainError>;
 
 /// Runs the ranks of one group, each from its replica on, and returns what `work` makes of each.
-pub(super) fn group<T: Number, R: Send>(
+pub(crate) fn group<T: Number, R: Send>(
     job: &JobSpec,
     replicas: Vec<Replica>,
     work: impl Fn(u32, Bench<T>) -> R + Sync,
@@ -28,7 +28,7 @@ pub(super) fn group<T: Number, R: Send>(
     })
 }
 
-pub(super) fn fresh<T: Number>(job: &JobSpec, ranks: u32) -> Vec<Replica> {
+pub(crate) fn fresh<T: Number>(job: &JobSpec, ranks: u32) -> Vec<Replica> {
     let plan = TaskPlan::new(job);
     (0..ranks).map(|_| Replica::new(&plan, T::KIND, Device::Cpu).unwrap()).collect()
 }
@@ -44,7 +44,7 @@ fn steps<T: Number>(bench: &mut Bench<T>) -> Vec<Step> {
 
 /// Runs `job` with three ranks of which the last dies in `step`, after it has taken part in `phases` of it. Returns the
 /// survivors' replicas and the steps' figures.
-pub(super) fn until_a_death<T: Number>(
+pub(crate) fn until_a_death<T: Number>(
     job: &JobSpec,
     step: u64,
     phases: usize,
@@ -75,7 +75,10 @@ pub(super) fn until_a_death<T: Number>(
 }
 
 /// Runs `job` to its end from `replicas`; the digest and the steps' figures, the same on all ranks.
-fn to_the_end<T: Number>(job: &JobSpec, replicas: Vec<Replica>) -> (String, Vec<BTreeMap<String, f64>>) {
+pub(crate) fn to_the_end<T: Number>(
+    job: &JobSpec,
+    replicas: Vec<Replica>,
+) -> (String, Vec<BTreeMap<String, f64>>) {
     let mut ends = group::<T, _>(job, replicas, |_, mut bench| {
         let figures = steps(&mut bench).into_iter().map(Result::unwrap).collect::<Vec<_>>();
         (bench.trainer.compare_replicas().unwrap(), figures)
@@ -85,15 +88,19 @@ fn to_the_end<T: Number>(job: &JobSpec, replicas: Vec<Replica>) -> (String, Vec<
     end
 }
 
-/// Classifiers and GANs, so that both optimizers, running statistics and several phases are there.
-fn jobs() -> Vec<JobSpec> {
+/// The files of classifiers and a GAN, so that both optimizers, running statistics, clipping and several phases are there.
+pub(crate) fn job_texts() -> Vec<String> {
     let sgd = "[discriminator.optimizer]\nname = \"sgd\"\nlr = 0.05\nmomentum = 0.9";
     let clip = "[clip]\nnorm = 0.5";
     vec![
-        job(&format!("{}\n{clip}", classifier("sync")), ""),
-        job(&classifier("local"), ""),
-        job(&format!("{GAN}\n{sgd}"), ""),
+        job_text(&format!("{}\n{clip}", classifier("sync")), ""),
+        job_text(&classifier("local"), ""),
+        job_text(&format!("{GAN}\n{sgd}"), ""),
     ]
+}
+
+pub(crate) fn jobs() -> Vec<JobSpec> {
+    job_texts().iter().map(|text| JobSpec::parse("test.toml", text).unwrap()).collect()
 }
 
 #[test]

@@ -112,11 +112,3 @@ fn receive_frames(
     }
     assert!(consumer.is_empty());
 }
-
-#[test]
-fn a_process_has_one_host_key_without_line_breaks() {
-    let key = super::host_key().unwrap();
-    assert_eq!(key, super::host_key().unwrap());
-    assert_eq!(key.split('/').count(), 4);
-    assert!(key.chars().all(|c| c.is_ascii_graphic()), "{key}");
-}

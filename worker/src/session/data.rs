@@ -1,0 +1,81 @@
+//! A job's datasets, ready to be read.
+
+use super::Environment;
+use crate::data::batch::Decoder;
+use crate::data::loader::{Loader, Timetable};
+use crate::data::source;
+use crate::tasks::TaskPlan;
+use crate::train::Number;
+use crate::train::device::device;
+use crate::train::error::TrainError;
+use lockstep_common::dataset::DatasetReader;
+use lockstep_common::job::JobSpec;
+use lockstep_common::sampler::Sampler;
+use lockstep_common::wire::DatasetBrief;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+/// A job's datasets, open, and when which samples come.
+pub(super) struct Data<T> {
+    pub(super) train: Decoder<T>,
+    pub(super) test: Option<Arc<Decoder<T>>>,
+    pub(super) timetable: Timetable,
+}
+
+impl<T: Number> Data<T> {
+    pub(super) fn open(
+        environment: &Environment,
+        job: &JobSpec,
+        datasets: &[DatasetBrief],
+        plan: &TaskPlan,
+    ) -> Result<Self, TrainError> {
+        let (control, device) = (&environment.control, device(environment.device));
+        let open = |name: &str| source::open(name, datasets, &environment.shards, control);
+        let train = open(&job.data.train)?;
+        check_classes(job, &train)?;
+        let statistics = (train.manifest().mean.clone(), train.manifest().std.clone());
+        let decoder = |reader, augments| {
+            let statistics = (statistics.0.as_slice(), statistics.1.as_slice());
+            Decoder::<T>::new(reader, job.data.scale, statistics, augments, job.seed, device)
+        };
+        let test = match &job.data.test {
+            Some(name) => Some(Arc::new(decoder(open(name)?, Vec::new())?)),
+            None => None,
+        };
+        let sampler =
+            Sampler::new(job.seed, train.len(), u64::from(job.global_batch), job.logical_shards, true);
+        let timetable = Timetable {
+            sampler: Arc::new(sampler.map_err(|e| TrainError::Fatal(e.to_string()))?),
+            per_step: plan.minibatches as u64,
+        };
+        Ok(Self { train: decoder(train, job.data.augment.clone())?, test, timetable })
+    }
+}
+
+/// Brings what one step needs into the cache. Its samples are from all over the dataset, so that is most of it.
+pub(crate) fn warm_up<T: Number>(
+    environment: &Environment,
+    job: &JobSpec,
+    datasets: &[DatasetBrief],
+    plan: &TaskPlan,
+) -> Result<(), TrainError> {
+    let Data { train, timetable, .. } = Data::<T>::open(environment, job, datasets, plan)?;
+    let loader = Loader::start(train, timetable, 0..job.logical_shards, 0..1)?;
+    loader.next(&AtomicBool::new(false)).map(drop)
+}
+
+/// A label beyond the network's last logit would only fail deep inside libtorch.
+fn check_classes(job: &JobSpec, train: &DatasetReader) -> Result<(), TrainError> {
+    /// What every classifier has where a job file names no other number.
+    const DEFAULT_CLASSES: u64 = 10;
+    let Some(model) = &job.model else { return Ok(()) };
+    let classes = model.options.get("classes").and_then(serde_json::Value::as_u64).unwrap_or(DEFAULT_CLASSES);
+    let needed = u64::from(train.manifest().classes);
+    if needed > classes {
+        return Err(TrainError::Fatal(format!(
+            "dataset `{}` has {needed} classes and the model {classes}; set `classes = {needed}` in `[model]`",
+            train.manifest().name
+        )));
+    }
+    Ok(())
+}
