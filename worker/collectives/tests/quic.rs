@@ -10,7 +10,7 @@ use lockstep_common::ids::{Generation, Rank, WorkerId};
 use lockstep_common::net::{self, Authority, Role};
 use lockstep_common::placement::Placement;
 use proptest::prelude::*;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -375,13 +375,14 @@ fn early_connections_of_many_workers_wait_and_too_many_of_one_are_put_off() {
     until_put_off(&pushy, 2);
     let mut incoming = called.lobby.expect(JOB, GENERATION);
     let admitted = called.runtime.block_on(async {
-        let mut ranks = BTreeSet::new();
+        let mut ranks = BTreeMap::new();
         while ranks.len() <= OTHERS as usize {
-            ranks.insert(incoming.recv().await.unwrap().rank());
+            let accepted = incoming.recv().await.unwrap();
+            ranks.insert(accepted.rank(), accepted);
         }
         ranks
     });
-    assert!(admitted.into_iter().eq((0..=OTHERS).map(Rank)));
+    assert!(admitted.keys().copied().eq((0..=OTHERS).map(Rank)));
     until_put_off(&waiting, 0);
 }
 
