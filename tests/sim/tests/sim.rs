@@ -43,9 +43,9 @@ fn the_same_seed_is_the_same_day() {
     );
 }
 
-/// Something in the first thousand seeds shows that this is broken, and says so in these words.
+/// Something in the first 20,000 seeds shows that this is broken, and says so in these words.
 fn shows(breakage: Breakage, words: &str) {
-    let report = first_failure(0..1_000, breakage);
+    let report = first_failure(0..20_000, breakage);
     let breach = report.and_then(|report| report.breach).unwrap_or_default();
     assert!(breach.contains(words), "{breakage:?} shows as `{breach}`");
 }
@@ -57,7 +57,7 @@ fn workers_that_ignore_generations_are_found_out() {
 
 #[test]
 fn healing_from_the_wrong_replica_is_found_out() {
-    shows(Breakage::WrongReplica, "exact:");
+    shows(Breakage::WrongReplica, "identical:");
 }
 
 #[test]
