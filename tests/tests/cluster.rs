@@ -143,9 +143,7 @@ fn a_killed_worker_is_replaced_by_a_spare_one_within_seconds() {
     assert_eq!(before.workers, ["w1", "w2"]);
     let killed_at = std::time::Instant::now();
     workers[0].kill();
-    let after =
-        cluster.until_status(&id, "in a new membership", |s| s.generation > 1 && s.state == "running");
-    assert_eq!(after.workers, ["w2", "w3"]);
+    cluster.until_status(&id, "going on with the spare worker", |s| s.workers == ["w2", "w3"]);
     assert!(killed_at.elapsed().as_secs() < 20, "{:?}", killed_at.elapsed());
     assert_eq!(cluster.until_finished(&id).digest(), undisturbed(&job));
 }
@@ -153,7 +151,7 @@ fn a_killed_worker_is_replaced_by_a_spare_one_within_seconds() {
 #[test]
 fn a_killed_coordinator_comes_back_to_undisturbed_jobs() {
     // No checkpoint in mid-run: whatever is repeated would show as a second line for its step.
-    let job = Job { steps: 2400, every_steps: 0, min_workers: 2, ..Job::default() };
+    let job = Job { steps: 2400, every_steps: 0, min_workers: 2, max_workers: 2, ..Job::default() };
     let mut cluster = Cluster::start(Place::new());
     let _workers = [cluster.worker(), cluster.worker()];
     let unused = cluster.token();

@@ -12,6 +12,7 @@ use parking_lot::{Condvar, Mutex};
 use quinn::Connection;
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
 
@@ -233,8 +234,13 @@ impl Control {
         self.with_connection(|connection| fetch(connection, request.clone()))
     }
 
-    /// Waits until the coordinator has been heard to know all steps of `job` up to `step` that it has been told of.
+    /// Waits until the coordinator has been heard to know all steps of `job` up to `step` that it has been told of; not for
+    /// ever while it is there and says nothing: what keeps it from writing them down is then the answer to what comes next.
     pub(crate) fn wait_until_heard(&self, job: JobId, step: u64) {
+        /// Far longer than a disk that can be written takes.
+        const PATIENCE: Duration = Duration::from_secs(10);
+        /// How often the coordinator's presence is looked at.
+        const LOOK: Duration = Duration::from_secs(1);
         let is_waiting = |report: &FromWorker| match report {
             FromWorker::Steps { job: of, records, .. } => {
                 *of == job && records.first().is_some_and(|first| first.step <= step)
@@ -242,8 +248,12 @@ impl Control {
             _ => false,
         };
         let mut queue = self.outbox.queue.lock();
-        while queue.reports.iter().any(is_waiting) {
-            self.outbox.heard.wait(&mut queue);
+        let mut since = Instant::now();
+        while queue.reports.iter().any(is_waiting) && since.elapsed() < PATIENCE {
+            let unheard = self.outbox.heard.wait_for(&mut queue, LOOK).timed_out();
+            if !unheard || !self.is_connected() {
+                since = Instant::now();
+            }
         }
     }
 

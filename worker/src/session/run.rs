@@ -48,8 +48,6 @@ pub(super) struct Session<'a, T> {
     waited: f64,
     /// Where those that are behind, and those that want to join, get the state.
     desk: Arc<Desk>,
-    /// Seconds for which training has stood still for the next checkpoint to begin.
-    waited: f64,
 }
 
 /// What a session is made of.

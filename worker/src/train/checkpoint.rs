@@ -76,8 +76,8 @@ impl Checkpointer {
         }
     }
 
-    /// Copies this rank's share of the replica's state and begins to store it, and its share of `wires`, which all ranks
-    /// have brought together. [`Self::finish`] the previous one first. All ranks begin the same one.
+    /// Copies this rank's share of the replica's state and begins to store it, and `wires`, which all ranks have brought
+    /// together on rank 0. [`Self::finish`] the previous one first. All ranks begin the same one.
     pub(crate) fn begin(
         &mut self,
         replica: &Replica,
@@ -90,10 +90,8 @@ impl Checkpointer {
         let optimizer = replica.optimizer_tensors(plan)?.into_iter();
         let optimizer = optimizer.map(|(name, tensor)| ((OPTIMIZER_FILE, name), tensor));
         let tensors: BTreeMap<(&str, String), Tensor> = weights.chain(optimizer).collect();
-        let has_wires = wires.is_some();
-        let wires: Vec<_> = wires.into_iter().flatten().collect();
         let sizes = tensors.values().map(|tensor| tensor.numel() * tensor.kind().elt_size_in_bytes());
-        let sizes: Vec<_> = sizes.chain(wires.iter().map(|(_, raw)| raw.bytes.len())).collect();
+        let sizes: Vec<_> = sizes.collect();
         let mut senders = senders(&sizes, self.ranks).into_iter();
         let mut is_mine = || senders.next() == Some(self.rank);
 
@@ -106,7 +104,6 @@ impl Checkpointer {
                 }
             }
         }
-        let wires: RawTensors = wires.into_iter().filter(|_| is_mine()).collect();
 
         let mut work = Work {
             control: self.control.clone(),
@@ -114,7 +111,7 @@ impl Checkpointer {
             generation: self.generation,
             is_first: self.rank == 0,
             copies,
-            wires: has_wires.then_some(wires),
+            wires,
             heading,
         };
         let observe = self.observe.clone();
