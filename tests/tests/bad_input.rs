@@ -262,7 +262,7 @@ fn a_job_that_a_full_disk_failed_goes_on_from_its_checkpoint_once_there_is_room(
     while file.write_all(&[0; 4096]).is_ok() {}
     drop(file);
     let failed = run.wait().refused(1, &["error: j1 failed", "hint: the same command goes on"]);
-    assert_eq!(failed.stderr.matches("cannot append").count(), 1, "{}", failed.stderr);
+    assert_eq!(failed.stderr.matches("ERROR cannot append").count(), 1, "{}", failed.stderr);
 
     fs::remove_file(&filler).expect("removed");
     let newest = place.checkpoints("j1")[0];

@@ -61,7 +61,7 @@ fn both_programs_tell_what_a_job_did() {
         has_process_metrics(worker);
     }
     let stored: f64 = workers.iter().map(|w| w.value("lockstep_checkpoint_seconds_count", "")).sum();
-    assert_eq!(stored, 4.0, "one rank stores checkpoints");
+    assert_eq!(stored, 8.0, "both ranks store their part of each checkpoint");
 }
 
 #[test]
