@@ -23,6 +23,10 @@ use tokio::runtime::Runtime;
 /// How long a rank waits at its end for the others to have what it sent.
 const CLOSE: Duration = Duration::from_secs(5);
 
+/// How long the cause of a failure may take to reach the other ranks: some round trips, far below the time in which they
+/// would notice this process's end by themselves.
+const FAREWELL: Duration = Duration::from_millis(300);
+
 /// Does what it is told on standard input, and tells the leader also of its failure.
 pub(super) fn run(runtime: &Runtime) -> Result<()> {
     let (mut to_leader, from_leader) = {
@@ -45,7 +49,7 @@ pub(super) fn run(runtime: &Runtime) -> Result<()> {
 }
 
 fn serve(runtime: &Runtime, out: &mut pipe::Sender, mut input: pipe::Receiver) -> Result<()> {
-    let (rank, addresses, plan, mesh) = runtime.block_on(async {
+    let (rank, addresses, plan, mesh, endpoint) = runtime.block_on(async {
         write_preamble(out).await?;
         let signing = SigningRequest::new()?;
         write_frame(out, &FromRank::Hello { csr: signing.der().to_vec() }).await?;
@@ -61,12 +65,12 @@ fn serve(runtime: &Runtime, out: &mut pipe::Sender, mut input: pipe::Receiver) -
         server.transport_config(Arc::new(lockstep_collectives::quic::transport_config()));
         let endpoint = bind_as(&identity, SocketAddr::new(listen, 0), server)?;
         let port = endpoint.local_addr()?.port();
-        let mesh = Mesh::listen(endpoint, client_config(&identity)?);
+        let mesh = Mesh::listen(endpoint.clone(), client_config(&identity)?);
         write_frame(out, &FromRank::Listening { port }).await?;
         let ToRank::Start { rank, addresses, plan } = read_frame(&mut input).await? else {
             bail!("the leader did not say what to measure")
         };
-        Ok((rank, addresses, plan, mesh))
+        Ok((rank, addresses, plan, mesh, endpoint))
     })?;
     runtime.spawn(async move {
         // The leader says nothing more: whatever comes is its end, which a rank does not outlive.
@@ -80,9 +84,16 @@ fn serve(runtime: &Runtime, out: &mut pipe::Sender, mut input: pipe::Receiver) -
         let group = runtime.block_on(mesh.group(&assignment, column.reduction, &collective));
         ways.push(Way::new(group.with_context(|| column.name())?, *column));
     }
-    measure(runtime, out, &plan, &mut ways)?;
-    ways.into_iter().for_each(|way| way.close(CLOSE));
-    Ok(())
+    let measured = measure(runtime, out, &plan, &mut ways);
+    match measured {
+        Ok(()) => ways.into_iter().for_each(|way| way.close(CLOSE)),
+        // The others must hear the cause before they see that this process has ended.
+        Err(_) => {
+            drop(ways);
+            let _ = runtime.block_on(async { tokio::time::timeout(FAREWELL, endpoint.wait_idle()).await });
+        }
+    }
+    measured
 }
 
 /// The group of one column is to the mesh a job of its own.
