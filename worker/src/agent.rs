@@ -305,6 +305,12 @@ impl Agent {
                     self.current = Some(session::start(environment, *assignment, origin, ends));
                 }
                 Action::Stop { mode } => {
+                    if !self.environment.control.is_connected() && !self.member.is_leaving() {
+                        tracing::warn!(
+                            "the coordinator has been away for the job's `orphan_timeout_s`: it pauses after the step in \
+                             progress, its state is kept"
+                        );
+                    }
                     if let Some(session) = &self.current {
                         session.stop(mode);
                     }

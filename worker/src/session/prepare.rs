@@ -76,18 +76,17 @@ impl<T: Number> Prepared<T> {
                     Origin::Followed(follower) => follower.finish(*position, &shared.aborted),
                     Origin::Kept | Origin::Elsewhere => state.take(),
                 };
-                *state = match copy {
-                    None if !sources.contains(&assignment.rank) => {
-                        Some(fetch(environment, assignment, (*position, sources), &plan, replica()?, shared)?)
+                // What is not this generation's must not be kept as this generation's.
+                let copy = copy.filter(|state| state.replica.position() == *position);
+                *state = Some(match copy {
+                    Some(copy) => copy,
+                    None if sources.contains(&assignment.rank) => {
+                        let what =
+                            format!("{} is to go on from {position} and has no such state", assignment.rank);
+                        return Err(TrainError::Unavailable { what, culprit: Some(assignment.rank) });
                     }
-                    copy => copy,
-                };
-                let at = state.as_ref().map(|state| state.replica.position());
-                if at != Some(*position) {
-                    let has = at.map_or("nothing".to_owned(), |at| format!("the state of {at}"));
-                    let what = format!("{} is to go on from {position} and has {has}", assignment.rank);
-                    return Err(TrainError::Unavailable { what, culprit: Some(assignment.rank) });
-                }
+                    None => fetch(environment, assignment, (*position, sources), &plan, replica()?, shared)?,
+                });
             }
         }
         loader.warm_up(&shared.aborted)?;

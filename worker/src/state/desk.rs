@@ -377,3 +377,54 @@ async fn give(question: &mut Question, packed: &Packed, ledger: &[u8]) -> Result
 async fn refuse(question: &mut Question, why: &str) -> Result<(), FrameError> {
     write_frame(&mut question.send, &Answer::NotHere { reason: why.to_owned() }).await
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+    use tch::Tensor;
+
+    /// An update with 100 bytes of gradients.
+    fn entry() -> Arc<Entry> {
+        let update = PhaseUpdate {
+            phase: 0,
+            commits: true,
+            network: 0,
+            lr: 0.1,
+            gradients: vec![("weight".to_owned(), Tensor::from_slice(&[0.5f32; 25]))],
+            statistics: Vec::new(),
+            figures: BTreeMap::new(),
+        };
+        Arc::new(Entry::of(&update, Position::at(7)).unwrap())
+    }
+
+    fn queue(limit: usize) -> Queue {
+        Queue { state: Mutex::new(Waiting { limit, ..Waiting::default() }), changed: Notify::new() }
+    }
+
+    #[test]
+    fn a_follower_that_is_too_slow_gets_no_more_and_holds_no_memory() {
+        let queue = queue(250);
+        assert!(queue.push(&entry()) && queue.push(&entry()));
+        let (first, newest) = queue.state.lock().pop().unwrap();
+        assert_eq!((first.head.after, newest), (Position::at(8), Position::at(8)));
+        // What has been handed out makes room.
+        assert!(queue.push(&entry()));
+        assert!(!queue.push(&entry()));
+        assert!(queue.state.lock().end == Some(End::Overflow) && queue.state.lock().entries.is_empty());
+        assert!(!queue.push(&entry()));
+    }
+
+    #[test]
+    fn what_was_noted_before_the_session_ended_is_still_handed_out() {
+        let queue = queue(250);
+        assert!(queue.push(&entry()));
+        queue.end(End::Session);
+        assert!(!queue.push(&entry()), "nothing comes after the end");
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            assert!(queue.next(Waiting::pop).await.is_some());
+            assert!(queue.next(Waiting::pop).await.is_none());
+        });
+    }
+}

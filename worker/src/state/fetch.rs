@@ -2,6 +2,7 @@
 
 use super::message::{Answer, Ask, Question};
 use super::pack::{Manifest, StateId};
+use crate::fault::{self, Point};
 use lockstep_collectives::quic::Visit;
 use lockstep_common::ids::Rank;
 use lockstep_common::wire::{FrameError, Peer};
@@ -19,7 +20,7 @@ const AT_A_TIME: usize = 4;
 const CHUNK: Duration = Duration::from_secs(15);
 
 /// How long the other sources may take for their manifests once one has sent its own.
-const OTHERS: Duration = Duration::from_secs(5);
+const OTHERS: Duration = Duration::from_secs(2);
 
 /// A rank whose desk is being visited.
 #[derive(Clone)]
@@ -177,7 +178,10 @@ pub(super) async fn chunks(
             .map_err(|e| FetchError { what: format!("a fetching task ended early: {e}"), culprit: None })?;
         asked[place] = asked[place].map(|count| count - 1);
         match answer {
-            Ok(part) => bytes[manifest.range(chunk)].copy_from_slice(&part),
+            Ok(part) => {
+                bytes[manifest.range(chunk)].copy_from_slice(&part);
+                fault::point(Point::Heal, manifest.position.step + 1);
+            }
             Err(fault) => {
                 left.push_back(chunk);
                 match fault {

@@ -116,19 +116,20 @@ fn follow(
 ) {
     tch::set_num_threads(1);
     let (job, generation) = (following.job, following.generation);
-    let Ok(spec) = JobSpec::parse(&following.file, &following.toml) else {
-        return tracing::warn!("{job}: told to follow a job whose file does not parse");
+    let spec = match JobSpec::parse(&following.file, &following.toml) {
+        Ok(spec) => spec,
+        Err(error) => return tracing::warn!("{job}: cannot be followed: {error}"),
     };
     let mut follow = Follow { environment, following, plan: TaskPlan::new(&spec), spec, orders, ready };
     let copy = match follow.spec.precision {
         Precision::F32 => follow.run::<f32>(),
         Precision::F64 => follow.run::<f64>(),
     };
-    // Ready to join, if not ready with a copy.
-    follow.tell(copy.as_ref().map_or(Position::default(), |state| state.replica.position()));
-    if copy.is_none() && *follow.orders.borrow() != Order::GiveUp {
+    if copy.is_none() && *follow.orders.borrow() == Order::Follow {
         tracing::info!("{job}: the state of {generation} will be fetched when this worker joins");
     }
+    // Ready to join, if not with a copy.
+    follow.tell(Position::default());
     // The other end has given up otherwise.
     let _ = hand_over.send(copy);
 }

@@ -2,6 +2,7 @@
 
 use super::fetch::{FetchError, chunks, states};
 use super::pack::unpack;
+use crate::fault::{self, Point};
 use crate::kept::State;
 use crate::ledger::Ledger;
 use crate::mesh::Mesh;
@@ -42,6 +43,7 @@ pub(crate) async fn heal(
     let (manifest, id) = (Arc::new(manifest.clone()), manifest.id()?);
     let ledger = found.iter().find_map(|(_, _, ledger)| Ledger::from_bytes(ledger)).unwrap_or_default();
     let sources: Vec<_> = found.into_iter().map(|(source, ..)| source).collect();
+    fault::point(Point::Heal, position.step);
     let fetched = chunks(&sources, &manifest, id).await?;
     unpack(&manifest, &fetched.bytes, &mut replica, plan)?;
     for source in sources {
