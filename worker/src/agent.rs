@@ -16,7 +16,9 @@ use lockstep_common::net::{
     Exchange, Identity, NetError, Role, bind, bind_as, client_config, connect, host_key, interface_addresses,
     resolve, server_config,
 };
-use lockstep_common::wire::{FrameError, Register, Request, Response, ToWorker, read_frame, write_frame};
+use lockstep_common::wire::{
+    FrameError, FromWorker, Register, Request, Response, ToWorker, read_frame, write_frame,
+};
 use lockstep_member::{Action, Leave, Member, Start};
 use quinn::{Connection, Endpoint};
 use std::net::SocketAddr;
@@ -196,6 +198,7 @@ impl Agent {
         loop {
             let patience = self.patience();
             let register = self.register();
+            let asked_ms = self.now_ms();
             let opened = tokio::select! {
                 event = events.next(patience) => {
                     self.handle(event);
@@ -213,7 +216,8 @@ impl Agent {
                     self.readiness.set(true);
                     self.feed.restart();
                     let _ = self.feed.connection.send(Some(connection.clone()));
-                    self.member.handle_connected();
+                    self.member.handle_connected(asked_ms, self.now_ms());
+                    self.act();
                     let end = self.converse(exchange, events).await;
                     self.readiness.set(false);
                     let _ = self.feed.connection.send(None);
@@ -307,7 +311,7 @@ impl Agent {
                 Action::Stop { mode } => {
                     if !self.environment.control.is_connected() && !self.member.is_leaving() {
                         tracing::warn!(
-                            "the coordinator has been away for the job's `orphan_timeout_s`: it pauses after the step in \
+                            "the coordinator has not been heard for the job's `orphan_timeout_s`: it pauses after the step in \
                              progress, its state is kept"
                         );
                     }
@@ -331,8 +335,14 @@ impl Agent {
                 Action::Unfollow => self.follower = None,
                 Action::Drop => self.environment.kept.clear(),
                 Action::Tell(report) => self.environment.control.tell(report),
+                Action::Ping { sent_ms } => {
+                    self.environment.control.tell_news(FromWorker::Ping { sent_ms });
+                }
                 Action::Leave(how) => self.leaves = Some((how, Instant::now())),
             }
+        }
+        if let (Some(session), Some(until_ms)) = (&self.current, self.member.lease_until_ms()) {
+            session.extend_lease(self.started + Duration::from_millis(until_ms));
         }
     }
 
@@ -409,7 +419,7 @@ impl Agent {
                 message = inbox.recv() => match message {
                     Some(Ok(ToWorker::Heard { reports })) => self.feed.heard(reports),
                     Some(Ok(order)) => {
-                        if let Err(refused) = self.member.handle_order(order) {
+                        if let Err(refused) = self.member.handle_order(order, self.now_ms()) {
                             tracing::info!("an order was not obeyed: {refused}");
                         }
                         self.act();

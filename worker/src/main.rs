@@ -9,6 +9,7 @@ mod fault;
 mod flight;
 mod identity;
 mod kept;
+mod lease;
 mod ledger;
 mod mesh;
 mod metrics;

@@ -321,6 +321,14 @@ pub struct Held {
     pub position: Position,
 }
 
+/// A worker that has not heard from its coordinator for a job's `orphan_timeout_s` ends its session after the step in
+/// progress. This much later, in milliseconds, it does not commit that step either.
+pub const LEASE_GRACE_MS: u64 = 10_000;
+
+/// How much longer than `orphan_timeout_s`, in milliseconds, a coordinator that can reach none of a job's workers waits
+/// before it hands the job on: more than [`LEASE_GRACE_MS`], for clocks that do not run alike.
+pub const LEASE_MARGIN_MS: u64 = 30_000;
+
 /// What a coordinator tells a worker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {
@@ -347,6 +355,11 @@ pub enum ToWorker {
     Heard {
         /// How many.
         reports: u64,
+    },
+    /// The answer to [`FromWorker::Ping`].
+    Pong {
+        /// What the question said.
+        sent_ms: u64,
     },
     /// Leave for good; the coordinator will not have this worker back.
     Dismiss {
@@ -454,6 +467,11 @@ pub enum Resumption {
 /// What a worker tells its coordinator. Only rank 0 reports steps.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum FromWorker {
+    /// A question whose answer extends the worker's lease on what it is in the middle of.
+    Ping {
+        /// When it was sent, by the worker's own clock.
+        sent_ms: u64,
+    },
     /// Committed steps since the last report, in order.
     Steps {
         /// The job.

@@ -11,7 +11,7 @@ pub use codec::{
 pub use flight::{FlightReport, FlightSummary, InFlight, Missing, PastCollective, RankFlight};
 pub use messages::{
     Assignment, CheckpointPart, DatasetBrief, FileHead, Following, FromWorker, Held, InterfaceAddress,
-    JobState, JobSummary, LogLine, MAX_ADDRESSES, Outcome, Pace, PartFile, Peer, Position, Refusal, Register,
-    Request, Response, Resumption, Running, StepRecord, StopMode, Straggler, ToWorker, TokenPurpose,
-    WorkerSummary,
+    JobState, JobSummary, LEASE_GRACE_MS, LEASE_MARGIN_MS, LogLine, MAX_ADDRESSES, Outcome, Pace, PartFile,
+    Peer, Position, Refusal, Register, Request, Response, Resumption, Running, StepRecord, StopMode,
+    Straggler, ToWorker, TokenPurpose, WorkerSummary,
 };

@@ -8,7 +8,7 @@ use crate::workers::{WorkerView, Workers};
 use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
 use lockstep_common::placement::Placement;
 use lockstep_common::wire::{
-    FlightSummary, FromWorker, Held, JobState, Outcome, Position, StopMode, ToWorker,
+    FlightSummary, FromWorker, Held, JobState, LEASE_MARGIN_MS, Outcome, Position, StopMode, ToWorker,
 };
 use std::collections::{BTreeMap, VecDeque};
 
@@ -100,7 +100,7 @@ impl Default for Config {
             // Those who end many workers at once do it within some milliseconds.
             leave_ms: 100,
             rebalance_ms: 30_000,
-            lease_margin_ms: 30_000,
+            lease_margin_ms: LEASE_MARGIN_MS,
             max_fruitless: 10,
         }
     }
@@ -237,6 +237,8 @@ impl Core {
                 self.handle_leaving(worker, now_ms);
                 return Reception::Current;
             }
+            // The shell answers it.
+            FromWorker::Ping { .. } => return Reception::Current,
             FromWorker::Steps { job, generation, .. }
             | FromWorker::Metrics { job, generation, .. }
             | FromWorker::Log { job, generation, .. }
@@ -281,7 +283,10 @@ impl Core {
                 }
             }
             FromWorker::Pace { pace, .. } => self.handle_pace(worker, job, pace, now_ms),
-            FromWorker::Log { .. } | FromWorker::Leaving | FromWorker::Following { .. } => {}
+            FromWorker::Log { .. }
+            | FromWorker::Leaving
+            | FromWorker::Following { .. }
+            | FromWorker::Ping { .. } => {}
         }
         Reception::Current
     }

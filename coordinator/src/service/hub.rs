@@ -399,6 +399,7 @@ impl Hub {
             | FromWorker::Leaving
             | FromWorker::Flight { .. }
             | FromWorker::Pace { .. }
+            | FromWorker::Ping { .. }
             | FromWorker::Following { .. } => Ok(()),
         };
         self.note_written(written);

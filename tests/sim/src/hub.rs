@@ -173,6 +173,12 @@ impl Hub {
     ) {
         match message {
             Message::Register(register) => self.tasks.push_back(Task::Open { connection, register }),
+            Message::Report(report) if let FromWorker::Ping { sent_ms } = *report => {
+                if self.sessions.get(&connection).is_some_and(|session| session.welcome) {
+                    let pong = Box::new(ToWorker::Pong { sent_ms });
+                    world.send(connection, COORDINATOR, Lane::Talk, Message::Order(pong));
+                }
+            }
             Message::Report(report) => self.tasks.push_back(Task::Hear { connection, report }),
             Message::Put { request, job, generation, state } => {
                 let Some(worker) = world.worker_at(connection) else { return };

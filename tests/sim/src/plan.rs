@@ -12,6 +12,8 @@ use lockstep_core::NewJob;
 pub enum Breakage {
     /// Workers do not look at generations: neither among ranks, nor when their lease has run out.
     NoFence,
+    /// A worker commits the step that it was in the middle of, however long it has been stopped meanwhile.
+    NoLeaseAtCommit,
     /// A replica that is behind takes the state of any worker for the one that it needs.
     WrongReplica,
     /// A rank that took part in an earlier generation takes the samples of the step after.

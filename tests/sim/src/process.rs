@@ -51,6 +51,8 @@ pub(crate) struct Process {
     /// Numbers sessions, requests and attempts.
     pub(crate) last: u64,
     outbox: Outbox,
+    /// When this process asked for the connection that it has.
+    registered_ms: u64,
     member_due_ms: Option<u64>,
     leaving: bool,
     /// Whether the process is to end now.
@@ -79,6 +81,7 @@ impl Process {
             requests: BTreeMap::new(),
             last: 0,
             outbox: Outbox::default(),
+            registered_ms: 0,
             member_due_ms: None,
             leaving: false,
             done: false,
@@ -118,7 +121,8 @@ impl Process {
             Message::Welcome if self.control == Control::Opening(from) => {
                 self.control = Control::Open(from);
                 self.outbox.restart();
-                self.member.handle_connected();
+                self.member.handle_connected(self.registered_ms, world.clock.now_ms());
+                self.advance(world);
                 for request in self.requests.values() {
                     world.send(from, self.node, Lane::Requests, request.clone());
                 }
@@ -181,6 +185,7 @@ impl Process {
             return self.wake(world, RECONNECT_MS + attempt_ms, Timer::Reconnect);
         };
         self.control = Control::Opening(connection);
+        self.registered_ms = world.clock.now_ms();
         let (running, held) = self.member.register();
         let register = Register {
             host: format!("host{}", self.id.0),
@@ -220,14 +225,18 @@ impl Process {
             }
         }
         // A refusal is no failure, and nothing is done about it.
-        let _ = self.member.handle_order(order);
+        let is_word = matches!(order, ToWorker::Pong { .. });
+        let _ = self.member.handle_order(order, world.clock.now_ms());
+        if is_word {
+            self.advance(world);
+        }
     }
 
     /// Does what the membership asks for, and sends what is to be told.
     pub(crate) fn carry_out(&mut self, world: &mut World) {
         while let Some(action) = self.member.poll_action() {
             let now_ms = world.clock.now_ms();
-            if !matches!(action, Action::Tell(FromWorker::Steps { .. })) {
+            if !matches!(action, Action::Tell(FromWorker::Steps { .. }) | Action::Ping { .. }) {
                 world.trace.note(now_ms, &[3, self.id.0], || format!("{}: {}", self.id, brief(&action)));
             }
             match action {
@@ -239,6 +248,12 @@ impl Process {
                 Action::Unfollow => self.unfollow(world),
                 Action::Drop => self.kept = None,
                 Action::Tell(report) => self.outbox.tell(report),
+                Action::Ping { sent_ms } => {
+                    if let Control::Open(connection) = self.control {
+                        let ping = Message::Report(Box::new(FromWorker::Ping { sent_ms }));
+                        world.send(connection, self.node, Lane::Talk, ping);
+                    }
+                }
                 Action::Leave(Leave::Done) => {
                     self.leaving = true;
                     self.wake(world, FAREWELL_MS, Timer::Farewell);
@@ -261,7 +276,7 @@ impl Process {
     }
 
     /// Whether it goes on without its coordinator for ever, as it must not.
-    fn ignores_its_lease(&self, world: &World) -> bool {
+    pub(crate) fn ignores_its_lease(&self, world: &World) -> bool {
         let alone = self.control == Control::Away && !self.member.is_leaving();
         alone && world.breakage == Some(Breakage::NoFence)
     }

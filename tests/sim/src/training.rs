@@ -252,6 +252,18 @@ impl Process {
             }
             return;
         }
+        let lax = world.breakage == Some(Breakage::NoLeaseAtCommit) || self.ignores_its_lease(world);
+        if exchange == Exchange::Update && !lax {
+            match self.member.lease_until_ms() {
+                // The coordinator's first word is still on its way.
+                None => return,
+                Some(until_ms) if until_ms < world.clock.now_ms() => {
+                    return self.fail(None, "the coordinator has not been heard for too long", world);
+                }
+                Some(_) => {}
+            }
+        }
+        let Some(session) = &mut self.session else { return };
         let parts = session.parts.remove(&key).unwrap_or_default();
         session.parts.retain(|(position, _), _| *position >= state.position);
         match exchange {

@@ -56,6 +56,11 @@ fn workers_that_ignore_generations_are_found_out() {
 }
 
 #[test]
+fn one_that_slept_through_its_lease_is_found_out() {
+    shows(Breakage::NoLeaseAtCommit, "fence:");
+}
+
+#[test]
 fn healing_from_the_wrong_replica_is_found_out() {
     shows(Breakage::WrongReplica, "identical:");
 }

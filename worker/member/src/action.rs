@@ -32,6 +32,11 @@ pub enum Action {
     Drop,
     /// Report to the coordinator, now or once it is back.
     Tell(FromWorker),
+    /// Ask the coordinator that is there for a word: an answer is [`ToWorker::Pong`](lockstep_common::wire::ToWorker::Pong).
+    Ping {
+        /// When, by the machine's clock.
+        sent_ms: u64,
+    },
     /// Leave for good. Nothing comes after it.
     Leave(Leave),
 }

@@ -10,6 +10,7 @@
 //! membership cannot be called back into the old one.
 
 mod action;
+mod lease;
 mod leaving;
 mod member;
 

@@ -1,6 +1,7 @@
 //! The state machine: events in, actions out.
 
 use crate::action::{Action, Leave, Refused, Start};
+use crate::lease::Lease;
 use crate::leaving::Leaving;
 use lockstep_common::ids::{Generation, JobId, Rank};
 use lockstep_common::job::{JobSpec, WorkerRange};
@@ -25,7 +26,7 @@ pub struct Member {
     pub(crate) away_since_ms: Option<u64>,
     pub(crate) leaving: Option<Leaving>,
     left: bool,
-    actions: VecDeque<Action>,
+    pub(crate) actions: VecDeque<Action>,
 }
 
 /// The session that runs.
@@ -37,7 +38,7 @@ pub(crate) struct Session {
     step: u64,
     /// How many ranks it has.
     world_size: usize,
-    orphan_timeout_ms: u64,
+    pub(crate) lease: Lease,
     /// Whether it has been told to end, by whomever.
     pub(crate) ending: bool,
     /// Whether that was at once.
@@ -89,9 +90,12 @@ impl Member {
 
 /// Events
 impl Member {
-    /// A session with the coordinator is open.
-    pub fn handle_connected(&mut self) {
+    /// A session with the coordinator is open, for which it was asked at `asked_ms`.
+    pub fn handle_connected(&mut self, asked_ms: u64, now_ms: u64) {
         self.away_since_ms = None;
+        self.forget_question();
+        self.extend_lease(asked_ms);
+        self.handle_tick(now_ms);
     }
 
     /// The coordinator is away.
@@ -108,9 +112,9 @@ impl Member {
     }
 
     /// The coordinator has given an order. `Err` says why it is not obeyed, which is no failure.
-    pub fn handle_order(&mut self, order: ToWorker) -> Result<(), Refused> {
+    pub fn handle_order(&mut self, order: ToWorker, now_ms: u64) -> Result<(), Refused> {
         match order {
-            ToWorker::Start(assignment) => self.start(assignment),
+            ToWorker::Start(assignment) => self.start(assignment, now_ms),
             ToWorker::Follow(following) => self.follow(following),
             ToWorker::Release { job } => {
                 self.release(job);
@@ -120,6 +124,10 @@ impl Member {
             ToWorker::Dismiss { reason } => {
                 self.abort("dismissed by the coordinator");
                 self.leave(Leave::Dismissed { reason });
+                Ok(())
+            }
+            ToWorker::Pong { sent_ms } => {
+                self.extend_lease(sent_ms);
                 Ok(())
             }
             // A matter between the outbox and the coordinator.
@@ -148,7 +156,7 @@ impl Member {
         self.kept = held.map(|position| Held { job, generation, position });
         self.tell(FromWorker::Ended { job, generation, outcome, held });
         if let Some(assignment) = self.next.take() {
-            self.begin(assignment);
+            self.begin(assignment, now_ms);
         }
         self.handle_tick(now_ms);
     }
@@ -182,9 +190,7 @@ impl Member {
 
     /// Time has passed.
     pub fn handle_tick(&mut self, now_ms: u64) {
-        if self.due_ms().is_some_and(|due| due <= now_ms) {
-            self.pause();
-        }
+        self.tick_lease(now_ms);
         self.tick_leaving(now_ms);
     }
 }
@@ -200,7 +206,7 @@ impl Member {
     pub fn poll_timeout(&self) -> Option<u64> {
         match self.left {
             true => None,
-            false => [self.due_ms(), self.leaving_due_ms()].into_iter().flatten().min(),
+            false => [self.lease_due_ms(), self.leaving_due_ms()].into_iter().flatten().min(),
         }
     }
 }
@@ -208,18 +214,6 @@ impl Member {
 impl Member {
     pub(crate) fn session_of(&mut self, job: JobId, generation: Generation) -> Option<&mut Session> {
         self.session.as_mut().filter(|s| s.job == job && s.generation == generation)
-    }
-
-    /// When the session's lease runs out: from then on the coordinator may hand the job on without this worker, which it
-    /// cannot reach.
-    fn due_ms(&self) -> Option<u64> {
-        let session = self.session.as_ref().filter(|s| !s.ending)?;
-        Some(self.away_since_ms?.saturating_add(session.orphan_timeout_ms))
-    }
-
-    /// The lease has run out: the session ends after its step, with the state kept.
-    fn pause(&mut self) {
-        self.end_session(StopMode::Boundary);
     }
 
     /// Has the session end in good order.
@@ -258,7 +252,7 @@ impl Member {
         Ok(())
     }
 
-    fn start(&mut self, assignment: Box<Assignment>) -> Result<(), Refused> {
+    fn start(&mut self, assignment: Box<Assignment>, now_ms: u64) -> Result<(), Refused> {
         let (job, generation) = (assignment.job, assignment.generation);
         let seen = self.newest.get(&job).copied();
         self.fence(job, generation)?;
@@ -271,7 +265,8 @@ impl Member {
             return Err(Refused::Leaving);
         }
         if self.session.is_none() {
-            self.begin(assignment);
+            self.begin(assignment, now_ms);
+            self.tick_lease(now_ms);
             return Ok(());
         }
         if let Some(superseded) = self.next.replace(assignment) {
@@ -285,7 +280,7 @@ impl Member {
     }
 
     /// Begins a session with what there is; none runs.
-    fn begin(&mut self, assignment: Box<Assignment>) {
+    fn begin(&mut self, assignment: Box<Assignment>, now_ms: u64) {
         let (job, generation, rank) = (assignment.job, assignment.generation, assignment.rank);
         // Only what was followed to its end: another generation in between may have got to the same position on another way,
         // which leads to other bits where a reduction is not exact.
@@ -324,6 +319,7 @@ impl Member {
         }
         // A job file that cannot be read ends the session by itself.
         let workers = JobSpec::parse(&assignment.file, &assignment.toml).map(|job| job.workers);
+        let timeout_ms = workers.unwrap_or_else(|_| WorkerRange::default()).orphan_timeout_s * 1000;
         self.session = Some(Session {
             job,
             generation,
@@ -334,7 +330,7 @@ impl Member {
                 Resumption::Peers { position, .. } => position.step,
             },
             world_size: assignment.peers.len(),
-            orphan_timeout_ms: workers.unwrap_or_else(|_| WorkerRange::default()).orphan_timeout_s * 1000,
+            lease: Lease::new(now_ms, timeout_ms),
             ending: false,
             aborted: false,
             released: false,

@@ -3,7 +3,8 @@
 use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
 use lockstep_common::placement::Placement;
 use lockstep_common::wire::{
-    Assignment, Following, FromWorker, Held, Outcome, Peer, Position, Resumption, Running, StopMode, ToWorker,
+    Assignment, Following, FromWorker, Held, LEASE_GRACE_MS, Outcome, Peer, Position, Resumption, Running,
+    StopMode, ToWorker,
 };
 use lockstep_member::{AWAY_PATIENCE_MS, Action, BOUNDARY_PATIENCE_MS, Leave, Member, Refused, Start};
 
@@ -71,13 +72,25 @@ fn ended(generation: u64, outcome: Outcome, held: Option<Position>) -> Action {
     Action::Tell(FromWorker::Ended { job: JOB, generation: Generation(generation), outcome, held })
 }
 
+/// What comes out, but for questions to the coordinator.
 fn actions(member: &mut Member) -> Vec<Action> {
+    all_actions(member).into_iter().filter(|action| !matches!(action, Action::Ping { .. })).collect()
+}
+
+fn all_actions(member: &mut Member) -> Vec<Action> {
     std::iter::from_fn(|| member.poll_action()).collect()
+}
+
+/// Answers the question that the member asks at `now_ms`, where it asks one.
+fn answer_at(member: &mut Member, now_ms: u64) {
+    member.handle_tick(now_ms);
+    assert_eq!(all_actions(member), [Action::Ping { sent_ms: now_ms }]);
+    member.handle_order(ToWorker::Pong { sent_ms: now_ms }, now_ms + 7).unwrap();
 }
 
 /// Starts a generation of two ranks and says what that came to.
 fn start(member: &mut Member, generation: u64, resume: Resumption) -> Vec<Action> {
-    assert_eq!(member.handle_order(ToWorker::Start(assignment(JOB, generation, 2, resume))), Ok(()));
+    assert_eq!(member.handle_order(ToWorker::Start(assignment(JOB, generation, 2, resume)), 0), Ok(()));
     actions(member)
 }
 
@@ -148,21 +161,21 @@ fn orders_of_an_older_generation_are_refused() {
     let stale =
         |generation| Refused::Stale { job: JOB, generation: Generation(generation), newest: Generation(3) };
     let old = ToWorker::Start(assignment(JOB, 2, 2, Resumption::Fresh));
-    assert_eq!(member.handle_order(old), Err(stale(2)));
+    assert_eq!(member.handle_order(old, 0), Err(stale(2)));
     let again = ToWorker::Start(assignment(JOB, 3, 2, Resumption::Fresh));
-    assert_eq!(member.handle_order(again), Err(Refused::Repeated));
-    assert_eq!(member.handle_order(ToWorker::Follow(following(1))), Err(stale(1)));
+    assert_eq!(member.handle_order(again, 0), Err(Refused::Repeated));
+    assert_eq!(member.handle_order(ToWorker::Follow(following(1)), 0), Err(stale(1)));
     let stop = ToWorker::Stop { job: JOB, generation: Generation(2), mode: StopMode::Abort };
     let not_running = Refused::NotRunning { job: JOB, generation: Generation(2) };
-    assert_eq!(member.handle_order(stop), Err(not_running));
+    assert_eq!(member.handle_order(stop, 0), Err(not_running));
     assert_eq!(actions(&mut member), []);
     // Also when that generation has ended here, and whatever another job's generations are.
     member.handle_session_ended(JOB, Generation(3), lost(), None, 0);
     actions(&mut member);
     let old = ToWorker::Start(assignment(JOB, 2, 2, Resumption::Fresh));
-    assert_eq!(member.handle_order(old), Err(stale(2)));
+    assert_eq!(member.handle_order(old, 0), Err(stale(2)));
     let other = ToWorker::Start(assignment(OTHER, 1, 2, Resumption::Fresh));
-    assert_eq!(member.handle_order(other), Ok(()));
+    assert_eq!(member.handle_order(other, 0), Ok(()));
     assert_eq!(begins(&actions(&mut member)), Some((Generation(1), Start::Elsewhere)));
 }
 
@@ -186,7 +199,7 @@ fn a_newer_generation_aborts_a_session_that_was_to_end_in_good_order() {
     let mut member = Member::default();
     start(&mut member, 1, Resumption::Fresh);
     let stop = ToWorker::Stop { job: JOB, generation: Generation(1), mode: StopMode::Boundary };
-    member.handle_order(stop).unwrap();
+    member.handle_order(stop, 0).unwrap();
     actions(&mut member);
     let told = start(&mut member, 2, from_peers(5, &[0]));
     assert!(matches!(&told[..], [Action::Abort { .. }]), "its peers may be gone: {told:?}");
@@ -198,7 +211,7 @@ fn a_generation_that_is_stopped_before_it_began_never_begins() {
     start(&mut member, 1, Resumption::Fresh);
     start(&mut member, 2, Resumption::Fresh);
     let stop = ToWorker::Stop { job: JOB, generation: Generation(2), mode: StopMode::Abort };
-    member.handle_order(stop).unwrap();
+    member.handle_order(stop, 0).unwrap();
     assert_eq!(actions(&mut member), [ended(2, Outcome::Stopped { step: 0 }, None)]);
     member.handle_session_ended(JOB, Generation(1), lost(), None, 0);
     assert_eq!(actions(&mut member), [ended(1, lost(), None)]);
@@ -220,13 +233,13 @@ fn nothing_is_kept_of_a_job_that_is_over() {
     }
     let release = || ToWorker::Release { job: JOB };
     let mut member = with_kept_state();
-    member.handle_order(ToWorker::Release { job: OTHER }).unwrap();
+    member.handle_order(ToWorker::Release { job: OTHER }, 0).unwrap();
     assert_eq!(actions(&mut member), []);
-    member.handle_order(release()).unwrap();
+    member.handle_order(release(), 0).unwrap();
     assert_eq!(actions(&mut member), [Action::Drop]);
     // Released in mid-session: what it leaves is dropped at its end.
     start(&mut member, 2, Resumption::Fresh);
-    member.handle_order(release()).unwrap();
+    member.handle_order(release(), 0).unwrap();
     member.handle_session_ended(JOB, Generation(2), lost(), Some(Position::at(6)), 0);
     assert_eq!(actions(&mut member), [Action::Drop, ended(2, lost(), None)]);
 }
@@ -234,7 +247,7 @@ fn nothing_is_kept_of_a_job_that_is_over() {
 #[test]
 fn another_job_takes_the_place_of_what_is_kept() {
     let mut member = with_kept_state();
-    member.handle_order(ToWorker::Start(assignment(OTHER, 1, 2, Resumption::Fresh))).unwrap();
+    member.handle_order(ToWorker::Start(assignment(OTHER, 1, 2, Resumption::Fresh)), 0).unwrap();
     let told = actions(&mut member);
     assert_eq!((&told[0], begins(&told)), (&Action::Drop, Some((Generation(1), Start::Elsewhere))));
 }
@@ -242,9 +255,9 @@ fn another_job_takes_the_place_of_what_is_kept() {
 #[test]
 fn a_follower_joins_with_its_copy() {
     let mut member = Member::default();
-    member.handle_order(ToWorker::Follow(following(4))).unwrap();
+    member.handle_order(ToWorker::Follow(following(4)), 0).unwrap();
     assert_eq!(actions(&mut member), [Action::Follow(following(4))]);
-    assert_eq!(member.handle_order(ToWorker::Follow(following(4))), Err(Refused::Repeated));
+    assert_eq!(member.handle_order(ToWorker::Follow(following(4)), 0), Err(Refused::Repeated));
     member.handle_followed(JOB, Generation(3), Position::at(1));
     assert_eq!(actions(&mut member), [], "of another generation");
     member.handle_followed(JOB, Generation(4), Position::at(9));
@@ -255,7 +268,7 @@ fn a_follower_joins_with_its_copy() {
     });
     assert_eq!(actions(&mut member), std::slice::from_ref(&ready));
     // The coordinator has been away and asks again.
-    member.handle_order(ToWorker::Follow(following(4))).unwrap();
+    member.handle_order(ToWorker::Follow(following(4)), 0).unwrap();
     assert_eq!(actions(&mut member), [ready]);
     let told = start(&mut member, 5, from_peers(11, &[1]));
     assert_eq!((told.len(), begins(&told)), (1, Some((Generation(5), Start::Followed))));
@@ -265,7 +278,7 @@ fn a_follower_joins_with_its_copy() {
 #[test]
 fn a_copy_of_an_older_generation_than_the_last_is_not_joined_with() {
     let mut member = Member::default();
-    member.handle_order(ToWorker::Follow(following(4))).unwrap();
+    member.handle_order(ToWorker::Follow(following(4)), 0).unwrap();
     member.handle_followed(JOB, Generation(4), Position::at(9));
     actions(&mut member);
     let told = start(&mut member, 6, from_peers(9, &[1]));
@@ -275,16 +288,16 @@ fn a_copy_of_an_older_generation_than_the_last_is_not_joined_with() {
 #[test]
 fn a_follower_of_a_newer_generation_begins_again_and_of_another_job_stops() {
     let mut member = with_kept_state();
-    member.handle_order(ToWorker::Follow(following(4))).unwrap();
+    member.handle_order(ToWorker::Follow(following(4)), 0).unwrap();
     assert_eq!(actions(&mut member), [Action::Drop, Action::Follow(following(4))]);
-    member.handle_order(ToWorker::Follow(following(5))).unwrap();
+    member.handle_order(ToWorker::Follow(following(5)), 0).unwrap();
     assert_eq!(actions(&mut member), [Action::Unfollow, Action::Follow(following(5))]);
-    member.handle_order(ToWorker::Start(assignment(OTHER, 1, 2, Resumption::Fresh))).unwrap();
+    member.handle_order(ToWorker::Start(assignment(OTHER, 1, 2, Resumption::Fresh)), 0).unwrap();
     assert_eq!(actions(&mut member)[0], Action::Unfollow);
-    assert_eq!(member.handle_order(ToWorker::Follow(following(6))), Err(Refused::Busy));
+    assert_eq!(member.handle_order(ToWorker::Follow(following(6)), 0), Err(Refused::Busy));
     // A checkpoint beyond what was followed makes the copy useless.
     let mut member = Member::default();
-    member.handle_order(ToWorker::Follow(following(4))).unwrap();
+    member.handle_order(ToWorker::Follow(following(4)), 0).unwrap();
     actions(&mut member);
     let told = start(&mut member, 5, Resumption::Checkpoint { step: 20 });
     assert_eq!((&told[0], begins(&told)), (&Action::Unfollow, Some((Generation(5), Start::Elsewhere))));
@@ -297,7 +310,7 @@ fn a_leaving_worker_waits_for_the_boundary_that_the_coordinator_sets() {
     member.handle_departure(1_000);
     assert_eq!(actions(&mut member), [Action::Tell(FromWorker::Leaving)]);
     let stop = ToWorker::Stop { job: JOB, generation: Generation(1), mode: StopMode::Boundary };
-    member.handle_order(stop).unwrap();
+    member.handle_order(stop, 0).unwrap();
     assert_eq!(actions(&mut member), [Action::Stop { mode: StopMode::Boundary }]);
     assert_eq!(member.poll_timeout(), None, "a step may take its time");
     let outcome = Outcome::Stopped { step: 7 };
@@ -311,7 +324,7 @@ fn a_leaving_worker_waits_for_the_boundary_that_the_coordinator_sets() {
 fn a_leaving_worker_decides_by_itself_when_nobody_can_be_asked() {
     for (world, mode) in [(2, StopMode::Boundary), (1, StopMode::Checkpoint)] {
         let mut member = Member::default();
-        member.handle_order(ToWorker::Start(assignment(JOB, 1, world, Resumption::Fresh))).unwrap();
+        member.handle_order(ToWorker::Start(assignment(JOB, 1, world, Resumption::Fresh)), 0).unwrap();
         actions(&mut member);
         // The coordinator is there, and says nothing.
         member.handle_departure(1_000);
@@ -324,7 +337,7 @@ fn a_leaving_worker_decides_by_itself_when_nobody_can_be_asked() {
         // The coordinator goes away before, or after, this worker is asked to leave.
         for away_first in [true, false] {
             let mut member = Member::default();
-            member.handle_order(ToWorker::Start(assignment(JOB, 1, world, Resumption::Fresh))).unwrap();
+            member.handle_order(ToWorker::Start(assignment(JOB, 1, world, Resumption::Fresh)), 0).unwrap();
             if away_first {
                 member.handle_disconnected(500);
                 member.handle_departure(1_000);
@@ -353,7 +366,7 @@ fn an_idle_worker_leaves_at_once_and_takes_nothing_on() {
     let leaves = [Action::Tell(FromWorker::Leaving), Action::Drop, Action::Leave(Leave::Done)];
     assert_eq!(actions(&mut member), leaves);
     let order = ToWorker::Start(assignment(JOB, 2, 2, Resumption::Fresh));
-    assert_eq!(member.handle_order(order), Err(Refused::Leaving));
+    assert_eq!(member.handle_order(order, 0), Err(Refused::Leaving));
     // Not that it has stopped: its peers would wait for it, without having begun a step at whose end they could stop too.
     let told = actions(&mut member);
     let [Action::Tell(FromWorker::Ended { outcome: Outcome::Lost { culprit, .. }, held: None, .. })] =
@@ -362,14 +375,14 @@ fn an_idle_worker_leaves_at_once_and_takes_nothing_on() {
         panic!("{told:?}");
     };
     assert!(culprit.is_some());
-    assert_eq!(member.handle_order(ToWorker::Follow(following(3))), Err(Refused::Leaving));
+    assert_eq!(member.handle_order(ToWorker::Follow(following(3)), 0), Err(Refused::Leaving));
 }
 
 #[test]
 fn a_dismissed_worker_leaves_at_once() {
     let mut member = Member::default();
     start(&mut member, 1, Resumption::Fresh);
-    member.handle_order(ToWorker::Dismiss { reason: "its certificate was revoked".to_owned() }).unwrap();
+    member.handle_order(ToWorker::Dismiss { reason: "its certificate was revoked".to_owned() }, 0).unwrap();
     let leave = Leave::Dismissed { reason: "its certificate was revoked".to_owned() };
     let told = actions(&mut member);
     assert!(matches!(&told[..], [Action::Abort { .. }, Action::Leave(how)] if *how == leave), "{told:?}");
@@ -378,21 +391,30 @@ fn a_dismissed_worker_leaves_at_once() {
 #[test]
 fn a_session_that_nobody_hears_of_pauses_when_its_lease_has_run_out() {
     let mut member = Member::default();
-    start(&mut member, 1, Resumption::Fresh);
-    assert_eq!(member.poll_timeout(), None);
-    member.handle_disconnected(1_000);
-    // Each failed attempt to connect counts from the first.
-    member.handle_disconnected(2_000);
-    assert_eq!(member.poll_timeout(), Some(61_000));
-    member.handle_tick(60_999);
-    assert_eq!(actions(&mut member), []);
-    member.handle_connected();
-    assert_eq!(member.poll_timeout(), None);
-    member.handle_disconnected(70_000);
-    member.handle_tick(130_000);
-    assert_eq!(actions(&mut member), [Action::Stop { mode: StopMode::Boundary }]);
+    member.handle_order(ToWorker::Start(assignment(JOB, 1, 2, Resumption::Fresh)), 500).unwrap();
+    let first = all_actions(&mut member);
+    assert_eq!(first.last(), Some(&Action::Ping { sent_ms: 500 }));
+    assert_eq!(member.lease_until_ms(), None, "no step is committed before the first word");
+    member.handle_order(ToWorker::Pong { sent_ms: 500 }, 900).unwrap();
+    // From the question on, not from the answer, which may have lain in a socket for hours.
+    assert_eq!(member.lease_until_ms(), Some(60_500 + LEASE_GRACE_MS));
+    assert_eq!(member.poll_timeout(), Some(3_500), "asked again when a twentieth has passed");
+    answer_at(&mut member, 3_500);
+    member.handle_disconnected(4_000);
+    member.handle_disconnected(5_000);
+    assert_eq!(member.poll_timeout(), Some(63_500));
+    member.handle_tick(63_499);
+    assert_eq!(all_actions(&mut member), []);
+    // To come back is a word too.
+    member.handle_connected(63_499, 63_600);
+    assert_eq!(member.poll_timeout(), Some(66_499));
+    member.handle_disconnected(64_000);
+    member.handle_tick(123_498);
+    assert_eq!(all_actions(&mut member), []);
+    member.handle_tick(123_499);
+    assert_eq!(all_actions(&mut member), [Action::Stop { mode: StopMode::Boundary }]);
     member.handle_tick(140_000);
-    assert_eq!(actions(&mut member), [], "once");
+    assert_eq!(all_actions(&mut member), [], "once");
     member.handle_session_ended(
         JOB,
         Generation(1),
@@ -401,4 +423,37 @@ fn a_session_that_nobody_hears_of_pauses_when_its_lease_has_run_out() {
         141_000,
     );
     assert_eq!(member.register(), (None, Some(held(1, 9))), "kept until the coordinator is back");
+}
+
+#[test]
+fn one_that_was_stopped_for_longer_than_its_lease_has_none_when_it_wakes() {
+    let mut member = Member::default();
+    start(&mut member, 1, Resumption::Fresh);
+    member.handle_order(ToWorker::Pong { sent_ms: 0 }, 1).unwrap();
+    member.handle_tick(3_000);
+    all_actions(&mut member);
+    // Stopped here, with the answer in its socket; its connection still looks open.
+    member.handle_order(ToWorker::Pong { sent_ms: 3_000 }, 7_200_000).unwrap();
+    assert_eq!(member.lease_until_ms(), Some(63_000 + LEASE_GRACE_MS));
+    member.handle_tick(7_200_000);
+    let told = all_actions(&mut member);
+    assert_eq!(told, [Action::Ping { sent_ms: 7_200_000 }, Action::Stop { mode: StopMode::Boundary }]);
+}
+
+#[test]
+fn answers_to_questions_of_an_earlier_session_are_none() {
+    let mut member = Member::default();
+    start(&mut member, 1, Resumption::Fresh);
+    member.handle_session_ended(JOB, Generation(1), lost(), Some(Position::at(5)), 4_000);
+    let again = assignment(JOB, 2, 2, from_peers(5, &[0]));
+    member.handle_order(ToWorker::Start(again), 5_000).unwrap();
+    member.handle_order(ToWorker::Pong { sent_ms: 0 }, 5_001).unwrap();
+    assert_eq!(member.lease_until_ms(), None);
+    // An unanswered question is not asked twice, unless its connection has ended.
+    all_actions(&mut member);
+    member.handle_tick(30_000);
+    assert_eq!(all_actions(&mut member), []);
+    member.handle_disconnected(31_000);
+    member.handle_connected(4_999, 31_500);
+    assert_eq!(all_actions(&mut member), [Action::Ping { sent_ms: 31_500 }]);
 }

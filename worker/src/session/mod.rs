@@ -10,6 +10,7 @@ use crate::control::Control;
 use crate::fault;
 use crate::flight::{SharedGroup, Watch};
 use crate::kept::{Kept, State};
+use crate::lease::Lease;
 use crate::mesh::Mesh;
 use crate::metrics::Metrics;
 use crate::state::desk::Desk;
@@ -32,6 +33,7 @@ use prepare::Prepared;
 use run::{Parts, Session};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedSender;
@@ -70,6 +72,7 @@ struct Shared {
     /// Wakes a session that is still connecting when it is told to leave at once.
     abort: Notify,
     step: AtomicU64,
+    lease: Arc<Lease>,
     /// The group to wake when the session is told to leave at once.
     group: Arc<SharedGroup>,
 }
@@ -111,6 +114,11 @@ impl SessionHandle {
         (self.job, self.generation, self.shared.step.load(Ordering::Relaxed))
     }
 
+    /// It may commit steps until then.
+    pub(crate) fn extend_lease(&self, until: Instant) {
+        self.shared.lease.extend(until);
+    }
+
     /// Leaves as told.
     pub(crate) fn stop(&self, mode: StopMode) {
         match mode {
@@ -143,6 +151,7 @@ pub(crate) fn start(
         aborted: AtomicBool::new(false),
         abort: Notify::new(),
         step: AtomicU64::new(0),
+        lease: Arc::new(Lease::default()),
         group: Arc::new(Mutex::new(None)),
     });
     let (job, generation) = (assignment.job, assignment.generation);

@@ -89,7 +89,8 @@ impl<'a, T: Number> Session<'a, T> {
         let output = Output::new(environment, assignment, &ledger);
         let trainer = Trainer::<T>::new(job, plan, group, replica, environment.threads)?
             .carried_by(carrier)
-            .followed_at(desk.clone());
+            .followed_at(desk.clone())
+            .leased_by(shared.lease.clone());
         if let Some(wires) = wires {
             trainer.restore_wires(wires.as_ref())?;
         }

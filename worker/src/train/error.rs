@@ -59,6 +59,13 @@ impl From<tch::TchError> for TrainError {
 }
 
 impl TrainError {
+    /// The lease is over: without a word from the coordinator, others may have been given the job.
+    pub(crate) fn lease_over() -> Self {
+        let what = "the coordinator has not been heard for the job's `orphan_timeout_s`: the step in progress is not \
+                    committed here, as others may have been given the job";
+        Self::Unavailable { what: what.to_owned(), culprit: None }
+    }
+
     /// How to report this to the coordinator; `step` is the last committed one.
     pub(crate) fn outcome(&self, step: u64) -> Outcome {
         match self {

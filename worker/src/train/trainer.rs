@@ -19,6 +19,7 @@ use super::statistics::PhaseStatistics;
 use super::wishes::Wishes;
 use crate::data::loader::StepBatches;
 use crate::fault::{self, Point};
+use crate::lease::Lease;
 use crate::state::desk::Desk;
 use crate::tasks::TaskPlan;
 use lockstep_collectives::{CollectiveError, Group, Numbers, Pending, ReduceOp, Tag, TagKind};
@@ -47,6 +48,8 @@ pub(crate) struct Trainer<T> {
     modes: Vec<BatchNorm>,
     /// Where those that follow get the updates.
     desk: Option<Arc<Desk>>,
+    /// Without one, updates are applied at any time.
+    lease: Option<Arc<Lease>>,
     /// Reduces a GPU's gradients.
     carrier: Option<Arc<dyn Carrier>>,
     device: Device,
@@ -118,6 +121,7 @@ impl<T: Number> Trainer<T> {
             modes,
             carrier: None,
             desk: None,
+            lease: None,
             device,
             threads,
         };
@@ -137,6 +141,11 @@ impl<T: Number> Trainer<T> {
     /// The same with updates that are shown at `desk`.
     pub(crate) fn followed_at(self, desk: Arc<Desk>) -> Self {
         Self { desk: Some(desk), ..self }
+    }
+
+    /// Applies updates only while `lease` holds.
+    pub(crate) fn leased_by(self, lease: Arc<Lease>) -> Self {
+        Self { lease: Some(lease), ..self }
     }
 
     fn bucket_plan(&self, network: usize, order: &[usize]) -> Arc<BucketPlan> {
@@ -256,6 +265,9 @@ impl<T: Number> Trainer<T> {
                 self.learn_order(step, phase, network, &buckets)?;
             }
             fault::point(Point::Optimizer, step + 1);
+            if self.lease.as_ref().is_some_and(|lease| !lease.holds()) {
+                return Err(TrainError::lease_over());
+            }
             let seen = plan.phases[..usize::from(phase)].iter().any(|p| p.minibatch == phase_plan.minibatch);
             self.replica.note_samples(shards, !seen);
             let update = PhaseUpdate { phase, commits, network, lr, gradients, statistics, figures };

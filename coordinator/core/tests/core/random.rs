@@ -205,7 +205,9 @@ impl Cluster {
                     }
                 }
                 ToWorker::Follow(_) | ToWorker::Release { .. } => {}
-                ToWorker::Heard { .. } => panic!("acknowledging reports is the shell's business"),
+                ToWorker::Heard { .. } | ToWorker::Pong { .. } => {
+                    panic!("acknowledging reports is the shell's business")
+                }
                 ToWorker::Dismiss { .. } => {
                     self.cut(worker);
                     *self.process(worker) = Process::default();
