@@ -40,6 +40,11 @@ impl Cluster {
         Scrape::of(&self.http())
     }
 
+    /// Kills the coordinator with -9.
+    pub fn stop(&mut self) {
+        self.coordinator.kill();
+    }
+
     /// Kills the coordinator with -9 and starts another one on the same directory and port.
     pub fn restart(&mut self) {
         let address = self.address();

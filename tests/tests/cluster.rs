@@ -1,7 +1,7 @@
 //! A service with workers that join it: the operator's commands, the queue, and restarts of either side.
 
 use lockstep_tests::cluster::Cluster;
-use lockstep_tests::job::Job;
+use lockstep_tests::job::{Job, set};
 use lockstep_tests::place::Place;
 use lockstep_tests::process::Process;
 use std::fs;
@@ -172,6 +172,48 @@ fn a_killed_coordinator_comes_back_to_undisturbed_jobs() {
     assert_eq!(steps as u64, job.steps, "every step was done once and told once");
     assert_eq!(finished.digest(), undisturbed(&job));
     cluster.until_finished(&waiting);
+}
+
+#[test]
+fn a_worker_that_dies_while_the_coordinator_is_away_is_not_waited_for() {
+    let job = Job { steps: 2400, every_steps: 20, ..Job::default() };
+    let mut cluster = Cluster::start(Place::new());
+    let mut only = cluster.worker();
+    let command = {
+        let token = cluster.token();
+        cluster.join_command(&token)
+    };
+    only.until("to know how to find out that the worker has died", || {
+        cluster.place.json(&["workers"])[0]["watched"].as_str().map(str::to_owned)
+    });
+    let id = cluster.submit(&job);
+    cluster.until_status(&id, "a checkpoint", |s| s.step > 50);
+    cluster.stop();
+    only.kill();
+    cluster.restart();
+    // The worker may step by itself for an hour, as far as the job file says.
+    let _other = cluster.join(command);
+    assert_eq!(cluster.until_finished(&id).digest(), undisturbed(&job));
+}
+
+#[test]
+fn a_worker_that_slept_through_its_lease_commits_nothing_when_it_wakes() {
+    let job = Job { steps: 2400, every_steps: 20, max_workers: 1, ..Job::default() };
+    let text = set(&job.to_string(), "min", "min = 1\norphan_timeout_s = 1");
+    let mut cluster = Cluster::start(Place::new());
+    let mut zombie = cluster.worker();
+    let id = cluster.submit(&text);
+    cluster.until_status(&id, "a checkpoint", |s| s.step > 20);
+    zombie.signal(libc::SIGSTOP);
+    let _other = cluster.worker();
+    // The lease, and the margin for clocks that differ: half a minute.
+    let other = cluster.until_status(&id, "others have it", |s| s.workers == ["w2"] && s.state == "running");
+    assert_eq!(other.generation, 2);
+    zombie.signal(libc::SIGCONT);
+    zombie.until_stderr("the step in progress is not committed here");
+    let finished = cluster.until_finished(&id);
+    assert_eq!((finished.generation, finished.digest()), (2, undisturbed(&job)));
+    cluster.place.prove(&id);
 }
 
 #[test]

@@ -11,7 +11,7 @@
 //! lives is refused too: each connection is probed once at its beginning, and what is refused then proves nothing later.
 
 use std::io::ErrorKind;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 use tokio::net::UdpSocket;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -54,6 +54,12 @@ pub async fn process_ended(
     None
 }
 
+/// Whether the host of `peer` says that nobody holds that port. The answer takes up to `patience`; none, or one that a
+/// firewall swallows, means no.
+pub async fn port_is_closed(peer: SocketAddr, patience: Duration) -> bool {
+    probe(peer, None, patience).await.unwrap_or(false)
+}
+
 fn received(connection: &quinn::Connection) -> u64 {
     connection.stats().udp_rx.datagrams
 }
@@ -62,7 +68,8 @@ fn received(connection: &quinn::Connection) -> u64 {
 async fn refuses(connection: &quinn::Connection) -> bool {
     let patience = PROBE.max(2 * connection.rtt());
     let end = Instant::now() + patience;
-    let refused = probe(connection, patience).await.unwrap_or_else(|error| {
+    let local = connection.local_ip();
+    let refused = probe(connection.remote_address(), local, patience).await.unwrap_or_else(|error| {
         tracing::debug!(%error, "cannot probe a silent peer");
         false
     });
@@ -73,12 +80,11 @@ async fn refuses(connection: &quinn::Connection) -> bool {
     refused
 }
 
-async fn probe(connection: &quinn::Connection, patience: Duration) -> std::io::Result<bool> {
-    let peer = connection.remote_address();
+async fn probe(peer: SocketAddr, local: Option<IpAddr>, patience: Duration) -> std::io::Result<bool> {
     let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
     let any = if peer.is_ipv4() { [0u8; 4].into() } else { [0u16; 8].into() };
     // From the address that the connection uses, so that the probe takes the same way.
-    let local = connection.local_ip().map_or(any, |ip| ip.to_canonical());
+    let local = local.map_or(any, |ip| ip.to_canonical());
     let socket = UdpSocket::bind(SocketAddr::new(local, 0)).await?;
     socket.connect(peer).await?;
     socket.send(&[0]).await?;

@@ -17,7 +17,7 @@ mod socket;
 pub use address::{facing, host_key, interface_addresses, resolve};
 pub use authority::{Authority, Identity, Role, SigningRequest, peer_role};
 pub use endpoint::{ALPN, CONTROL_KEEP_ALIVE, bind, bind_as, client_config, enrolment_config, server_config};
-pub use liveness::process_ended;
+pub use liveness::{port_is_closed, process_ended};
 pub use request::{Exchange, connect, explain};
 pub use socket::receive_buffer_bytes;
 

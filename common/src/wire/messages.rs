@@ -737,6 +737,8 @@ pub struct WorkerSummary {
     pub addresses: Vec<SocketAddr>,
     /// Where its metrics are served.
     pub metrics: Option<SocketAddr>,
+    /// Where its host would tell if its process ended unseen; `None` if it would not, or that is not known yet.
+    pub watched: Option<SocketAddr>,
     /// Seconds since it was last heard of.
     pub silent_s: u64,
 }

@@ -223,7 +223,7 @@ impl Core {
     /// A newcomer with a good token gets a number.
     pub fn handle_enrolled(&mut self, host: String, now_ms: u64) -> WorkerId {
         self.last_worker = WorkerId(self.last_worker.0 + 1);
-        let record = WorkerRecord { id: self.last_worker, host, enrolled_ms: now_ms };
+        let record = WorkerRecord { id: self.last_worker, host, enrolled_ms: now_ms, port: None };
         self.actions.push_back(Action::PersistWorker(record.clone()));
         self.workers.add(record);
         self.last_worker

@@ -1,12 +1,13 @@
 //! Who is there: sessions that open and end, and patience that runs out.
 
 use crate::cause::{Cause, Gone};
-use crate::core::Core;
+use crate::core::{Action, Core};
 use crate::generation::{Live, MemberState};
 use crate::jobs::{CommandError, Job, Phase};
 use crate::record::Ending;
 use lockstep_common::ids::{Generation, JobId, WorkerId};
 use lockstep_common::wire::{Register, StopMode, ToWorker};
+use std::net::SocketAddr;
 
 /// Presence
 impl Core {
@@ -80,11 +81,7 @@ impl Core {
                 continue;
             };
             if let Some(rank) = live.rank_of(worker)
-                && match live.members[rank].state {
-                    MemberState::Away { .. } => true,
-                    MemberState::Gone(how) => !how.is_certain(),
-                    _ => false,
-                }
+                && is_unclear(&live.members[rank].state)
             {
                 live.members[rank].state = MemberState::Forgotten { until_ms };
             }
@@ -114,6 +111,61 @@ impl Core {
             self.send(worker, ToWorker::Stop { job, generation, mode });
         }
         self.log(job, format!("{worker} is back at step {step}"));
+    }
+
+    /// The worker's process listens at `port`, and its host would say so if it did not; `None` if it would not.
+    pub fn handle_listening(&mut self, worker: WorkerId, session: u64, port: Option<SocketAddr>) {
+        if self.workers.session(worker) == Some(session)
+            && let Some(record) = self.workers.set_port(worker, port)
+        {
+            let record = record.clone();
+            self.actions.push_back(Action::PersistWorker(record));
+        }
+    }
+
+    /// The workers that cannot be reached and of which it is not known whether they are still at work, with where their
+    /// processes listened. Whether those ports are closed is worth knowing, because nobody takes their jobs over before.
+    pub fn absent(&self) -> Vec<(WorkerId, SocketAddr)> {
+        let live = self.jobs.values().filter_map(Job::live).filter(|live| !live.is_fenced());
+        let away = live.flat_map(|live| &live.members).filter(|member| is_unclear(&member.state));
+        away.filter_map(|member| Some((member.worker, self.workers.port(member.worker)?))).collect()
+    }
+
+    /// What a job waits for of which no member can be reached, in a line for people.
+    pub fn unreachable(&self, id: JobId, now_ms: u64) -> Option<String> {
+        let job = self.jobs.get(&id)?;
+        let live = job.live().filter(|live| !live.is_fenced())?;
+        let lease_ms = job.record.orphan_timeout_ms + self.config.lease_margin_ms;
+        let since = |member: &crate::generation::Member| match member.state {
+            MemberState::Away { since_ms, .. } => Some(since_ms),
+            _ => None,
+        };
+        let last_ms = live.members.iter().map(since).collect::<Option<Vec<_>>>()?.into_iter().max()?;
+        let who =
+            live.members.iter().enumerate().map(|(rank, member)| self.who(member.worker, rank).to_string());
+        let left_s = (last_ms + lease_ms).saturating_sub(now_ms).div_ceil(1000);
+        Some(format!(
+            "{} cannot be reached and may be stepping all the same (`orphan_timeout_s`): the job goes on when one of them \
+             is back, and elsewhere after {left_s} s at the latest",
+            who.collect::<Vec<_>>().join(", ")
+        ))
+    }
+
+    /// Nobody holds `port` any more, where `worker` listened.
+    pub fn handle_port_closed(&mut self, worker: WorkerId, port: SocketAddr, now_ms: u64) {
+        if self.workers.session(worker).is_some() || self.workers.port(worker) != Some(port) {
+            return; // It has come back, with another process.
+        }
+        let of = |(id, job): (&JobId, &Job)| {
+            let live = job.live()?;
+            let member = &live.members[live.rank_of(worker)?];
+            is_unclear(&member.state).then_some((*id, live.generation))
+        };
+        let engagements: Vec<_> = self.jobs.iter().filter_map(of).collect();
+        for engagement in engagements {
+            self.handle_member_lost(worker, engagement, Gone::ProcessEnded, now_ms);
+        }
+        self.schedule(now_ms);
     }
 
     /// A session has ended. An older one than the worker's newest does not matter. `process_ended` says that the worker's
@@ -212,6 +264,15 @@ impl Core {
         let cause = Cause::Gone { who: self.who(worker, rank), how };
         self.log(id, cause.to_string());
         self.begin_ending(id, Ending::Next { cause, mode: StopMode::Abort }, now_ms);
+    }
+}
+
+/// Whether the rank cannot be reached and may be at work all the same.
+fn is_unclear(state: &MemberState) -> bool {
+    match state {
+        MemberState::Away { .. } => true,
+        MemberState::Gone(how) => !how.is_certain(),
+        _ => false,
     }
 }
 

@@ -6,6 +6,7 @@ use lockstep_common::placement::Placement;
 use lockstep_common::wire::{DatasetBrief, JobState, StopMode};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
 /// A job as it is submitted, already checked.
 #[derive(Clone, Debug, PartialEq)]
@@ -212,4 +213,7 @@ pub struct WorkerRecord {
     pub host: String,
     /// When it enrolled, in the core's milliseconds.
     pub enrolled_ms: u64,
+    /// Where its last process listened, if its host would say so should nobody listen there any more.
+    #[serde(default)]
+    pub port: Option<SocketAddr>,
 }

@@ -4,6 +4,7 @@ use crate::record::WorkerRecord;
 use lockstep_common::ids::{Generation, JobId, WorkerId};
 use lockstep_common::wire::{Held, Position, Register};
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
 /// What a worker does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,6 +110,17 @@ impl Workers {
         let mut placed: Vec<_> = workers.iter().enumerate().map(place).collect();
         placed.sort_by_key(|(place, _)| *place);
         placed.into_iter().map(|(_, id)| id).collect()
+    }
+
+    /// Where the last process of the worker listened, if that is known.
+    pub(crate) fn port(&self, id: WorkerId) -> Option<SocketAddr> {
+        self.0.get(&id)?.record.port
+    }
+
+    /// Notes where the worker's process listens; returns its record if that is news.
+    pub(crate) fn set_port(&mut self, id: WorkerId, port: Option<SocketAddr>) -> Option<&WorkerRecord> {
+        let record = &mut self.0.get_mut(&id)?.record;
+        (std::mem::replace(&mut record.port, port) != port).then_some(record)
     }
 
     /// The worker's session, if it is connected.

@@ -216,6 +216,7 @@ pub(super) async fn workers(dir: &DataDir, json: bool) -> Result<()> {
                 "job": w.job.map(|j| j.to_string()),
                 "addresses": w.addresses,
                 "metrics": w.metrics,
+                "watched": w.watched,
                 "silent_s": w.silent_s,
             })
         };

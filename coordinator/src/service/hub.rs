@@ -17,6 +17,7 @@ use lockstep_common::ids::{Generation, JobId, WorkerId};
 use lockstep_common::wire::{FromWorker, Refusal, Register, StepRecord, ToWorker};
 use lockstep_core::{Action, CommandError, Core, Reception};
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
@@ -354,6 +355,21 @@ impl Hub {
             self.sessions.remove(&worker);
         }
         self.core.handle_disconnected(worker, number, process_ended, self.now_ms());
+    }
+
+    /// A worker's process listens at `port`, and its host would say so if it did not.
+    pub(super) fn note_port(&mut self, worker: WorkerId, number: u64, port: Option<SocketAddr>) {
+        self.core.handle_listening(worker, number, port);
+    }
+
+    /// See [`Core::absent`].
+    pub(super) fn absent(&self) -> Vec<(WorkerId, SocketAddr)> {
+        self.core.absent()
+    }
+
+    /// Nobody holds the port any more at which an absent worker listened.
+    pub(super) fn port_closed(&mut self, worker: WorkerId, port: SocketAddr) {
+        self.core.handle_port_closed(worker, port, self.now_ms());
     }
 
     /// Notes committed steps, without those that were told before: a worker repeats what it was not heard to say.

@@ -2,6 +2,7 @@
 //!
 //! Connections are tasks, one each; what they decide nothing about goes to the `hub`, which owns the core.
 
+mod absent;
 mod artifacts;
 mod assembly;
 mod audits;
@@ -192,6 +193,7 @@ impl Service {
         };
         let (hub, thread) = hub::start(parts).map_err(StartError::System)?;
         let shared = Arc::new(Shared { dir, hub, authority, datasets, metrics, assemblies });
+        tokio::spawn(absent::watch(shared.hub.clone()));
         let started = http::serve(options.http, shared.clone(), registry, readiness).await;
         let service = |http| Self {
             shared: shared.clone(),

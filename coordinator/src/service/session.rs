@@ -1,5 +1,6 @@
 //! A worker's session: its reports in, its orders out.
 
+use super::absent;
 use super::refuse;
 use super::requests::{Call, Stop};
 use lockstep_common::ids::WorkerId;
@@ -29,9 +30,14 @@ pub(super) async fn run(
     }
     let hub = call.shared.hub.clone();
     tracing::info!("{worker} on {} ({}, {}) is here", register.host, register.device, call.peer);
+    let own = absent::is_own(&register, connection.remote_address());
     let opened = hub.settle(move |hub| hub.open_session(worker, register)).await?;
     let (number, mut orders) = opened.map_err(|e| refuse("unknown_worker", e))?;
     let mut process_is_gone = false;
+    tokio::spawn({
+        let (hub, peer) = (hub.clone(), connection.remote_address());
+        async move { absent::note_port(&hub, worker, number, peer, own).await }
+    });
     let result = async {
         call.answer(&Response::Welcome).await?;
         let send = &mut call.send;

@@ -14,11 +14,12 @@ impl Hub {
     pub(crate) fn job_summary(&self, dir: &DataDir, job: &JobRecord) -> JobSummary {
         let folder =
             |step| dir.job(job.id).checkpoints().join(format!("step-{step:012}")).display().to_string();
+        let unreachable = self.core.unreachable(job.id, self.now_ms());
         JobSummary {
             id: job.id,
             name: job.name.clone(),
             state: job.state,
-            reason: cut(&job.reason, MAX_REASON_BYTES).into_owned(),
+            reason: cut(unreachable.as_ref().unwrap_or(&job.reason), MAX_REASON_BYTES).into_owned(),
             generation: job.generation,
             step: job.step,
             total_steps: job.total_steps,
@@ -57,6 +58,7 @@ impl Hub {
                 job: w.engaged.map(|(job, _)| job),
                 addresses: w.register.map(|r| r.offered()).unwrap_or_default(),
                 metrics: w.register.and_then(|r| r.metrics),
+                watched: w.record.port,
                 silent_s: now_ms.saturating_sub(w.heard_ms) / 1000,
             })
             .collect()

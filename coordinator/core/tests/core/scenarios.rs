@@ -161,6 +161,34 @@ fn after_a_restart_the_end_of_one_rank_shows_that_one_that_stays_away_is_lost() 
 }
 
 #[test]
+fn a_worker_that_died_while_the_coordinator_was_away_is_found_dead_by_its_closed_port() {
+    let mut world = running_on(1, 1);
+    world.listens(1, 7);
+    let mut world = world.restart();
+    world.enroll(1);
+    world.connect(2);
+    assert_eq!(world.core.absent(), [(WorkerId(1), ([10, 0, 0, 1], 7).into())]);
+    world.pass(60_000);
+    assert_eq!(world.generation(J1), Generation(1), "it may still be stepping");
+    let told = world.core.unreachable(J1, world.now_ms).unwrap();
+    assert!(told.contains("w1") && told.contains("after 3570 s at the latest"), "{told}");
+    world.closed(1, 8);
+    assert_eq!(world.state(J1), JobState::Running, "another process's port says nothing");
+    world.closed(1, 7);
+    world.find(Some(40));
+    assert_eq!(starts(&mut world), [(2, Resumption::Checkpoint { step: 40 })]);
+    assert_eq!(world.core.absent(), []);
+}
+
+#[test]
+fn a_closed_port_says_nothing_of_a_worker_that_is_there() {
+    let mut world = running_on(1, 1);
+    world.listens(1, 7);
+    world.closed(1, 7);
+    assert_eq!((world.state(J1), world.generation(J1)), (JobState::Running, Generation(1)));
+}
+
+#[test]
 fn messages_of_an_old_generation_are_ignored_and_counted() {
     let mut world = running();
     world.end(1, J1, 1, lost(1));

@@ -184,6 +184,20 @@ impl World {
         self.disconnect(worker, true);
     }
 
+    /// The coordinator finds out that the worker's host would tell if its process ended; it listens at this port.
+    pub(crate) fn listens(&mut self, worker: u64, port: u16) {
+        let address = ([10, 0, 0, worker as u8], port).into();
+        self.core.handle_listening(WorkerId(worker), self.sessions[&WorkerId(worker)], Some(address));
+        self.pump();
+    }
+
+    /// The worker's host says that nobody holds this port.
+    pub(crate) fn closed(&mut self, worker: u64, port: u16) {
+        let address = ([10, 0, 0, worker as u8], port).into();
+        self.core.handle_port_closed(WorkerId(worker), address, self.now_ms);
+        self.pump();
+    }
+
     fn disconnect(&mut self, worker: u64, process_ended: bool) {
         self.sent.retain(|(to, _)| to.0 != worker);
         if let Some(session) = self.sessions.remove(&WorkerId(worker)) {
