@@ -46,6 +46,9 @@ pub struct Report {
     pub checkpoint: Option<String>,
     /// The members.
     pub workers: Vec<String>,
+    /// Slow ranks; `run` does not tell.
+    #[serde(default)]
+    pub stragglers: Vec<Value>,
 }
 
 impl Report {
