@@ -114,11 +114,19 @@ impl Events {
 
 impl Agent {
     async fn start(args: JoinArgs) -> Result<()> {
+        let (departures, mut departed) = mpsc::channel(4);
+        watch_for_departure(departures, args.exit_on_stdin_close)?;
         let base = args.data_dir.clone().map_or_else(default_home, Ok)?;
         let home = Home::claim(&base)?;
         // On a port of its own: a closed endpoint's socket lives on for a moment, in the way of the one below.
         let enrolment = bind(SocketAddr::new(args.listen.ip(), 0), None)?;
-        let identity = identity::obtain(&enrolment, &args.coordinator, args.token.as_deref(), &home).await;
+        let identity = tokio::select! {
+            identity = identity::obtain(&enrolment, &args.coordinator, args.token.as_deref(), &home) => identity,
+            Some(_) = departed.recv() => {
+                tracing::info!("told to leave before it has joined");
+                return Ok(());
+            }
+        };
         enrolment.wait_idle().await;
         drop(enrolment);
         let identity = identity?;
@@ -155,8 +163,6 @@ impl Agent {
             worker,
             kept: Arc::new(Kept::default()),
         };
-        let (departures, departed) = mpsc::channel(4);
-        watch_for_departure(departures, args.exit_on_stdin_close)?;
         let (ends, ended) = mpsc::unbounded_channel();
         let (readies, ready) = mpsc::unbounded_channel();
         let mut events = Events { departures: departed, ends: ended, readies: ready };

@@ -10,7 +10,7 @@ mod validate;
 
 pub use error::JobError;
 pub use models::{ModelEntry, ModelOption, ModelRole, OptionKind, catalogue};
-pub use optimizer::{OptimizerSpec, ScheduleSpec};
+pub use optimizer::{AverageSpec, OptimizerSpec, ParameterGroup, RmspropForm, ScheduleSpec};
 
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +32,10 @@ pub struct JobSpec {
     pub global_batch: u32,
     /// V: the fixed number of equal parts of every global batch.
     pub logical_shards: u32,
+    /// Into how many pieces each logical shard divides its part of the batch, one after the other, to save memory. Their
+    /// gradients are added before anything is sent. Batch norm sees one piece of all shards at a time.
+    #[serde(default = "one")]
+    pub accumulation: u32,
     /// In which order gradients are added.
     #[serde(default)]
     pub reduction: Reduction,
@@ -57,6 +61,8 @@ pub struct JobSpec {
     /// Bounds on the reduced gradient.
     #[serde(default)]
     pub clip: ClipSpec,
+    /// The average of the weights with which a `classify` job is evaluated, if it keeps one.
+    pub average: Option<AverageSpec>,
     /// What a `gan` job alternates.
     #[serde(default)]
     pub gan: GanSpec,
@@ -72,6 +78,10 @@ pub struct JobSpec {
     /// How often the replicas are compared.
     #[serde(default)]
     pub checks: CheckSpec,
+}
+
+fn one() -> u32 {
+    1
 }
 
 /// What kind of training a job is.

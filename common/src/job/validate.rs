@@ -1,7 +1,8 @@
 //! What a job file must satisfy beyond its types.
 
 use super::{
-    JobSpec, ModelRole, ModelSpec, OptimizerSpec, Precision, ScheduleSpec, Task, WireFormat, catalogue,
+    AverageSpec, JobSpec, ModelRole, ModelSpec, OptimizerSpec, Precision, ScheduleSpec, Task, WireFormat,
+    catalogue,
 };
 use crate::suggest::did_you_mean;
 
@@ -56,6 +57,7 @@ pub(super) fn check(job: &JobSpec) -> Result<(), Fault> {
     require((1..=1000).contains(&job.gan.discriminator_steps), &["gan", "discriminator_steps"], || {
         "`discriminator_steps` must be 1 to 1000".to_owned()
     })?;
+    check_average(job)?;
     check_workers(job)?;
     require(job.collective.bucket_bytes >= 1024, &["collective", "bucket_bytes"], || {
         format!("`bucket_bytes` is {}; it must be at least 1024", job.collective.bucket_bytes)
@@ -113,6 +115,13 @@ fn check_batch(job: &JobSpec) -> Result<(), Fault> {
             "`global_batch` is {batch}, not a multiple of `logical_shards` = {v}; {lower} or {} is",
             lower + v
         )
+    })?;
+    let pieces = job.accumulation;
+    require(pieces >= 1 && (batch / v).is_multiple_of(pieces), &["accumulation"], || {
+        format!("`accumulation` is {pieces}; it must divide the {} samples of a logical shard", batch / v)
+    })?;
+    require(pieces == 1 || job.task == Task::Classify, &["accumulation"], || {
+        "`accumulation` is for `classify` jobs only; remove it".to_owned()
     })
 }
 
@@ -177,25 +186,52 @@ fn check_optimizer(optimizer: &OptimizerSpec, path: &[&str]) -> Result<(), Fault
     };
     let lr = optimizer.lr();
     range("lr", lr, lr > 0.0 && lr.is_finite(), "above 0")?;
-    let decay = |d: f64| range("weight_decay", d, d >= 0.0 && d.is_finite(), "at least 0");
+    let decay = optimizer.weight_decay();
+    range("weight_decay", decay, decay >= 0.0 && decay.is_finite(), "at least 0")?;
+    for group in optimizer.groups() {
+        let name = &group.parameters;
+        require(group.lr_factor >= 0.0 && group.lr_factor.is_finite(), &at("groups"), || {
+            format!("`lr_factor` of `{name}` is {}; it must be at least 0", group.lr_factor)
+        })?;
+        require(group.weight_decay.is_none_or(|d| d >= 0.0 && d.is_finite()), &at("groups"), || {
+            format!("`weight_decay` of `{name}` must be at least 0")
+        })?;
+    }
     match optimizer {
-        OptimizerSpec::Sgd { momentum, momentum_final, nesterov, weight_decay, .. } => {
+        OptimizerSpec::Sgd { momentum, momentum_final, nesterov, .. } => {
             range("momentum", *momentum, (0.0..1.0).contains(momentum), "at least 0 and below 1")?;
             if let Some(end) = momentum_final {
                 range("momentum_final", *end, (0.0..1.0).contains(end), "at least 0 and below 1")?;
             }
             require(!nesterov || *momentum > 0.0, &at("nesterov"), || {
                 "`nesterov` needs a `momentum` above 0".to_owned()
-            })?;
-            decay(*weight_decay)
+            })
         }
-        OptimizerSpec::Adam { beta1, beta2, eps, weight_decay, .. }
-        | OptimizerSpec::Adamw { beta1, beta2, eps, weight_decay, .. } => {
+        OptimizerSpec::Adam { beta1, beta2, eps, .. } | OptimizerSpec::Adamw { beta1, beta2, eps, .. } => {
             range("beta1", *beta1, (0.0..1.0).contains(beta1), "at least 0 and below 1")?;
             range("beta2", *beta2, (0.0..1.0).contains(beta2), "at least 0 and below 1")?;
-            range("eps", *eps, *eps > 0.0 && eps.is_finite(), "above 0")?;
-            decay(*weight_decay)
+            range("eps", *eps, *eps > 0.0 && eps.is_finite(), "above 0")
         }
+        OptimizerSpec::Rmsprop { alpha, eps, momentum, .. } => {
+            range("alpha", *alpha, (0.0..1.0).contains(alpha), "at least 0 and below 1")?;
+            range("momentum", *momentum, (0.0..1.0).contains(momentum), "at least 0 and below 1")?;
+            range("eps", *eps, *eps > 0.0 && eps.is_finite(), "above 0")
+        }
+    }
+}
+
+fn check_average(job: &JobSpec) -> Result<(), Fault> {
+    require(job.average.is_none() || job.task == Task::Classify, &["average"], || {
+        "an average of the weights is for the evaluation of `classify` jobs only; remove `[average]`"
+            .to_owned()
+    })?;
+    match job.average {
+        Some(AverageSpec::Ema { decay, .. }) => {
+            require((0.0..1.0).contains(&decay), &["average", "decay"], || {
+                format!("`decay` is {decay}; it must be at least 0 and below 1, such as 0.9999")
+            })
+        }
+        Some(AverageSpec::Polyak { .. }) | None => Ok(()),
     }
 }
 
@@ -215,6 +251,16 @@ fn check_schedule(schedule: &ScheduleSpec) -> Result<(), Fault> {
         ScheduleSpec::Step { every_epochs, gamma, .. } => {
             positive("every_epochs", *every_epochs)?;
             positive("gamma", *gamma)
+        }
+        ScheduleSpec::Milestones { epochs, gamma, .. } => {
+            require(epochs.is_sorted() && epochs.iter().all(|e| *e > 0.0), &["schedule", "epochs"], || {
+                "`epochs` must be above 0 and in ascending order".to_owned()
+            })?;
+            positive("gamma", *gamma)
+        }
+        ScheduleSpec::Polynomial { power, final_factor, .. } => {
+            positive("power", *power)?;
+            factor("final_factor", *final_factor)
         }
         ScheduleSpec::Cosine { final_factor, .. } => factor("final_factor", *final_factor),
         ScheduleSpec::Exponential { decay, floor, .. } => {

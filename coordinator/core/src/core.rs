@@ -79,8 +79,10 @@ pub struct Config {
     pub rebalance_ms: u64,
     /// Beyond a job's own time: for clocks that differ and packets on their way.
     pub lease_margin_ms: u64,
-    /// After so many failures in a row without getting further a job is given up.
+    /// After so many failures in a row without getting further a job is given up, ...
     pub max_fruitless: u32,
+    /// ... unless less than this has passed since the first of them: misfortunes of the cluster come in quick succession.
+    pub fruitless_ms: u64,
 }
 
 impl Default for Config {
@@ -102,6 +104,7 @@ impl Default for Config {
             rebalance_ms: 30_000,
             lease_margin_ms: LEASE_MARGIN_MS,
             max_fruitless: 10,
+            fruitless_ms: 120_000,
         }
     }
 }

@@ -94,6 +94,9 @@ pub struct JobRecord {
     pub fruitless: u32,
     /// The furthest step at the last failure.
     pub furthest: u64,
+    /// When the first of those failures was, in the core's milliseconds.
+    #[serde(default)]
+    pub fruitless_since_ms: u64,
     /// The error of the first of those failures.
     pub first_error: String,
 }
@@ -128,6 +131,7 @@ impl JobRecord {
             weights_digest: None,
             checkpoint: None,
             fruitless: 0,
+            fruitless_since_ms: 0,
             furthest: 0,
             first_error: String::new(),
         }
@@ -154,6 +158,7 @@ impl JobRecord {
             placement: None,
             ending: None,
             fruitless: 0,
+            fruitless_since_ms: 0,
             first_error: String::new(),
             ..self
         }

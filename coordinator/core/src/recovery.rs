@@ -4,7 +4,7 @@ use crate::cause::Cause;
 use crate::core::Core;
 use crate::generation::{Live, MemberState, Verdict, verdict};
 use crate::jobs::{Job, Phase};
-use crate::record::Ending;
+use crate::record::{Ending, JobRecord};
 use lockstep_common::ids::{JobId, WorkerId};
 use lockstep_common::wire::{JobState, Outcome, StopMode, ToWorker};
 
@@ -65,7 +65,7 @@ impl Core {
 
     /// Decides what becomes of the job, if its membership is over.
     pub(crate) fn settle(&mut self, id: JobId, now_ms: u64) {
-        let max_fruitless = self.config.max_fruitless;
+        let (max_fruitless, fruitless_ms) = (self.config.max_fruitless, self.config.fruitless_ms);
         let Some(job) = self.jobs.get(&id) else { return };
         let host = |worker| self.workers.host(worker).to_owned();
         let Some(verdict) = job.live().and_then(|live| verdict(&job.record, live, host)) else { return };
@@ -93,14 +93,16 @@ impl Core {
             Verdict::Again { cause } => {
                 let reason = cause.to_string();
                 if cause.is_failure() {
-                    count_failure(job, &reason);
+                    count_failure(job, &reason, now_ms);
                 }
-                if job.record.fruitless >= max_fruitless {
-                    let first = &job.record.first_error;
-                    (
-                        JobState::Failed,
-                        format!("{max_fruitless} attempts in a row came no further; first error: {first}"),
-                    )
+                let JobRecord { fruitless, fruitless_since_ms, first_error, .. } = &job.record;
+                let for_ms = now_ms.saturating_sub(*fruitless_since_ms);
+                if *fruitless >= max_fruitless && for_ms >= fruitless_ms {
+                    let error = format!(
+                        "{fruitless} attempts in a row came no further, in {} s; first error: {first_error}",
+                        for_ms / 1000
+                    );
+                    (JobState::Failed, error)
                 } else {
                     (JobState::Queued, reason)
                 }
@@ -152,7 +154,7 @@ fn cut_off(live: &Live) -> Option<WorkerId> {
     Some(suspect.worker)
 }
 
-fn count_failure(job: &mut Job, reason: &str) {
+fn count_failure(job: &mut Job, reason: &str, now_ms: u64) {
     let record = &mut job.record;
     if record.step > record.furthest {
         record.furthest = record.step;
@@ -160,6 +162,7 @@ fn count_failure(job: &mut Job, reason: &str) {
     }
     if record.fruitless == 0 {
         record.first_error = reason.to_owned();
+        record.fruitless_since_ms = now_ms;
     }
     record.fruitless += 1;
 }

@@ -97,8 +97,9 @@ impl Account {
     fn table(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let figures = &self.figures;
         writeln!(f, "{:<62} {:>6} {:>9} {:>9}", "", "count", "median", "max")?;
-        let rows: [(&str, Summary); 11] = [
+        let rows: [(&str, Summary); 12] = [
             ("a death, nothing else amiss: to the next step, s", figures.death_alone_s),
+            ("  steps committed twice after it", figures.death_alone_recomputed_steps),
             ("a death in the midst of other things: to the next step, s", figures.death_s),
             ("  steps committed twice after it", figures.death_recomputed_steps),
             ("a long SIGSTOP: to the next step, s", figures.zombie_s),

@@ -16,6 +16,8 @@ const GOING_ON: Duration = Duration::from_secs(1);
 pub struct Figures {
     /// From one member's death to the next committed step, where nothing else was amiss.
     pub death_alone_s: Summary,
+    /// Steps committed twice after such a death.
+    pub death_alone_recomputed_steps: Summary,
     /// From a member's death to the next committed step, whatever else happened.
     pub death_s: Summary,
     /// Steps committed twice after such a death.
@@ -116,6 +118,7 @@ pub fn measure(trials: &[Trial], happened: &[Happened], stage: &Stage, timeout: 
     let pause = |(course, recovery): &(&Course<'_>, Recovery)| course.pause_s(recovery.first);
     Figures {
         death_alone_s: Summary::of(deaths.iter().filter(alone).map(time)),
+        death_alone_recomputed_steps: Summary::of(deaths.iter().filter(alone).map(recomputed)),
         death_s: Summary::of(deaths.iter().map(time)),
         death_recomputed_steps: Summary::of(deaths.iter().map(recomputed)),
         zombie_s: Summary::of(zombies.iter().map(time)),

@@ -84,6 +84,8 @@ pub struct Exit {
     pub status: ExitStatus,
     /// Whether it had been told to.
     pub asked: bool,
+    /// How long it had run.
+    pub ran: Duration,
     /// Its last line.
     pub line: String,
 }
@@ -453,5 +455,6 @@ impl Fault {
 
 fn exit(actor: &Actor, status: ExitStatus, asked: bool, at: Duration) -> Exit {
     let line = actor.said().lines().next_back().unwrap_or_default().to_owned();
-    Exit { at, who: actor.name().to_owned(), status, asked, line }
+    let ran = at.saturating_sub(actor.started());
+    Exit { at, who: actor.name().to_owned(), status, asked, ran, line }
 }

@@ -15,6 +15,9 @@ use std::time::Duration;
 /// How long the kernel may take to clear up after processes that have ended.
 const CLEARING: Duration = Duration::from_secs(10);
 
+/// How long a busy machine may take to load a program of a gigabyte.
+const LOADING: Duration = Duration::from_secs(5);
+
 /// Whether a job ended as the undisturbed one, step by step.
 pub fn of_trial(trial: &Trial, undisturbed: &Undisturbed) -> Vec<String> {
     let id = &trial.id;
@@ -85,14 +88,14 @@ pub fn of_exits(exits: &[Exit]) -> Vec<String> {
 
 impl Exit {
     /// Whether it was told to leave and did, or is a worker that said why it could not go on: its coordinator was away
-    /// when it started, or does not want it any longer.
+    /// when it started, or does not want it any longer. One that is told to leave while its program is still being loaded
+    /// cannot listen yet, and ends by the signal.
     fn is_explained(&self) -> bool {
-        match self.asked {
-            true => self.status.success(),
-            false => {
-                self.who != "coordinator" && self.status.code() == Some(1) && self.line.starts_with("error: ")
-            }
-        }
+        let said_why =
+            self.who != "coordinator" && self.status.code() == Some(1) && self.line.starts_with("error: ");
+        let early = self.ran < LOADING && self.status.signal() == Some(libc::SIGTERM);
+        let left = self.status.success() || early;
+        said_why || self.asked && left
     }
 }
 

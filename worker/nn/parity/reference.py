@@ -58,12 +58,41 @@ def train(norm, label_smoothing, images, labels):
     return out | {"losses": torch.stack(losses)} | {f"final.{k}": v for k, v in weights(model).items()}
 
 
+class TensorFlowRmsprop(torch.optim.Optimizer):
+    """The update of TensorFlow's `ApplyRMSProp`, which `torch.optim` does not have."""
+
+    def __init__(self, parameters, lr, rho, epsilon, momentum):
+        super().__init__(parameters, {"lr": lr, "rho": rho, "epsilon": epsilon, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                ms = state.setdefault("ms", torch.ones_like(p))
+                mom = state.setdefault("mom", torch.zeros_like(p))
+                ms += (p.grad * p.grad - ms) * (1 - group["rho"])
+                mom *= group["momentum"]
+                mom += group["lr"] * p.grad / (ms + group["epsilon"]).sqrt()
+                p -= mom
+
+
+def groups(parameters):
+    weight, bias = parameters
+    spared = {"params": [bias], "lr": 0.1, "weight_decay": 0}
+    return torch.optim.SGD([{"params": [weight]}, spared], lr=0.05, momentum=0.9, weight_decay=0.1)
+
+
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.1),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1),
     "nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
     "adam": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.8, 0.99), weight_decay=0.1),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, weight_decay=0.1),
+    "rmsprop-momentum": lambda p: torch.optim.RMSprop(p, lr=0.01, alpha=0.9, momentum=0.9),
+    "rmsprop-tensorflow": lambda p: TensorFlowRmsprop(p, lr=0.045, rho=0.9, epsilon=1.0, momentum=0.9),
+    "groups": groups,
 }
 
 

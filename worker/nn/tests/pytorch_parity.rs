@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Trainer, relative_error, spec};
+use common::{Trainer, optimizer, relative_error, spec};
 use lockstep_common::job::{BatchNorm, OptimizerSpec};
 use lockstep_nn::bytes::RawTensor;
 use lockstep_nn::init::Init;
@@ -92,37 +92,43 @@ fn check_optimizer(case: &str, spec: &OptimizerSpec) {
 
 #[test]
 fn optimizers_equal_pytorch_also_across_a_checkpoint() {
-    let sgd = |momentum, nesterov, weight_decay| OptimizerSpec::Sgd {
-        lr: 0.05,
-        momentum,
-        momentum_final: None,
-        momentum_ramp_steps: 0,
-        nesterov,
-        weight_decay,
-        no_decay_norm_bias: false,
-    };
-    check_optimizer("sgd", &sgd(0.0, false, 0.1));
-    check_optimizer("momentum", &sgd(0.9, false, 0.1));
-    check_optimizer("nesterov", &sgd(0.9, true, 0.0));
-    let (eps, weight_decay, no_decay_norm_bias) = (1e-8, 0.1, false);
-    let adam =
-        OptimizerSpec::Adam { lr: 0.01, beta1: 0.8, beta2: 0.99, eps, weight_decay, no_decay_norm_bias };
-    check_optimizer("adam", &adam);
-    let adamw =
-        OptimizerSpec::Adamw { lr: 0.01, beta1: 0.9, beta2: 0.999, eps, weight_decay, no_decay_norm_bias };
-    check_optimizer("adamw", &adamw);
+    let cases = [
+        ("sgd", json!({ "name": "sgd", "lr": 0.05, "weight_decay": 0.1 })),
+        ("momentum", json!({ "name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.1 })),
+        ("nesterov", json!({ "name": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": true })),
+        ("adam", json!({ "name": "adam", "lr": 0.01, "beta1": 0.8, "beta2": 0.99, "weight_decay": 0.1 })),
+        ("adamw", json!({ "name": "adamw", "lr": 0.01, "weight_decay": 0.1 })),
+        ("rmsprop", json!({ "name": "rmsprop", "lr": 0.01, "weight_decay": 0.1 })),
+        ("rmsprop-momentum", json!({ "name": "rmsprop", "lr": 0.01, "alpha": 0.9, "momentum": 0.9 })),
+        (
+            "rmsprop-tensorflow",
+            json!({ "name": "rmsprop", "form": "tensorflow", "lr": 0.045, "alpha": 0.9, "eps": 1.0, "momentum": 0.9 }),
+        ),
+        (
+            "groups",
+            json!({ "name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.1,
+                "groups": [{ "parameters": "b*s", "lr_factor": 2.0, "weight_decay": 0.0 }] }),
+        ),
+    ];
+    for (case, spec) in cases {
+        check_optimizer(case, &optimizer(spec));
+    }
+}
+
+#[test]
+fn a_group_that_fits_no_parameter_is_named() {
+    let spec =
+        json!({ "name": "sgd", "lr": 0.05, "groups": [{ "parameters": "cccp9.*", "lr_factor": 2.0 }] });
+    let mut vars = Vars::new("model", 1, Kind::Double, Device::Cpu);
+    let _ = vars.root().parameter("weight", &[1], Init::Constant(1.0)).unwrap();
+    let message = Optimizer::new(&optimizer(spec), &vars).unwrap_err().to_string();
+    assert!(message.contains("`cccp9.*` of the optimizer's groups fits no parameter"), "{message}");
 }
 
 #[test]
 fn sparing_norms_and_biases_decays_weights_only() {
-    let spec = OptimizerSpec::Adamw {
-        lr: 0.1,
-        beta1: 0.9,
-        beta2: 0.999,
-        eps: 1e-8,
-        weight_decay: 0.5,
-        no_decay_norm_bias: true,
-    };
+    let spec =
+        optimizer(json!({ "name": "adamw", "lr": 0.1, "weight_decay": 0.5, "no_decay_norm_bias": true }));
     let mut vars = Vars::new("model", 1, Kind::Double, Device::Cpu);
     let _ = vars.root().parameter("weight", &[1, 1], Init::Constant(1.0)).unwrap();
     let _ = vars.root().parameter("bias", &[1], Init::Constant(1.0)).unwrap();

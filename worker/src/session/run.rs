@@ -292,7 +292,7 @@ impl<'a, T: Number> Session<'a, T> {
         if let Some(test) = &self.test
             && !self.trainer.plan.evaluation.is_empty()
         {
-            let figures = evaluate(&self.trainer, test)?;
+            let figures = self.trainer.averaged(|trainer| evaluate(trainer, test))?;
             self.output.reporter.metrics(step, epoch, figures.clone());
             self.ledger.metrics.extend(figures);
         }

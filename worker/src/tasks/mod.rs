@@ -5,7 +5,7 @@ mod gan;
 
 use crate::train::error::TrainError;
 use crate::train::phase::{PhasePlan, ShardBatch, ShardLoss};
-use lockstep_common::job::{JobSpec, ModelSpec, OptimizerSpec, Task};
+use lockstep_common::job::{AverageSpec, JobSpec, ModelSpec, OptimizerSpec, Task};
 use lockstep_nn::forward::Forward;
 use lockstep_nn::models::{self, Model};
 use lockstep_nn::vars::Vars;
@@ -28,6 +28,8 @@ pub(crate) struct TaskPlan {
     pub(crate) minibatches: usize,
     /// The figures that an evaluation adds up over the test set, each a sum over samples; none without one.
     pub(crate) evaluation: &'static [&'static str],
+    /// The average of the weights to evaluate with, if there is to be one.
+    pub(crate) average: Option<AverageSpec>,
     job: JobSpec,
 }
 
@@ -66,7 +68,8 @@ impl TaskPlan {
         };
         let minibatches = phases.iter().map(|p| p.minibatch + 1).max().unwrap_or(1);
         let evaluation = if job.data.test.is_some() { evaluation } else { &[] };
-        Self { task: job.task, networks, phases, minibatches, evaluation, job: job.clone() }
+        let average = job.average.clone();
+        Self { task: job.task, networks, phases, minibatches, evaluation, average, job: job.clone() }
     }
 
     /// The prefix of a network's tensors in checkpoints: none where the job has one network, so that a classifier's

@@ -17,10 +17,12 @@ use lockstep_nn::forward::{BatchNormSync, BnRecord, Forward};
 use lockstep_nn::shim::{GradientHook, backward, on_gradient};
 use lockstep_nn::vars::Vars;
 use parking_lot::Mutex;
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
+use tch::Tensor;
 
 /// What a lane is asked to do in a phase.
 pub(crate) struct PhaseWork<T> {
@@ -29,6 +31,8 @@ pub(crate) struct PhaseWork<T> {
     pub(crate) step: u64,
     pub(crate) seed: u64,
     pub(crate) batch: ShardBatch,
+    /// Into how many pieces the batch is divided.
+    pub(crate) pieces: usize,
     pub(crate) buckets: Arc<Gradients<T>>,
 }
 
@@ -48,13 +52,35 @@ type Job<T> = Box<dyn FnOnce(&mut LaneState<T>) + Send>;
 
 /// The network that learns in the current phase, and where its gradients go.
 struct Sink<T> {
+    slot: usize,
     learns: u16,
     buckets: Arc<Gradients<T>>,
+    /// Gradients of the pieces of the batch before this one, by parameter.
+    sums: BTreeMap<usize, Tensor>,
+    /// Whether this is the last piece.
+    last: bool,
 }
 
-impl<T> Clone for Sink<T> {
-    fn clone(&self) -> Self {
-        Self { learns: self.learns, buckets: self.buckets.clone() }
+impl<T: Number> Sink<T> {
+    /// Takes the gradient of `parameter` from a piece of the batch.
+    fn take(&mut self, parameter: usize, gradient: &Tensor) -> Result<(), NnError> {
+        let sum = match self.sums.remove(&parameter) {
+            Some(sum) => tch::no_grad(|| sum.f_add(gradient))?,
+            None => gradient.shallow_clone(),
+        };
+        if self.last {
+            return self.buckets.deliver(self.slot, parameter, &sum);
+        }
+        self.sums.insert(parameter, sum);
+        Ok(())
+    }
+
+    /// Delivers what the last piece has added nothing to.
+    fn finish(&mut self) -> Result<(), NnError> {
+        for (parameter, sum) in std::mem::take(&mut self.sums) {
+            self.buckets.deliver(self.slot, parameter, &sum)?;
+        }
+        self.buckets.finish(self.slot)
     }
 }
 
@@ -98,23 +124,17 @@ impl<T: Number> Lane<T> {
         rendezvous: Arc<Rendezvous>,
         permits: Arc<Permits>,
     ) -> Result<Self, TrainError> {
-        let sink = Arc::new(Mutex::new(None));
+        let sink = Arc::new(Mutex::new(None::<Sink<T>>));
         let mut hooks = Vec::new();
         for (network, vars) in replicas.iter().enumerate() {
             for (index, (name, var)) in vars.parameters().enumerate() {
                 let (sink, name) = (sink.clone(), name.to_owned());
-                let deliver = move |gradient: &tch::Tensor| {
-                    let sink: Option<Sink<T>> = sink.lock().clone();
-                    match sink {
-                        Some(sink) if usize::from(sink.learns) == network => {
-                            sink.buckets.deliver(slot, index, gradient)
-                        }
-                        _ => Err(NnError::Variable {
-                            name: name.clone(),
-                            problem: "got a gradient in a phase in which its network does not learn"
-                                .to_owned(),
-                        }),
-                    }
+                let deliver = move |gradient: &Tensor| match &mut *sink.lock() {
+                    Some(sink) if usize::from(sink.learns) == network => sink.take(index, gradient),
+                    _ => Err(NnError::Variable {
+                        name: name.clone(),
+                        problem: "got a gradient in a phase in which its network does not learn".to_owned(),
+                    }),
                 };
                 hooks.push(on_gradient(&var.tensor, Box::new(deliver))?);
             }
@@ -191,7 +211,13 @@ impl<T> Drop for Lane<T> {
 
 impl<T: Number> LaneState<T> {
     fn run(&mut self, work: PhaseWork<T>) -> Result<PhaseDone, TrainError> {
-        *self.sink.lock() = Some(Sink { learns: work.plan.learns, buckets: work.buckets.clone() });
+        *self.sink.lock() = Some(Sink {
+            slot: self.slot,
+            learns: work.plan.learns,
+            buckets: work.buckets.clone(),
+            sums: BTreeMap::new(),
+            last: false,
+        });
         let permits = self.permits.clone();
         permits.with(|| self.compute(&work))
     }
@@ -199,28 +225,41 @@ impl<T: Number> LaneState<T> {
     fn compute(&mut self, work: &PhaseWork<T>) -> Result<PhaseDone, TrainError> {
         let sync: Arc<dyn BatchNormSync> =
             Arc::new(PhaseSync { rendezvous: self.rendezvous.clone(), step: work.step, phase: work.phase });
-        let samples = work.batch.samples.clone();
-        let audited = ShardSamples::of(&samples);
-        let mut forward = Forward::training(work.seed, work.step, self.shard, samples, sync);
+        let audited = ShardSamples::of(&work.batch.samples);
+        let mut forward = Forward::training(work.seed, work.step, self.shard, Vec::new(), sync);
         forward.phase = work.phase;
+        let (mut forward_seconds, mut backward_seconds) = (0.0, 0.0);
+        let mut figures = vec![0.0; work.plan.figures.len()];
         self.rendezvous.take_waited(self.slot);
+        for piece in 0..work.pieces {
+            if let Some(sink) = &mut *self.sink.lock() {
+                sink.last = piece + 1 == work.pieces;
+            }
+            let batch = work.batch.piece(piece, work.pieces)?;
+            forward.samples.clone_from(&batch.samples);
 
-        fault::point(Point::Forward, work.step + 1);
-        let start = Instant::now();
-        let shard_loss = self.task.forward(&work.plan, &work.batch, &mut forward)?;
-        let forward_seconds = start.elapsed().as_secs_f64() - self.rendezvous.take_waited(self.slot);
+            fault::point(Point::Forward, work.step + 1);
+            let start = Instant::now();
+            let shard_loss = self.task.forward(&work.plan, &batch, &mut forward)?;
+            figures.iter_mut().zip(&shard_loss.figures).for_each(|(sum, figure)| *sum += figure);
+            forward_seconds += start.elapsed().as_secs_f64() - self.rendezvous.take_waited(self.slot);
 
-        fault::point(Point::Backward, work.step + 1);
-        let start = Instant::now();
-        if shard_loss.loss.requires_grad() {
-            backward(&shard_loss.loss)?;
+            fault::point(Point::Backward, work.step + 1);
+            let start = Instant::now();
+            if shard_loss.loss.requires_grad() {
+                backward(&shard_loss.loss)?;
+            }
+            if piece + 1 == work.pieces
+                && let Some(sink) = &mut *self.sink.lock()
+            {
+                sink.finish()?;
+            }
+            backward_seconds += start.elapsed().as_secs_f64() - self.rendezvous.take_waited(self.slot);
         }
-        work.buckets.finish(self.slot)?;
-        let backward_seconds = start.elapsed().as_secs_f64() - self.rendezvous.take_waited(self.slot);
         Ok(PhaseDone {
             shard: self.shard,
             samples: audited,
-            figures: shard_loss.figures,
+            figures,
             records: std::mem::take(&mut forward.records),
             forward: forward_seconds,
             backward: backward_seconds,

@@ -39,6 +39,22 @@ impl ShardBatch {
     }
 }
 
+impl ShardBatch {
+    /// Part `piece` of `pieces` of the rows, which differ by one row at most. It may have none.
+    pub(crate) fn piece(&self, piece: usize, pieces: usize) -> Result<Self, tch::TchError> {
+        let rows = self.samples.len();
+        let at = |piece| rows * piece / pieces;
+        let (from, to) = (at(piece), at(piece + 1));
+        let narrow = |tensor: &Tensor| tensor.f_narrow(0, from as i64, (to - from) as i64);
+        Ok(Self {
+            samples: self.samples[from..to].to_vec(),
+            images: narrow(&self.images)?,
+            labels: narrow(&self.labels)?,
+            ..*self
+        })
+    }
+}
+
 /// What a shard's forward pass comes to. Losses and figures are shares: over all shards they simply add up.
 pub(crate) struct ShardLoss {
     /// A scalar, to run backward from.

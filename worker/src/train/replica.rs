@@ -78,7 +78,11 @@ impl Replica {
     /// The state before the first step.
     pub(crate) fn new(plan: &TaskPlan, kind: tch::Kind, device: tch::Device) -> Result<Self, TrainError> {
         let vars = plan.build(kind, device)?;
-        let optimizers = plan.networks.iter().zip(&vars).map(|(n, v)| Optimizer::new(&n.optimizer, v));
+        let optimizers = plan
+            .networks
+            .iter()
+            .zip(&vars)
+            .map(|(n, v)| Optimizer::new(&n.optimizer, v)?.averaging(plan.average.as_ref(), v));
         Ok(Self {
             optimizers: optimizers.collect::<Result<_, _>>()?,
             prefixes: (0..vars.len()).map(|i| plan.prefix(i)).collect(),
@@ -150,6 +154,18 @@ impl Replica {
         (self.step, self.phase) = (after.step, after.phase);
         self.torn = false;
         Ok(committed)
+    }
+
+    /// Exchanges the weights with their averages, where the job keeps some; a second exchange undoes the first.
+    ///
+    /// After an error the replica is of no use any more.
+    pub(crate) fn exchange_averages(&mut self) -> Result<(), TrainError> {
+        self.torn = true;
+        for (optimizer, vars) in self.optimizers.iter_mut().zip(&self.vars) {
+            optimizer.exchange_averages(vars)?;
+        }
+        self.torn = false;
+        Ok(())
     }
 
     /// Weights and buffers of all networks: the tensors themselves, not copies.

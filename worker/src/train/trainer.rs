@@ -235,6 +235,7 @@ impl<T: Number> Trainer<T> {
                         step,
                         seed: self.job.seed,
                         batch: batch.share(),
+                        pieces: self.job.accumulation as usize,
                         buckets: buckets.clone(),
                     })
                 })
@@ -345,6 +346,17 @@ impl<T: Number> Trainer<T> {
         self.buckets[network] = self.bucket_plan(network, &order);
         self.learnt[network] = true;
         Ok(())
+    }
+
+    /// Runs `work` with the averages of the weights in their place, where the job keeps some.
+    pub(crate) fn averaged<R>(
+        &mut self,
+        work: impl FnOnce(&Self) -> Result<R, TrainError>,
+    ) -> Result<R, TrainError> {
+        self.replica.exchange_averages()?;
+        let result = work(self);
+        self.replica.exchange_averages()?;
+        result
     }
 
     /// What the wires of all ranks keep, for a checkpoint of this step; nothing where they keep nothing. Every rank

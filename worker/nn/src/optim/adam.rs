@@ -1,6 +1,6 @@
 //! Adam (Kingma and Ba 2015) and AdamW (Loshchilov and Hutter 2019), as `torch.optim` has them.
 
-use super::{of, prefixed, zeros};
+use super::{Rates, of, prefixed, zeros};
 use crate::error::NnError;
 use crate::vars::Vars;
 use std::collections::BTreeMap;
@@ -10,7 +10,6 @@ use tch::{Device, Kind, Tensor};
 pub(super) struct Adam {
     betas: [f64; 2],
     eps: f64,
-    weight_decay: f64,
     /// AdamW: the decay acts on the weights, apart from the gradient.
     decoupled: bool,
     exp_avg: BTreeMap<String, Tensor>,
@@ -20,18 +19,11 @@ pub(super) struct Adam {
 }
 
 impl Adam {
-    pub(super) fn new(
-        betas: [f64; 2],
-        eps: f64,
-        weight_decay: f64,
-        decoupled: bool,
-        vars: &Vars,
-    ) -> Result<Self, NnError> {
+    pub(super) fn new(betas: [f64; 2], eps: f64, decoupled: bool, vars: &Vars) -> Result<Self, NnError> {
         let counter = || Tensor::f_zeros([0i64; 0], (Kind::Int64, Device::Cpu));
         Ok(Self {
             betas,
             eps,
-            weight_decay,
             decoupled,
             exp_avg: zeros(vars)?,
             exp_avg_sq: zeros(vars)?,
@@ -48,18 +40,18 @@ impl Adam {
         name: &str,
         parameter: &mut Tensor,
         gradient: &Tensor,
-        lr: f64,
-        decays: bool,
+        rates: Rates,
     ) -> Result<(), NnError> {
         let [beta1, beta2] = self.betas;
-        let mut g = gradient.shallow_clone();
-        if decays && self.weight_decay != 0.0 {
-            if self.decoupled {
-                let _ = parameter.f_mul_scalar_(1.0 - lr * self.weight_decay)?;
-            } else {
-                g = g.f_add(&parameter.f_mul_scalar(self.weight_decay)?)?;
+        let Rates { lr, weight_decay } = rates;
+        let g = if self.decoupled {
+            if weight_decay != 0.0 {
+                let _ = parameter.f_mul_scalar_(1.0 - lr * weight_decay)?;
             }
-        }
+            gradient.shallow_clone()
+        } else {
+            rates.with_penalty(gradient, parameter)?
+        };
         let step = of(&mut self.step, name)?;
         let _ = step.f_add_scalar_(1)?;
         let t = step.f_int64_value(&[])? as f64;

@@ -1,7 +1,9 @@
 //! Optimizers whose state is ours to checkpoint: PyTorch's update rules, tensor for tensor.
 
 mod adam;
+mod average;
 mod clip;
+mod rmsprop;
 mod sgd;
 
 pub use clip::{clip_norm, clip_value};
@@ -10,7 +12,9 @@ use crate::error::NnError;
 use crate::schedule;
 use crate::vars::{Vars, load_tensors};
 use adam::Adam;
-use lockstep_common::job::OptimizerSpec;
+use average::Average;
+use lockstep_common::job::{AverageSpec, OptimizerSpec};
+use rmsprop::Rmsprop;
 use sgd::Sgd;
 use std::collections::BTreeMap;
 use tch::{Tensor, no_grad};
@@ -22,37 +26,81 @@ pub type NamedGradient = (String, Tensor);
 #[derive(Debug)]
 pub struct Optimizer {
     spec: OptimizerSpec,
-    no_decay_norm_bias: bool,
+    /// By parameter; the learning rate is a factor here.
+    rates: BTreeMap<String, Rates>,
     rule: Rule,
+    average: Option<Average>,
 }
 
 #[derive(Debug)]
 enum Rule {
     Sgd(Sgd),
     Adam(Adam),
+    Rmsprop(Rmsprop),
+}
+
+/// What may differ from parameter to parameter.
+#[derive(Clone, Copy, Debug)]
+struct Rates {
+    lr: f64,
+    weight_decay: f64,
+}
+
+impl Rates {
+    /// The gradient of `parameter` with that of the L2 penalty.
+    fn with_penalty(self, gradient: &Tensor, parameter: &Tensor) -> Result<Tensor, NnError> {
+        match self.weight_decay {
+            0.0 => Ok(gradient.shallow_clone()),
+            decay => Ok(gradient.f_add(&parameter.f_mul_scalar(decay)?)?),
+        }
+    }
 }
 
 impl Optimizer {
-    /// A fresh optimizer for the parameters of `vars`.
+    /// A fresh optimizer for the parameters of `vars`. Fails if one of its groups fits none of them.
     pub fn new(spec: &OptimizerSpec, vars: &Vars) -> Result<Self, NnError> {
-        let (rule, no_decay_norm_bias) = match *spec {
-            OptimizerSpec::Sgd { nesterov, weight_decay, no_decay_norm_bias, .. } => {
-                (Rule::Sgd(Sgd::new(nesterov, weight_decay, vars)?), no_decay_norm_bias)
+        for group in spec.groups() {
+            if !vars.parameters().any(|(name, _)| group.has(name)) {
+                return Err(NnError::Variable {
+                    name: group.parameters.clone(),
+                    problem: "of the optimizer's groups fits no parameter of the network".to_owned(),
+                });
             }
-            OptimizerSpec::Adam { beta1, beta2, eps, weight_decay, no_decay_norm_bias, .. } => {
-                let adam = Adam::new([beta1, beta2], eps, weight_decay, false, vars)?;
-                (Rule::Adam(adam), no_decay_norm_bias)
+        }
+        let rates = vars.parameters().map(|(name, var)| {
+            let group = spec.groups().iter().find(|group| group.has(name));
+            let decays = var.decays() || !spec.no_decay_norm_bias();
+            let weight_decay = if decays { spec.weight_decay() } else { 0.0 };
+            let rates = Rates {
+                lr: group.map_or(1.0, |group| group.lr_factor),
+                weight_decay: group.and_then(|group| group.weight_decay).unwrap_or(weight_decay),
+            };
+            (name.to_owned(), rates)
+        });
+        let rates = rates.collect();
+        let rule = match *spec {
+            OptimizerSpec::Sgd { nesterov, .. } => Rule::Sgd(Sgd::new(nesterov, vars)?),
+            OptimizerSpec::Adam { beta1, beta2, eps, .. } => {
+                Rule::Adam(Adam::new([beta1, beta2], eps, false, vars)?)
             }
-            OptimizerSpec::Adamw { beta1, beta2, eps, weight_decay, no_decay_norm_bias, .. } => {
-                let adam = Adam::new([beta1, beta2], eps, weight_decay, true, vars)?;
-                (Rule::Adam(adam), no_decay_norm_bias)
+            OptimizerSpec::Adamw { beta1, beta2, eps, .. } => {
+                Rule::Adam(Adam::new([beta1, beta2], eps, true, vars)?)
+            }
+            OptimizerSpec::Rmsprop { form, alpha, eps, .. } => {
+                Rule::Rmsprop(Rmsprop::new(form, alpha, eps, vars)?)
             }
         };
-        Ok(Self { spec: spec.clone(), no_decay_norm_bias, rule })
+        Ok(Self { spec: spec.clone(), rates, rule, average: None })
+    }
+
+    /// The same, with an average of the weights.
+    pub fn averaging(self, spec: Option<&AverageSpec>, vars: &Vars) -> Result<Self, NnError> {
+        let average = spec.map(|spec| Average::new(spec.clone(), vars)).transpose()?;
+        Ok(Self { average, ..self })
     }
 
     /// One update of `vars` by `gradients`, at the learning rate `lr` (the schedule's factor included).
-    /// `step` is the network's update number from 0; it moves a momentum ramp.
+    /// `step` is the network's update number from 0; it moves a momentum ramp and an average.
     ///
     /// A parameter without a gradient stays as it is, its state too.
     pub fn step(
@@ -63,28 +111,43 @@ impl Optimizer {
         step: u64,
     ) -> Result<(), NnError> {
         no_grad(|| {
+            let momentum = schedule::momentum(&self.spec, step).unwrap_or(0.0);
             for (name, gradient) in gradients {
-                let var = vars.var(name)?;
-                let decays = var.decays() || !self.no_decay_norm_bias;
-                let mut parameter = var.tensor.f_detach()?;
+                let mut parameter = vars.var(name)?.tensor.f_detach()?;
+                let Some(own) = self.rates.get(name) else { return Err(not_a_parameter(name)) };
+                let rates = Rates { lr: lr * own.lr, ..*own };
                 match &mut self.rule {
-                    Rule::Sgd(sgd) => {
-                        let momentum = schedule::momentum(&self.spec, step).unwrap_or(0.0);
-                        sgd.update(name, &mut parameter, gradient, lr, momentum, decays)?;
+                    Rule::Sgd(sgd) => sgd.update(name, &mut parameter, gradient, rates, momentum)?,
+                    Rule::Adam(adam) => adam.update(name, &mut parameter, gradient, rates)?,
+                    Rule::Rmsprop(rmsprop) => {
+                        rmsprop.update(name, &mut parameter, gradient, rates, momentum)?;
                     }
-                    Rule::Adam(adam) => adam.update(name, &mut parameter, gradient, lr, decays)?,
                 }
             }
-            Ok(())
+            match &mut self.average {
+                Some(average) => average.update(vars, step),
+                None => Ok(()),
+            }
         })
+    }
+
+    /// Exchanges the weights of `vars` with their averages, if there are any; a second exchange undoes the first.
+    pub fn exchange_averages(&mut self, vars: &Vars) -> Result<(), NnError> {
+        match &mut self.average {
+            Some(average) => no_grad(|| average.exchange(vars)),
+            None => Ok(()),
+        }
     }
 
     /// The state by name, such as `momentum_buffer.fc.weight`: the tensors themselves, not copies.
     pub fn state(&self) -> BTreeMap<String, Tensor> {
-        match &self.rule {
+        let mut state = match &self.rule {
             Rule::Sgd(sgd) => sgd.state(),
             Rule::Adam(adam) => adam.state(),
-        }
+            Rule::Rmsprop(rmsprop) => rmsprop.state(),
+        };
+        state.extend(self.average.iter().flat_map(Average::state));
+        state
     }
 
     /// Sets the state from `saved`, which must hold exactly the names, shapes and types of [`state`](Self::state).
@@ -101,10 +164,14 @@ fn zeros(vars: &Vars) -> Result<BTreeMap<String, Tensor>, NnError> {
 
 /// The state of the parameter `name`, or an error that says that it is no parameter.
 fn of<'a>(state: &'a mut BTreeMap<String, Tensor>, name: &str) -> Result<&'a mut Tensor, NnError> {
-    state.get_mut(name).ok_or_else(|| NnError::Variable {
+    state.get_mut(name).ok_or_else(|| not_a_parameter(name))
+}
+
+fn not_a_parameter(name: &str) -> NnError {
+    NnError::Variable {
         name: name.to_owned(),
         problem: "has a gradient and is not a parameter of this optimizer".to_owned(),
-    })
+    }
 }
 
 /// `state` under the names `prefix.parameter`.

@@ -11,6 +11,7 @@ use lockstep_nn::moments::{
 use lockstep_nn::optim::Optimizer;
 use lockstep_nn::vars::Vars;
 use lockstep_nn::{loss, models, shim};
+use serde_json::json;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
@@ -104,16 +105,12 @@ pub fn spec(name: &str, batch_norm: BatchNorm, options: serde_json::Value) -> Mo
     ModelSpec { name: name.to_owned(), batch_norm, optimizer: None, options }
 }
 
+pub fn optimizer(spec: serde_json::Value) -> OptimizerSpec {
+    serde_json::from_value(spec).unwrap()
+}
+
 pub fn sgd(lr: f64) -> OptimizerSpec {
-    OptimizerSpec::Sgd {
-        lr,
-        momentum: 0.9,
-        momentum_final: None,
-        momentum_ramp_steps: 0,
-        nesterov: false,
-        weight_decay: 5e-4,
-        no_decay_norm_bias: false,
-    }
+    optimizer(json!({ "name": "sgd", "lr": lr, "momentum": 0.9, "weight_decay": 5e-4 }))
 }
 
 impl Trainer {

@@ -1,6 +1,7 @@
 //! Whole training runs with all ranks in this process: the result must not depend on how many there are.
 
 mod audit;
+mod recipes;
 pub(crate) mod recovery;
 
 use super::Number;
@@ -194,7 +195,8 @@ fn run<T: Number>(
     }
     let steps = bench.trainer.replica.step..until.unwrap_or(bench.total);
     let losses = steps.map(|_| bench.step()).collect();
-    let evaluation = evaluate(&bench.trainer, &bench.test).unwrap();
+    let test = bench.test.clone();
+    let evaluation = bench.trainer.averaged(|trainer| evaluate(trainer, &test)).unwrap();
     let (trainer, replica) = (&bench.trainer, &bench.trainer.replica);
     let saved = Saved {
         step: replica.step,
