@@ -43,7 +43,13 @@ impl Libtorch {
 
     fn build(&self) {
         self.compiler()
-            .files(["shim/hooks.cpp", "shim/batch_norm.cpp", "shim/cuda.cpp", "shim/streams.cpp"])
+            .files([
+                "shim/autocast.cpp",
+                "shim/hooks.cpp",
+                "shim/batch_norm.cpp",
+                "shim/cuda.cpp",
+                "shim/streams.cpp",
+            ])
             .compile("lockstep_shim");
         // After the shim, which calls them: a linker takes static libraries in one pass. The instruction sets
         // compute the same bits; the program chooses among them when it starts.

@@ -114,6 +114,8 @@ pub enum Precision {
     /// 32-bit floating point.
     #[default]
     F32,
+    /// Convolutions and matrix products in bfloat16, all else, the weights among it, in 32 bits.
+    Bf16,
 }
 
 /// How batch normalization sees the batch.

@@ -79,7 +79,7 @@ pub(super) fn check(job: &JobSpec) -> Result<(), Fault> {
 
 fn check_wire(job: &JobSpec) -> Result<(), Fault> {
     let (wire, rank) = (job.collective.wire, job.collective.wire_rank);
-    require(wire == WireFormat::F32 || job.precision == Precision::F32, &["collective", "wire"], || {
+    require(wire == WireFormat::F32 || job.precision != Precision::F64, &["collective", "wire"], || {
         "a compressed `wire` carries 32-bit gradients, and this job has `precision = \"f64\"`; remove one of them"
             .to_owned()
     })?;

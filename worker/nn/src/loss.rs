@@ -2,7 +2,7 @@
 //! losses and gradients simply add.
 
 use crate::error::NnError;
-use tch::{Reduction, Tensor};
+use tch::{Kind, Reduction, Tensor};
 
 /// The target that libtorch leaves out; no label of ours is negative.
 const NO_IGNORED_INDEX: i64 = -100;
@@ -16,7 +16,7 @@ pub fn cross_entropy(
     label_smoothing: f64,
     global_count: f64,
 ) -> Result<Tensor, NnError> {
-    let sum = logits.f_cross_entropy_loss::<&Tensor>(
+    let sum = wide(logits)?.f_cross_entropy_loss::<&Tensor>(
         labels,
         None,
         Reduction::Sum,
@@ -33,18 +33,27 @@ pub fn correct_in_top(logits: &Tensor, labels: &Tensor, k: i64) -> Result<f64, N
         return Ok(0.0);
     }
     let (_, top) = logits.f_topk(k.min(classes), 1, true, false)?;
-    Ok(top.f_eq_tensor(&labels.f_unsqueeze(1)?)?.f_sum(tch::Kind::Double)?.f_double_value(&[])?)
+    Ok(top.f_eq_tensor(&labels.f_unsqueeze(1)?)?.f_sum(Kind::Double)?.f_double_value(&[])?)
 }
 
 /// The discriminator's loss, −log D(x) − log(1 − D(G(z))), from its logits (Goodfellow et al. 2014).
 pub fn discriminator(real: &Tensor, fake: &Tensor, global_count: f64) -> Result<Tensor, NnError> {
+    let (real, fake) = (wide(real)?, wide(fake)?);
     let sum = (real.f_neg()?.f_softplus()?.f_sum(None)?).f_add(&fake.f_softplus()?.f_sum(None)?)?;
     share(&sum, global_count)
 }
 
 /// The generator's non-saturating loss, −log D(G(z)), from the discriminator's logits.
 pub fn generator(fake: &Tensor, global_count: f64) -> Result<Tensor, NnError> {
-    share(&fake.f_neg()?.f_softplus()?.f_sum(None)?, global_count)
+    share(&wide(fake)?.f_neg()?.f_softplus()?.f_sum(None)?, global_count)
+}
+
+/// `logits` in the precision of the weights: autocast leaves them in half of it.
+fn wide(logits: &Tensor) -> Result<Tensor, NnError> {
+    match logits.f_kind()? {
+        Kind::BFloat16 => Ok(logits.f_to_kind(Kind::Float)?),
+        _ => Ok(logits.shallow_clone()),
+    }
 }
 
 fn share(sum: &Tensor, global_count: f64) -> Result<Tensor, NnError> {
@@ -54,7 +63,7 @@ fn share(sum: &Tensor, global_count: f64) -> Result<Tensor, NnError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::{Device, Kind};
+    use tch::Device;
 
     fn close(a: &Tensor, b: &Tensor) -> bool {
         (a - b).abs().max().double_value(&[]) < 1e-14

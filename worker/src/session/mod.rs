@@ -206,7 +206,9 @@ fn run(
     // Filled as soon as there is a state, so that whatever comes after that does not lose it.
     let mut state = None;
     let result = match job.precision {
-        Precision::F32 => run_typed::<f32>(environment, assignment, origin, job, shared, &mut state),
+        Precision::F32 | Precision::Bf16 => {
+            run_typed::<f32>(environment, assignment, origin, job, shared, &mut state)
+        }
         Precision::F64 => run_typed::<f64>(environment, assignment, origin, job, shared, &mut state),
     };
     let goes_on = match &result {

@@ -122,7 +122,7 @@ fn follow(
     };
     let mut follow = Follow { environment, following, plan: TaskPlan::new(&spec), spec, orders, ready };
     let copy = match follow.spec.precision {
-        Precision::F32 => follow.run::<f32>(),
+        Precision::F32 | Precision::Bf16 => follow.run::<f32>(),
         Precision::F64 => follow.run::<f64>(),
     };
     if copy.is_none() && *follow.orders.borrow() == Order::Follow {

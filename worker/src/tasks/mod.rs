@@ -1,11 +1,13 @@
 //! The kinds of training: which networks there are, which phases a step has, what each computes.
 
+mod autocast;
 mod classify;
 mod gan;
 
 use crate::train::error::TrainError;
 use crate::train::phase::{PhasePlan, ShardBatch, ShardLoss};
-use lockstep_common::job::{AverageSpec, JobSpec, ModelSpec, OptimizerSpec, Task};
+use autocast::Autocast;
+use lockstep_common::job::{AverageSpec, JobSpec, ModelSpec, OptimizerSpec, Precision, Task};
 use lockstep_nn::forward::Forward;
 use lockstep_nn::models::{self, Model};
 use lockstep_nn::vars::Vars;
@@ -105,10 +107,15 @@ impl TaskPlan {
                 device,
             });
         }
-        match self.task {
+        let device = modules.first().map_or(tch::Device::Cpu, |m| m.device);
+        let task = match self.task {
             Task::Classify => classify::lane(modules, &self.job),
             Task::Gan => gan::lane(modules, &self.job),
-        }
+        }?;
+        Ok(match self.job.precision {
+            Precision::Bf16 => Box::new(Autocast { task, device }),
+            Precision::F32 | Precision::F64 => task,
+        })
     }
 }
 

@@ -50,7 +50,7 @@ unsafe extern "C" fn drop_context(context: *mut c_void) {
 
 /// Normalizes `x` [N, C, ...] with the biased variance of the merged batch, then applies a ReLU if asked to.
 ///
-/// Forward merges `[n, mean[C], M2[C]]`, backward `[sum of dy [C], sum of dy * x_hat [C]]`.
+/// `x` is widened to the type of `gamma` first. Forward merges `[n, mean[C], M2[C]]`, backward `[sum of dy [C], sum of dy * x_hat [C]]`.
 pub(crate) fn batch_norm(
     x: &Tensor,
     gamma: &Tensor,
@@ -59,6 +59,8 @@ pub(crate) fn batch_norm(
     relu: bool,
     merge: Merge,
 ) -> Result<Tensor, NnError> {
+    // Under autocast the layer before has halved the precision, and sums over a batch need the whole one.
+    let x = &x.f_to_kind(gamma.f_kind()?)?;
     let context = Box::into_raw(Box::new(merge)).cast();
     let callback = MergeCallback { context, call, drop: drop_context, drop_error };
     let mut failure = Failure::none();

@@ -1,16 +1,18 @@
-//! What tch lacks, from a C++ file over libtorch: gradient hooks, batch norm over the global batch, CUDA on demand and
+//! What tch lacks, from a C++ file over libtorch: gradient hooks, batch norm over the global batch, autocast, CUDA on demand and
 //! beside the default stream. And a tensor's memory without a copy.
 //!
 //! The only unsafe code of this crate. Rust closures enter C++ as a context pointer with three functions (call,
 //! drop, drop an error); neither a panic nor an exception crosses the border.
 #![allow(unsafe_code)]
 
+mod autocast;
 mod batch_norm;
 mod cuda;
 mod hooks;
 mod memory;
 mod streams;
 
+pub use autocast::autocast;
 pub(crate) use batch_norm::batch_norm;
 pub use cuda::load_cuda;
 pub use hooks::{GradientHook, backward, on_gradient};
