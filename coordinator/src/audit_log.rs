@@ -74,7 +74,8 @@ impl AuditLog {
         dataset: &str,
     ) -> Result<(), FileError> {
         if self.newest.is_some_and(|newest| newest >= generation) {
-            return Ok(());
+            // It may have been written and not have come to the disk.
+            return self.sync();
         }
         self.write()?;
         let audited = self.audited.min(from.step);

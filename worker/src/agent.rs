@@ -10,15 +10,14 @@ use crate::metrics::Metrics;
 use crate::network;
 use crate::session::{self, Environment, Origin, SessionEnd, SessionHandle};
 use crate::state::follow::{Follower, Ready};
+use crate::uptime::uptime;
 use anyhow::{Context, Result, bail};
 use lockstep_common::http::{self, Readiness};
 use lockstep_common::net::{
     Exchange, Identity, NetError, Role, bind, bind_as, client_config, connect, host_key, interface_addresses,
     resolve, server_config,
 };
-use lockstep_common::wire::{
-    FrameError, FromWorker, Register, Request, Response, ToWorker, read_frame, write_frame,
-};
+use lockstep_common::wire::{FrameError, Register, Request, Response, ToWorker, read_frame, write_frame};
 use lockstep_member::{Action, Leave, Member, Start};
 use quinn::{Connection, Endpoint};
 use std::net::SocketAddr;
@@ -71,8 +70,9 @@ struct Agent {
     follower: Option<Follower>,
     ends: mpsc::UnboundedSender<SessionEnd>,
     readies: mpsc::UnboundedSender<Ready>,
-    /// The zero of the member's clock.
-    started: Instant,
+    words: mpsc::UnboundedSender<u64>,
+    /// The zero of the member's clock, since the host's start.
+    started: Duration,
     /// How this worker leaves, and since when it has nothing else to do.
     leaves: Option<(Leave, Instant)>,
     /// Whether there is nobody left to say farewell to.
@@ -84,12 +84,16 @@ struct Events {
     departures: mpsc::Receiver<Departure>,
     ends: mpsc::UnboundedReceiver<SessionEnd>,
     readies: mpsc::UnboundedReceiver<Ready>,
+    /// When questions were asked that the coordinator has answered.
+    words: mpsc::UnboundedReceiver<u64>,
 }
 
 enum Event {
     Depart(Departure),
     SessionEnded(SessionEnd),
     Followed(Ready),
+    /// The coordinator has answered what was asked then.
+    Word(u64),
     /// The member wants to be told of the time.
     Tick,
 }
@@ -107,6 +111,7 @@ impl Events {
             Some(departure) = self.departures.recv() => Event::Depart(departure),
             Some(end) = self.ends.recv() => Event::SessionEnded(end),
             Some(ready) = self.readies.recv() => Event::Followed(ready),
+            Some(sent_ms) = self.words.recv() => Event::Word(sent_ms),
             () = tick => Event::Tick,
         }
     }
@@ -165,7 +170,8 @@ impl Agent {
         };
         let (ends, ended) = mpsc::unbounded_channel();
         let (readies, ready) = mpsc::unbounded_channel();
-        let mut events = Events { departures: departed, ends: ended, readies: ready };
+        let (words, word) = mpsc::unbounded_channel();
+        let mut events = Events { departures: departed, ends: ended, readies: ready, words: word };
         tracing::info!(
             "this is worker {worker} on {}, listening on {}",
             identity::host_name(),
@@ -185,7 +191,8 @@ impl Agent {
             follower: None,
             ends,
             readies,
-            started: Instant::now(),
+            words,
+            started: uptime(),
             leaves: None,
             orphaned: false,
         };
@@ -267,7 +274,7 @@ impl Agent {
     }
 
     fn now_ms(&self) -> u64 {
-        self.started.elapsed().as_millis() as u64
+        uptime().saturating_sub(self.started).as_millis() as u64
     }
 
     /// How long until the member wants to be told of the time.
@@ -296,6 +303,7 @@ impl Agent {
             Event::Followed(Ready { job, generation, position }) => {
                 self.member.handle_followed(job, generation, position);
             }
+            Event::Word(sent_ms) => self.member.handle_word(sent_ms, now_ms),
             Event::Tick => self.member.handle_tick(now_ms),
         }
         self.act();
@@ -342,7 +350,14 @@ impl Agent {
                 Action::Drop => self.environment.kept.clear(),
                 Action::Tell(report) => self.environment.control.tell(report),
                 Action::Ping { sent_ms } => {
-                    self.environment.control.tell_news(FromWorker::Ping { sent_ms });
+                    let (connection, words) = (self.feed.connection.borrow().clone(), self.words.clone());
+                    self.environment.runtime.spawn(async move {
+                        let Some(connection) = connection else { return };
+                        if Exchange::ask(&connection, &Request::Ping).await.is_ok() {
+                            // An agent that is gone needs no word.
+                            let _ = words.send(sent_ms);
+                        }
+                    });
                 }
                 Action::Leave(how) => self.leaves = Some((how, Instant::now())),
             }
@@ -410,11 +425,28 @@ impl Agent {
                 }
             }
         });
+        // By itself, so that a coordinator that takes nothing holds up nothing else here.
+        let outgoing = self.feed.outgoing();
+        let (over, mut is_over) = tokio::sync::watch::channel(false);
+        let mut writer = tokio::spawn(async move {
+            loop {
+                let next = tokio::select! {
+                    next = outgoing.next() => next,
+                    _ = is_over.wait_for(|over| *over) => return Ok(send),
+                };
+                write_frame(&mut send, next.message()).await?;
+                outgoing.sent(&next);
+            }
+        });
         let end = loop {
             if self.orphaned {
                 break Ok(());
             }
             if self.has_left() {
+                let _ = over.send(true);
+                let Ok(Ok(Ok(mut send))) = tokio::time::timeout(FAREWELL, &mut writer).await else {
+                    break Ok(());
+                };
                 let _ = send.finish();
                 let _ = tokio::time::timeout(FAREWELL, send.stopped()).await;
                 break Ok(());
@@ -433,15 +465,15 @@ impl Agent {
                     Some(Err(error)) => break Err(error),
                     None => break Err(FrameError::Closed),
                 },
-                outgoing = self.feed.next() => {
-                    if let Err(error) = write_frame(&mut send, outgoing.message()).await {
-                        break Err(error);
-                    }
-                    self.feed.sent(&outgoing);
-                }
+                written = &mut writer => break match written {
+                    Ok(Err(error)) => Err(error),
+                    // It was not told to end.
+                    Ok(Ok(_)) | Err(_) => Err(FrameError::Closed),
+                },
             }
         };
         reader.abort();
+        writer.abort();
         end
     }
 }

@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
 
-/// Reports kept while the coordinator is away; beyond that the oldest go. A report of steps is a few hundred
-/// bytes and there are at most five a second, so this is some hours and some tens of megabytes.
+/// Reports kept while the coordinator is away; beyond that the oldest go. There are at most five reports of steps a second,
+/// so this is more than five hours. Each has all steps of its time with a hash for each logical shard.
 const OUTBOX_REPORTS: usize = 100_000;
 
 /// The largest file that is taken from a coordinator: far above any checkpoint of the shipped systems.
@@ -46,8 +46,8 @@ struct Queue {
     sent: usize,
     /// What is worth telling only while it is new, one of a kind.
     news: Vec<FromWorker>,
-    /// The job whose steps were heard last, and the last of those.
-    heard: Option<(JobId, u64)>,
+    /// The generation whose steps were heard last, and the last of those.
+    heard: Option<(JobId, Generation, u64)>,
 }
 
 /// A message to the coordinator.
@@ -82,13 +82,16 @@ pub(crate) fn channel(runtime: Handle) -> (Control, ControlFeed) {
     )
 }
 
-impl ControlFeed {
+/// What is to be said to the coordinator, for whoever writes it.
+pub(crate) struct Outgoings(Arc<Outbox>);
+
+impl Outgoings {
     /// The news, or else the oldest report that is not sent yet; that counts as such until [`Self::sent`].
     pub(crate) async fn next(&self) -> Outgoing {
         loop {
-            let added = self.outbox.added.notified();
+            let added = self.0.added.notified();
             let next = {
-                let mut queue = self.outbox.queue.lock();
+                let mut queue = self.0.queue.lock();
                 let news = queue.news.pop().map(Outgoing::News);
                 news.or_else(|| queue.reports.get(queue.sent).cloned().map(Outgoing::Report))
             };
@@ -102,8 +105,15 @@ impl ControlFeed {
     /// What [`Self::next`] returned has been sent.
     pub(crate) fn sent(&self, outgoing: &Outgoing) {
         if matches!(outgoing, Outgoing::Report(_)) {
-            self.outbox.queue.lock().sent += 1;
+            self.0.queue.lock().sent += 1;
         }
+    }
+}
+
+impl ControlFeed {
+    /// What is to be said.
+    pub(crate) fn outgoing(&self) -> Outgoings {
+        Outgoings(self.outbox.clone())
     }
 
     /// The coordinator has taken care of the `reports` oldest of those sent.
@@ -111,7 +121,7 @@ impl ControlFeed {
         let mut queue = self.outbox.queue.lock();
         let heard = queue.sent.min(usize::try_from(reports).unwrap_or(usize::MAX));
         let steps = queue.reports.drain(..heard).rev().find_map(|report| match report {
-            FromWorker::Steps { job, records, .. } => Some((job, records.last()?.step)),
+            FromWorker::Steps { job, generation, records } => Some((job, generation, records.last()?.step)),
             _ => None,
         });
         queue.heard = steps.or(queue.heard);
@@ -165,10 +175,10 @@ impl Control {
         self.connection.borrow().is_some()
     }
 
-    /// The last step of `job` that the coordinator has been heard to know; 0 if none.
-    pub(crate) fn heard_step(&self, job: JobId) -> u64 {
+    /// The last step that the coordinator has been heard to know from this generation; 0 if none.
+    pub(crate) fn heard_step(&self, job: JobId, generation: Generation) -> u64 {
         let heard = self.outbox.queue.lock().heard;
-        heard.filter(|(of, _)| *of == job).map_or(0, |(_, step)| step)
+        heard.filter(|(j, g, _)| (*j, *g) == (job, generation)).map_or(0, |(.., step)| step)
     }
 
     async fn connected(&self) -> Result<Connection, NetError> {

@@ -21,6 +21,7 @@ mod session;
 mod state;
 mod tasks;
 mod train;
+mod uptime;
 
 use clap::Parser;
 use lockstep_common::one_line::one_line;

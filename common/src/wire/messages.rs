@@ -38,6 +38,9 @@ pub enum Request {
     },
     /// From a worker: opens its session.
     Session(Register),
+    /// From a worker whose session is open: the answer extends its lease on what it is in the middle of. By itself, so that it
+    /// waits for no report.
+    Ping,
     /// From a worker: a dataset's manifest.
     Manifest {
         /// The dataset's name.
@@ -356,11 +359,6 @@ pub enum ToWorker {
         /// How many.
         reports: u64,
     },
-    /// The answer to [`FromWorker::Ping`].
-    Pong {
-        /// What the question said.
-        sent_ms: u64,
-    },
     /// Leave for good; the coordinator will not have this worker back.
     Dismiss {
         /// One line for people.
@@ -467,11 +465,6 @@ pub enum Resumption {
 /// What a worker tells its coordinator. Only rank 0 reports steps.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum FromWorker {
-    /// A question whose answer extends the worker's lease on what it is in the middle of.
-    Ping {
-        /// When it was sent, by the worker's own clock.
-        sent_ms: u64,
-    },
     /// Committed steps since the last report, in order.
     Steps {
         /// The job.
@@ -618,6 +611,13 @@ pub enum Outcome {
         /// One line: rank, step, phase, bucket, cause.
         error: String,
         /// The rank that is to blame, if it can be told.
+        culprit: Option<Rank>,
+    },
+    /// As [`Self::Lost`], because ranks were found to hold different states: none of them is to be gone on from.
+    Mismatch {
+        /// One line: who holds what.
+        error: String,
+        /// The rank that differs from most, if there are most.
         culprit: Option<Rank>,
     },
     /// Cannot go on whatever the membership: bad data, a non-finite loss, an internal error.

@@ -206,6 +206,16 @@ impl Core {
         self.stale_messages
     }
 
+    /// Whether a session of `worker` is open.
+    pub fn is_connected(&self, worker: WorkerId) -> bool {
+        self.workers.session(worker).is_some()
+    }
+
+    /// Whether the job's present membership is `generation` and not over.
+    pub fn is_running(&self, job: JobId, generation: Generation) -> bool {
+        self.jobs.get(&job).and_then(Job::live).is_some_and(|live| live.generation == generation)
+    }
+
     /// Whether `worker` takes part in the job's present membership, which is `generation`, and has not ended.
     pub fn is_current(&self, worker: WorkerId, job: JobId, generation: Generation) -> bool {
         let live = self.jobs.get(&job).and_then(Job::live).filter(|l| l.generation == generation);
@@ -235,13 +245,12 @@ impl Core {
     /// A worker says something in its session.
     pub fn handle_message(&mut self, worker: WorkerId, message: FromWorker, now_ms: u64) -> Reception {
         self.workers.heard(worker, now_ms);
+        self.hear_forgetful(worker, now_ms);
         let (job, generation) = match &message {
             FromWorker::Leaving => {
                 self.handle_leaving(worker, now_ms);
                 return Reception::Current;
             }
-            // The shell answers it.
-            FromWorker::Ping { .. } => return Reception::Current,
             FromWorker::Steps { job, generation, .. }
             | FromWorker::Metrics { job, generation, .. }
             | FromWorker::Log { job, generation, .. }
@@ -286,12 +295,21 @@ impl Core {
                 }
             }
             FromWorker::Pace { pace, .. } => self.handle_pace(worker, job, pace, now_ms),
-            FromWorker::Log { .. }
-            | FromWorker::Leaving
-            | FromWorker::Following { .. }
-            | FromWorker::Ping { .. } => {}
+            FromWorker::Log { .. } | FromWorker::Leaving | FromWorker::Following { .. } => {}
         }
         Reception::Current
+    }
+
+    /// A worker that came back without its work, and of which reports come in, may be about to say how that ended.
+    fn hear_forgetful(&mut self, worker: WorkerId, now_ms: u64) {
+        let until_ms = now_ms + self.config.report_grace_ms;
+        for live in self.jobs.values_mut().filter_map(Job::live_mut) {
+            for member in live.members.iter_mut().filter(|member| member.worker == worker) {
+                if let MemberState::Forgotten { until_ms: known } = &mut member.state {
+                    *known = until_ms;
+                }
+            }
+        }
     }
 
     /// What a worker that has ended keeps for the next membership.
@@ -301,7 +319,11 @@ impl Core {
         (job, generation): (JobId, Generation),
         held: Option<Position>,
     ) {
-        let held = held.map(|position| Held { job, generation, position });
+        let spoilt = self.jobs.get(&job).is_some_and(|known| known.spoilt == Some(generation));
+        if spoilt && held.is_some() {
+            self.send(worker, ToWorker::Release { job });
+        }
+        let held = held.filter(|_| !spoilt).map(|position| Held { job, generation, position });
         self.workers.set_held(worker, held);
         if let (Some(held), Some(known)) = (held, self.jobs.get_mut(&job)) {
             known.record.step = known.record.step.max(held.position.step);
@@ -322,7 +344,8 @@ impl Core {
         let started = self.jobs.get(&id).map(|j| j.record.started);
         if started == Some(generation) {
             self.note_held(worker, engagement, held);
-        } else if held.is_some() {
+        } else if held.is_some() && self.workers.engaged(worker).is_none_or(|(job, _)| job != id) {
+            // One that takes part again has nothing of then any more, and would drop what it has of now.
             self.send(worker, ToWorker::Release { job: id });
         }
         if let Some(live) =
@@ -360,6 +383,7 @@ impl Core {
             live.members[rank].state = MemberState::Ended(outcome.clone());
         }
         let next = |cause| Ending::Next { cause, mode: StopMode::Abort };
+        let is_mismatch = matches!(outcome, Outcome::Mismatch { .. });
         match outcome {
             Outcome::Finished { weights_digest, step, epoch, metrics } => {
                 if rank == 0 {
@@ -384,8 +408,11 @@ impl Core {
                     self.begin_ending(id, ending, now_ms);
                 }
             }
-            Outcome::Lost { error, culprit } => {
-                if let Some(accused) = culprit.filter(|c| c.index() != rank)
+            Outcome::Lost { error, culprit } | Outcome::Mismatch { error, culprit } => {
+                if is_mismatch {
+                    job.spoilt = Some(engagement.1);
+                }
+                if let Some(accused) = culprit.filter(|c| c.index() != rank && !is_mismatch)
                     && let Some(member) = job.live_mut().and_then(|l| l.members.get_mut(accused.index()))
                 {
                     member.accusers += 1;

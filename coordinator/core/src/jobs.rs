@@ -62,6 +62,8 @@ pub(crate) struct Job {
     pub(crate) leave_at_ms: Option<u64>,
     /// Workers that its other workers could not reach, and until when they are left out.
     pub(crate) benched: BTreeMap<WorkerId, u64>,
+    /// The membership whose ranks were found to hold different states: nobody goes on from those.
+    pub(crate) spoilt: Option<Generation>,
 }
 
 impl Job {
@@ -77,6 +79,7 @@ impl Job {
             wanted: None,
             leave_at_ms: None,
             benched: BTreeMap::new(),
+            spoilt: None,
         }
     }
 
@@ -167,10 +170,12 @@ impl Core {
     /// Puts a paused job back in the queue, at the place that its number gives it.
     pub fn resume(&mut self, id: JobId, now_ms: u64) -> Result<(), CommandError> {
         let job = self.jobs.get_mut(&id).ok_or(CommandError::UnknownJob(id))?;
-        if job.record.state != JobState::Paused {
+        if !matches!(job.record.state, JobState::Paused | JobState::Failed) {
             return Err(CommandError::NotNow { job: id, state: job.record.state, verb: "resumed" });
         }
-        job.record.state = JobState::Queued;
+        let record = &mut job.record;
+        (record.fruitless, record.weights_digest) = (0, None);
+        record.state = JobState::Queued;
         self.log(id, "put back in the queue".to_owned());
         self.persist(id);
         self.schedule(now_ms);
@@ -209,6 +214,9 @@ impl Core {
         if let Some(job) = self.jobs.get_mut(&id) {
             job.record.state = rest;
             job.record.reason = format!("{verb} by an operator");
+        }
+        if rest.is_final() {
+            self.let_go(id);
         }
         self.persist(id);
         self.schedule(now_ms);

@@ -25,6 +25,8 @@ impl Core {
         let (running, held) = (register.running, register.held);
         let engagement = running.map(|r| (r.job, r.generation));
         self.workers.connect(worker, session, register, now_ms);
+        // Of another process, perhaps: what is known of that one says nothing of this one.
+        self.handle_listening(worker, session, None);
         let before = self.workers.engaged(worker);
         if let Some(present) = engagement {
             // First of all, so that it does not count as idle in between.
@@ -35,13 +37,13 @@ impl Core {
         }
         self.notice_absence(worker, engagement, now_ms);
         if let Some(running) = running {
-            self.handle_return(worker, (running.job, running.generation), running.step);
+            self.handle_return(worker, (running.job, running.generation), running.step, now_ms);
         }
         if let Some(held) = held
-            && self
-                .jobs
-                .get(&held.job)
-                .is_none_or(|j| j.record.state.is_final() || j.record.started != held.generation)
+            && self.jobs.get(&held.job).is_none_or(|j| {
+                let spoilt = j.spoilt == Some(held.generation);
+                j.record.state.is_final() || j.record.started != held.generation || spoilt
+            })
         {
             self.workers.set_held(worker, None);
             self.send(worker, ToWorker::Release { job: held.job });
@@ -89,7 +91,7 @@ impl Core {
     }
 
     /// A worker has come back in the middle of `running`.
-    fn handle_return(&mut self, worker: WorkerId, running: (JobId, Generation), step: u64) {
+    fn handle_return(&mut self, worker: WorkerId, running: (JobId, Generation), step: u64, now_ms: u64) {
         let (job, generation) = running;
         self.workers.engage(worker, running);
         if !self.is_current(worker, job, generation) {
@@ -108,6 +110,9 @@ impl Core {
         let mode = live.stop.or_else(|| ending.as_ref().map(Ending::stop_mode));
         if let Some(mode) = mode {
             live.stop = Some(mode);
+            if mode == StopMode::Abort {
+                live.abort_by_ms.get_or_insert(now_ms + self.config.abort_ms);
+            }
             self.send(worker, ToWorker::Stop { job, generation, mode });
         }
         self.log(job, format!("{worker} is back at step {step}"));
@@ -175,16 +180,18 @@ impl Core {
             return;
         }
         let Some(engagement) = self.workers.engaged(worker) else { return self.schedule(now_ms) };
-        let until_ms = now_ms + self.config.away_grace_ms;
         if !process_ended
             && self.is_current(worker, engagement.0, engagement.1)
-            && let Some(job) = self.jobs.get_mut(&engagement.0)
-            && job.record.ending.is_none()
-            && let Some(live) = job.live_mut()
+            && let Some(live) = self.jobs.get_mut(&engagement.0).and_then(Job::live_mut)
             && let Some(rank) = live.rank_of(worker)
         {
-            live.members[rank].state = MemberState::Away { since_ms: now_ms, until_ms };
-            return;
+            // Whatever was asked of it, it may be at work.
+            let grace_ms = match live.stop {
+                Some(StopMode::Abort) => self.config.rejoin_ms,
+                _ => self.config.away_grace_ms,
+            };
+            live.members[rank].state = MemberState::Away { since_ms: now_ms, until_ms: now_ms + grace_ms };
+            return self.schedule(now_ms);
         }
         let how = if process_ended { Gone::ProcessEnded } else { Gone::Unreachable };
         self.handle_member_lost(worker, engagement, how, now_ms);

@@ -92,7 +92,7 @@ pub struct JobRecord {
     pub checkpoint: Option<u64>,
     /// Generations in a row that failed without getting further.
     pub fruitless: u32,
-    /// The furthest step at the last failure.
+    /// The step at the last failure.
     pub furthest: u64,
     /// When the first of those failures was, in the core's milliseconds.
     #[serde(default)]

@@ -85,11 +85,12 @@ impl Core {
         record.members.clear();
         record.placement = None;
         record.ending = None;
+        let is_stored = record.checkpoint >= Some(record.step);
         let (state, reason) = match verdict {
             Verdict::Finished => (JobState::Finished, "its last step is done".to_owned()),
             Verdict::Failed { error } => (JobState::Failed, error),
             Verdict::Cancelled => (JobState::Cancelled, "cancelled by an operator".to_owned()),
-            Verdict::Paused => (JobState::Paused, "paused by an operator".to_owned()),
+            Verdict::Paused => (JobState::Paused, paused(record)),
             Verdict::Again { cause } => {
                 let reason = cause.to_string();
                 if cause.is_failure() {
@@ -113,7 +114,8 @@ impl Core {
         job.record.reason = reason;
         self.log(id, line);
         self.persist(id);
-        if state != JobState::Queued {
+        let spoilt = self.jobs.get(&id).is_some_and(|job| job.spoilt == Some(job.record.generation));
+        if state.is_final() || state == JobState::Paused && is_stored || spoilt {
             self.let_go(id);
         }
         self.schedule(now_ms);
@@ -154,12 +156,29 @@ fn cut_off(live: &Live) -> Option<WorkerId> {
     Some(suspect.worker)
 }
 
+/// How a paused job is: what its newest checkpoint lacks is kept by its workers, as long as they have nothing else to do.
+fn paused(record: &JobRecord) -> String {
+    match record.checkpoint {
+        Some(checkpoint) if checkpoint >= record.step => "paused by an operator".to_owned(),
+        newest => {
+            let newest =
+                newest.map_or("no checkpoint".to_owned(), |step| format!("a checkpoint of step {step}"));
+            format!(
+                "paused by an operator after step {}, with {newest}: a rank was lost, or the checkpoint could not be stored; \
+                 the rest is in the memory of its workers",
+                record.step
+            )
+        }
+    }
+}
+
 fn count_failure(job: &mut Job, reason: &str, now_ms: u64) {
     let record = &mut job.record;
     if record.step > record.furthest {
-        record.furthest = record.step;
         record.fruitless = 0;
     }
+    // It may have gone back to a checkpoint meanwhile, and get on from there.
+    record.furthest = record.step;
     if record.fruitless == 0 {
         record.first_error = reason.to_owned();
         record.fruitless_since_ms = now_ms;

@@ -68,13 +68,8 @@ impl Core {
         let Some(sizes) = job.paces.shard_seconds().and_then(|seconds| rebalanced(&seconds, &owned)) else {
             return;
         };
-        let Some(rank) = (0..owned.len()).max_by_key(|rank| owned[*rank].abs_diff(sizes[*rank])) else {
-            return;
-        };
-        let rank = (0..owned.len())
-            .filter(|r| sizes[*r] < owned[*r])
-            .max_by_key(|r| owned[*r] - sizes[*r])
-            .unwrap_or(rank);
+        let less = (0..owned.len()).filter(|rank| sizes[*rank] < owned[*rank]);
+        let Some(rank) = less.max_by_key(|rank| owned[*rank] - sizes[*rank]) else { return };
         let wanted = live.members.iter().map(|m| m.worker).zip(sizes.iter().copied()).collect();
         let cause = Cause::Rebalance {
             who: self.who(live.members[rank].worker, rank),

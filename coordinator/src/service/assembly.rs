@@ -10,6 +10,7 @@ use lockstep_common::ids::{Generation, JobId};
 use lockstep_common::wire::Refusal;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use tokio::sync::watch;
 
 /// A checkpoint is held in memory while it is put together; one of more than this is no model that this release can train.
@@ -48,7 +49,10 @@ struct Assembly {
 
 /// The newest checkpoint in the making of each job.
 #[derive(Default)]
-pub(crate) struct Assemblies(Mutex<BTreeMap<JobId, Assembly>>);
+pub(crate) struct Assemblies {
+    coming: Mutex<BTreeMap<JobId, Assembly>>,
+    turns: Mutex<BTreeMap<JobId, Arc<Mutex<()>>>>,
+}
 
 /// Which part of which checkpoint.
 #[derive(Clone, Copy, Debug)]
@@ -70,10 +74,15 @@ pub(super) struct Taken {
 }
 
 impl Assemblies {
+    /// Held by whoever writes a checkpoint of `job` or looks for the newest one.
+    pub(super) fn turn(&self, job: JobId) -> Arc<Mutex<()>> {
+        self.turns.lock().entry(job).or_default().clone()
+    }
+
     /// Takes a part. One that came before is replaced; parts of an older checkpoint of the job are dropped, and those who
     /// wait for that one are refused.
     pub(super) fn add(&self, place: Place, part: Part) -> Result<Taken, Refusal> {
-        let mut assemblies = self.0.lock();
+        let mut assemblies = self.coming.lock();
         let here = (place.generation, place.step);
         if let Some(newer) = assemblies.get(&place.job).filter(|a| (a.generation, a.step) > here) {
             let step = newer.step;
@@ -114,7 +123,7 @@ impl Assemblies {
 
     /// Tells all ranks how it went.
     pub(super) fn finish(&self, place: Place, result: Result<(), Refusal>) {
-        let mut assemblies = self.0.lock();
+        let mut assemblies = self.coming.lock();
         let mine = |a: &Assembly| (a.generation, a.step) == (place.generation, place.step);
         if let std::collections::btree_map::Entry::Occupied(entry) = assemblies.entry(place.job)
             && mine(entry.get())
@@ -126,7 +135,7 @@ impl Assemblies {
     /// Drops the parts of memberships that will not complete them: `can_come` says whether the part of a rank of a job's
     /// generation can still come. Those who wait are refused.
     pub(super) fn sweep(&self, can_come: impl Fn(JobId, Generation, usize) -> bool) {
-        self.0.lock().retain(|job, assembly| {
+        self.coming.lock().retain(|job, assembly| {
             let missing = assembly.parts.iter().enumerate().filter(|(_, part)| part.is_none());
             missing.into_iter().all(|(rank, _)| can_come(*job, assembly.generation, rank))
         });
@@ -202,6 +211,6 @@ mod tests {
         assert_eq!(known(&newest), None);
         assemblies.sweep(|_, generation, _| generation != Generation(2));
         assert_eq!(refused(newest).await, "checkpoint_dropped");
-        assert!(assemblies.0.lock().is_empty());
+        assert!(assemblies.coming.lock().is_empty());
     }
 }

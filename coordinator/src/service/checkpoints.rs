@@ -83,7 +83,19 @@ async fn store(shared: &Arc<Shared>, place: Place, parts: Parts, started: Instan
     // Whoever resumes from it does not do its steps again, so they must have been taken down.
     shared.hub.settle(move |hub| hub.sync_audit(job)).await?.map_err(|e| refuse("audit", e))?;
     let own = shared.clone();
-    blocking(move || write(&own, place, &parts)).await??;
+    let runtime = tokio::runtime::Handle::current();
+    let store = move || {
+        // Whoever looks for the newest checkpoint, for the next membership, looks before this one or after it is there.
+        let turn = own.assemblies.turn(job);
+        let _turn = turn.lock();
+        let generation = place.generation;
+        let current = runtime.block_on(own.hub.look(move |hub| hub.core.is_running(job, generation)))?;
+        if !current {
+            return Err(refuse("old_generation", format_args!("{generation} of {job} is over")));
+        }
+        write(&own, place, &parts)
+    };
+    blocking(store).await??;
     shared.metrics.checkpoint_stored(started.elapsed().as_secs_f64());
     shared.hub.settle(move |hub| hub.core.handle_checkpoint_stored(job, step)).await?;
     prune(shared, job, step).await

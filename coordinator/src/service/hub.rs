@@ -290,8 +290,9 @@ impl Hub {
     /// Checks the job's checkpoints on a thread of its own: they may be large.
     fn find_checkpoint(&self, job: JobId, generation: Generation) {
         let (dir, handle) = (self.dir.job(job), self.handle.clone());
-        let failed = self.handle.clone();
+        let (failed, turn) = (self.handle.clone(), self.assemblies.turn(job));
         let find = move || {
+            let _turn = turn.lock();
             let found = dir.checkpoint_store().and_then(|store| store.latest_good());
             handle.post(move |hub| {
                 let found = found.map_err(|e| format!("its checkpoints cannot be read: {e}")).map(|latest| {
@@ -325,7 +326,7 @@ impl Hub {
         if let Err(e) = written
             && self.told_of_files.is_none_or(|at| at.elapsed() >= FILES_TOLD_EVERY)
         {
-            tracing::error!("{e}; until then logs and metrics of jobs have gaps");
+            tracing::error!("{e}; until then logs and metrics of jobs have gaps, and audits wait");
             self.told_of_files = Some(Instant::now());
         }
     }
@@ -415,7 +416,6 @@ impl Hub {
             | FromWorker::Leaving
             | FromWorker::Flight { .. }
             | FromWorker::Pace { .. }
-            | FromWorker::Ping { .. }
             | FromWorker::Following { .. } => Ok(()),
         };
         self.note_written(written);

@@ -76,6 +76,7 @@ pub(super) async fn answer(call: &mut Call, request: Request) -> Result<(), Stop
         }
         Request::Enroll { .. }
         | Request::Session(_)
+        | Request::Ping
         | Request::Manifest { .. }
         | Request::Shard { .. }
         | Request::PutCheckpoint(_)

@@ -110,6 +110,7 @@ impl Call {
             (Some(Role::Worker(id)), Request::Session(register)) => {
                 session::run(self, id, register, connection).await
             }
+            (Some(Role::Worker(id)), Request::Ping) => session::ping(self, id).await,
             (Some(Role::Worker(_)), Request::Manifest { dataset }) => shards::manifest(self, dataset).await,
             (Some(Role::Worker(_)), Request::Shard { dataset, hash }) => {
                 shards::shard(self, dataset, hash).await

@@ -42,12 +42,10 @@ pub(super) async fn run(
         call.answer(&Response::Welcome).await?;
         let send = &mut call.send;
         let (heard, mut acknowledgements) = mpsc::unbounded_channel();
-        let (asked, mut questions) = mpsc::unbounded_channel();
         let orders_out = async {
             loop {
                 let order = tokio::select! {
                     order = orders.recv() => order,
-                    Some(sent_ms) = questions.recv() => Some(ToWorker::Pong { sent_ms }),
                     Some(reports) = acknowledgements.recv() => Some(ToWorker::Heard { reports }),
                 };
                 // Without one, a newer session of this worker has taken over.
@@ -59,11 +57,6 @@ pub(super) async fn run(
         let reports_in = async {
             loop {
                 let report: FromWorker = read_frame(recv).await?;
-                if let FromWorker::Ping { sent_ms } = report {
-                    // The other half of this session is there for as long as this one.
-                    let _ = asked.send(sent_ms);
-                    continue;
-                }
                 if matches!(report, FromWorker::Flight { .. } | FromWorker::Pace { .. }) {
                     // Only the newest counts, and it is of use while the store cannot be written too: a refusal for
                     // that reason changes nothing.
@@ -100,6 +93,14 @@ pub(super) async fn run(
         }
     }
     result
+}
+
+/// Extends the lease of a worker whose session is open.
+pub(super) async fn ping(call: &mut Call, worker: WorkerId) -> Result<(), Stop> {
+    if !call.shared.hub.look(move |hub| hub.core.is_connected(worker)).await? {
+        return Err(refuse("no_session", format_args!("no session of {worker} is open")).into());
+    }
+    Ok(call.answer(&Response::Done).await?)
 }
 
 fn is_bounded(register: &Register) -> bool {

@@ -235,7 +235,7 @@ impl Worker {
         let next = async {
             loop {
                 match read_frame(&mut self.exchange.recv).await.unwrap() {
-                    ToWorker::Heard { .. } | ToWorker::Pong { .. } => {}
+                    ToWorker::Heard { .. } => {}
                     order => return order,
                 }
             }

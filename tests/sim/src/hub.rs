@@ -173,10 +173,10 @@ impl Hub {
     ) {
         match message {
             Message::Register(register) => self.tasks.push_back(Task::Open { connection, register }),
-            Message::Report(report) if let FromWorker::Ping { sent_ms } = *report => {
-                if self.sessions.get(&connection).is_some_and(|session| session.welcome) {
-                    let pong = Box::new(ToWorker::Pong { sent_ms });
-                    world.send(connection, COORDINATOR, Lane::Talk, Message::Order(pong));
+            Message::Ping { sent_ms } => {
+                let worker = self.sessions.get(&connection).map(|session| session.worker);
+                if worker.is_some_and(|worker| self.core.is_connected(worker)) {
+                    world.send(connection, COORDINATOR, Lane::Requests, Message::Pong { sent_ms });
                 }
             }
             Message::Report(report) => self.tasks.push_back(Task::Hear { connection, report }),

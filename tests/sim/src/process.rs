@@ -128,6 +128,10 @@ impl Process {
                 }
             }
             Message::Order(order) => self.obey(*order, world),
+            Message::Pong { sent_ms } => {
+                self.member.handle_word(sent_ms, world.clock.now_ms());
+                self.advance(world);
+            }
             Message::Answer { request, answer } => {
                 if self.requests.remove(&request).is_some() {
                     self.answered(request, answer, world);
@@ -145,6 +149,7 @@ impl Process {
             Message::Welcome
             | Message::Register(_)
             | Message::Report(_)
+            | Message::Ping { .. }
             | Message::Put { .. }
             | Message::Get { .. }
             | Message::Closed => {}
@@ -225,11 +230,7 @@ impl Process {
             }
         }
         // A refusal is no failure, and nothing is done about it.
-        let is_word = matches!(order, ToWorker::Pong { .. });
         let _ = self.member.handle_order(order, world.clock.now_ms());
-        if is_word {
-            self.advance(world);
-        }
     }
 
     /// Does what the membership asks for, and sends what is to be told.
@@ -250,8 +251,7 @@ impl Process {
                 Action::Tell(report) => self.outbox.tell(report),
                 Action::Ping { sent_ms } => {
                     if let Control::Open(connection) = self.control {
-                        let ping = Message::Report(Box::new(FromWorker::Ping { sent_ms }));
-                        world.send(connection, self.node, Lane::Talk, ping);
+                        world.send(connection, self.node, Lane::Requests, Message::Ping { sent_ms });
                     }
                 }
                 Action::Leave(Leave::Done) => {

@@ -14,6 +14,10 @@ pub(crate) enum Message {
     Welcome,
     /// To the coordinator.
     Report(Box<FromWorker>),
+    /// To the coordinator: extends the lease.
+    Ping { sent_ms: u64 },
+    /// The answer.
+    Pong { sent_ms: u64 },
     /// From the coordinator.
     Order(Box<ToWorker>),
     /// To the coordinator: a checkpoint.

@@ -32,7 +32,7 @@ pub enum Action {
     Drop,
     /// Report to the coordinator, now or once it is back.
     Tell(FromWorker),
-    /// Ask the coordinator that is there for a word: an answer is [`ToWorker::Pong`](lockstep_common::wire::ToWorker::Pong).
+    /// Ask the coordinator that is there for a word; the answer is [`Member::handle_word`](crate::Member::handle_word).
     Ping {
         /// When, by the machine's clock.
         sent_ms: u64,

@@ -27,9 +27,10 @@ impl Lease {
         Self { begun_ms, timeout_ms, word_ms: None, asked_ms: None }
     }
 
-    /// What was sent at `sent_ms` has been answered.
+    /// What was sent at `sent_ms` has been answered. A lease that had run out by then stays so: others may have the job.
     fn answered(&mut self, sent_ms: u64) {
-        if sent_ms >= self.begun_ms {
+        let lapsed = self.until_ms().is_some_and(|until| until < sent_ms);
+        if sent_ms >= self.begun_ms && !lapsed {
             self.word_ms = self.word_ms.max(Some(sent_ms));
         }
     }
@@ -43,6 +44,11 @@ impl Lease {
         }
     }
 
+    /// Until when steps may be committed.
+    fn until_ms(&self) -> Option<u64> {
+        Some(self.word_ms?.saturating_add(self.timeout_ms).saturating_add(LEASE_GRACE_MS))
+    }
+
     /// When the session ends in good order if nothing is heard until then.
     fn pause_due_ms(&self) -> u64 {
         self.word_ms.unwrap_or(self.begun_ms).saturating_add(self.timeout_ms)
@@ -52,8 +58,7 @@ impl Lease {
 impl Member {
     /// Until when the session may commit steps; `None` if there is none, or it has not had a word from the coordinator yet.
     pub fn lease_until_ms(&self) -> Option<u64> {
-        let lease = &self.session.as_ref()?.lease;
-        Some(lease.word_ms?.saturating_add(lease.timeout_ms).saturating_add(LEASE_GRACE_MS))
+        self.session.as_ref()?.lease.until_ms()
     }
 
     /// When something is due for the lease's sake.

@@ -95,6 +95,16 @@ impl Member {
         self.away_since_ms = None;
         self.forget_question();
         self.extend_lease(asked_ms);
+        if self.leaving.is_some() {
+            // It may be another coordinator than the one that was told.
+            self.tell(FromWorker::Leaving);
+        }
+        self.handle_tick(now_ms);
+    }
+
+    /// The coordinator has answered [`Action::Ping`].
+    pub fn handle_word(&mut self, sent_ms: u64, now_ms: u64) {
+        self.extend_lease(sent_ms);
         self.handle_tick(now_ms);
     }
 
@@ -124,10 +134,6 @@ impl Member {
             ToWorker::Dismiss { reason } => {
                 self.abort("dismissed by the coordinator");
                 self.leave(Leave::Dismissed { reason });
-                Ok(())
-            }
-            ToWorker::Pong { sent_ms } => {
-                self.extend_lease(sent_ms);
                 Ok(())
             }
             // A matter between the outbox and the coordinator.

@@ -33,7 +33,7 @@ use prepare::Prepared;
 use run::{Parts, Session};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedSender;
@@ -115,7 +115,7 @@ impl SessionHandle {
     }
 
     /// It may commit steps until then.
-    pub(crate) fn extend_lease(&self, until: Instant) {
+    pub(crate) fn extend_lease(&self, until: Duration) {
         self.shared.lease.extend(until);
     }
 

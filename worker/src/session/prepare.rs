@@ -121,11 +121,15 @@ fn fetch(
     replica: Replica,
     shared: &Shared,
 ) -> Result<State, TrainError> {
-    let (state, complaints) = environment.runtime.block_on(async {
+    let healed = environment.runtime.block_on(async {
         tokio::select! {
             healed = heal(&environment.mesh, assignment, position, sources, plan, replica) => healed,
             () = shared.abort.notified() => Err(TrainError::Aborted),
         }
+    });
+    let (state, complaints) = healed.map_err(|error| match error {
+        TrainError::Differ { what, .. } if plan.stops_on_mismatch() => TrainError::Fatal(what),
+        other => other,
     })?;
     let (job, generation) = (assignment.job, assignment.generation);
     tracing::info!("{job} {generation}: fetched the state of {position} from the others");

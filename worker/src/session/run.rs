@@ -170,7 +170,8 @@ impl<'a, T: Number> Session<'a, T> {
         let mut wishes = self.shared.wishes();
         wishes.snapshot = self.desk.is_wanted();
         if self.is_first() {
-            wishes.heard = self.environment.control.heard_step(self.assignment.job);
+            wishes.heard =
+                self.environment.control.heard_step(self.assignment.job, self.assignment.generation);
         }
         if self.is_checkpoint_due(self.trainer.replica.step + 1) {
             wishes.busy = !timed(&mut self.waited, || self.output.make_way());

@@ -37,6 +37,8 @@ pub(crate) struct FetchError {
     pub(crate) what: String,
     /// The rank that is to blame, if it can be told.
     pub(crate) culprit: Option<Rank>,
+    /// Whether it is that sources hold different states.
+    pub(crate) differ: bool,
 }
 
 /// A state, whole.
@@ -128,7 +130,7 @@ pub(super) async fn states(
     }
     if found.is_empty() {
         let what = format!("nobody hands over the state: {}", reasons.join("; "));
-        return Err(FetchError { what, culprit: None });
+        return Err(FetchError { what, culprit: None, differ: false });
     }
     found.sort_by_key(|(source, ..)| source.rank);
     agree(&found)?;
@@ -150,7 +152,7 @@ fn agree(found: &[(Source, Manifest, Vec<u8>)]) -> Result<(), FetchError> {
             format!("{} hold different states, and no majority tells which is right", names.join(" and "))
         }
     };
-    Err(FetchError { what, culprit: majority.then_some(odd.rank) })
+    Err(FetchError { what, culprit: majority.then_some(odd.rank), differ: true })
 }
 
 /// Fetches all chunks of `manifest`, spread over `sources`. One that fails is done without, as long as there are others.
@@ -174,8 +176,10 @@ pub(super) async fn chunks(
             asked[place] = asked[place].map(|count| count + 1);
         }
         let Some(answer) = answers.join_next().await else { break };
-        let (place, chunk, answer) = answer
-            .map_err(|e| FetchError { what: format!("a fetching task ended early: {e}"), culprit: None })?;
+        let (place, chunk, answer) = answer.map_err(|e| {
+            let what = format!("a fetching task ended early: {e}");
+            FetchError { what, culprit: None, differ: false }
+        })?;
         asked[place] = asked[place].map(|count| count - 1);
         match answer {
             Ok(part) => {
@@ -207,7 +211,7 @@ pub(super) async fn chunks(
         manifest.chunk_count(),
         wrong.join("; ")
     );
-    Err(FetchError { what, culprit })
+    Err(FetchError { what, culprit, differ: false })
 }
 
 /// The source that is asked for the fewest chunks, if one can be asked for another.

@@ -53,7 +53,10 @@ pub(crate) async fn heal(
 }
 
 impl From<FetchError> for TrainError {
-    fn from(FetchError { what, culprit }: FetchError) -> Self {
-        Self::Unavailable { what, culprit }
+    fn from(FetchError { what, culprit, differ }: FetchError) -> Self {
+        match differ {
+            true => Self::Differ { what, culprit },
+            false => Self::Unavailable { what, culprit },
+        }
     }
 }

@@ -7,7 +7,7 @@ mod gan;
 use crate::train::error::TrainError;
 use crate::train::phase::{PhasePlan, ShardBatch, ShardLoss};
 use autocast::Autocast;
-use lockstep_common::job::{AverageSpec, JobSpec, ModelSpec, OptimizerSpec, Precision, Task};
+use lockstep_common::job::{AverageSpec, JobSpec, ModelSpec, OnMismatch, OptimizerSpec, Precision, Task};
 use lockstep_nn::forward::Forward;
 use lockstep_nn::models::{self, Model};
 use lockstep_nn::vars::Vars;
@@ -72,6 +72,11 @@ impl TaskPlan {
         let evaluation = if job.data.test.is_some() { evaluation } else { &[] };
         let average = job.average.clone();
         Self { task: job.task, networks, phases, minibatches, evaluation, average, job: job.clone() }
+    }
+
+    /// Whether the job is to fail when its replicas are found to differ.
+    pub(crate) fn stops_on_mismatch(&self) -> bool {
+        self.job.checks.on_mismatch == OnMismatch::Stop
     }
 
     /// The prefix of a network's tensors in checkpoints: none where the job has one network, so that a classifier's

@@ -239,8 +239,15 @@ pub(crate) fn restore(
 ) -> Result<(CheckpointManifest, Option<BTreeMap<String, Tensor>>), TrainError> {
     let refused =
         |what: String| TrainError::Fatal(format!("the checkpoint of step {step} is of no use: {what}"));
-    let files = CheckpointFiles::from_parts(control.checkpoint(job, generation, step)?)
-        .map_err(|e| refused(e.to_string()))?;
+    let parts = control.checkpoint(job, generation, step).map_err(|error| match error {
+        // It has gone or been damaged since it was chosen; another one may be of use.
+        NetError::Refused { reason, message } if reason == "checkpoint" => {
+            let what = format!("the checkpoint of step {step} cannot be had: {message}");
+            TrainError::Unavailable { what, culprit: None }
+        }
+        other => other.into(),
+    })?;
+    let files = CheckpointFiles::from_parts(parts).map_err(|e| refused(e.to_string()))?;
     let tensors = |name: &str| -> Result<BTreeMap<String, Tensor>, TrainError> {
         let bytes = files.file(name).ok_or_else(|| refused(format!("it has no {name}")))?;
         let tensors = decode_tensors(bytes).map_err(|e| refused(format!("{name}: {e}")))?;

@@ -28,6 +28,14 @@ pub(crate) enum TrainError {
         /// The rank that is to blame, if it can be told.
         culprit: Option<Rank>,
     },
+    /// Ranks hold different states, as one that wanted to take it over has found.
+    #[error("{what}")]
+    Differ {
+        /// Who holds what.
+        what: String,
+        /// The rank that differs from most, if there are most.
+        culprit: Option<Rank>,
+    },
     /// The replicas differ. The [session](crate::session) decides what follows.
     #[error("the replicas have come to differ")]
     Mismatch(Mismatch),
@@ -59,13 +67,6 @@ impl From<tch::TchError> for TrainError {
 }
 
 impl TrainError {
-    /// The lease is over: without a word from the coordinator, others may have been given the job.
-    pub(crate) fn lease_over() -> Self {
-        let what = "the coordinator has not been heard for the job's `orphan_timeout_s`: the step in progress is not \
-                    committed here, as others may have been given the job";
-        Self::Unavailable { what: what.to_owned(), culprit: None }
-    }
-
     /// How to report this to the coordinator; `step` is the last committed one.
     pub(crate) fn outcome(&self, step: u64) -> Outcome {
         match self {
@@ -75,6 +76,7 @@ impl TrainError {
                 Outcome::Lost { error: error.to_string(), culprit }
             }
             Self::Unavailable { what, culprit } => Outcome::Lost { error: what.clone(), culprit: *culprit },
+            Self::Differ { what, culprit } => Outcome::Mismatch { error: what.clone(), culprit: *culprit },
             // A refusal is the coordinator's last word; anything else is the connection's fault.
             Self::Coordinator(error) if !matches!(error, NetError::Refused { .. }) => {
                 Outcome::Lost { error: error.to_string(), culprit: None }

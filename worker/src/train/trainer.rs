@@ -266,8 +266,8 @@ impl<T: Number> Trainer<T> {
                 self.learn_order(step, phase, network, &buckets)?;
             }
             fault::point(Point::Optimizer, step + 1);
-            if self.lease.as_ref().is_some_and(|lease| !lease.holds()) {
-                return Err(TrainError::lease_over());
+            if let Some(lease) = &self.lease {
+                lease.check()?;
             }
             let seen = plan.phases[..usize::from(phase)].iter().any(|p| p.minibatch == phase_plan.minibatch);
             self.replica.note_samples(shards, !seen);

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test's helpers fail the test")]
 
 mod flight;
+mod misfortunes;
 mod random;
 mod scenarios;
 mod world;

@@ -205,7 +205,7 @@ impl Cluster {
                     }
                 }
                 ToWorker::Follow(_) | ToWorker::Release { .. } => {}
-                ToWorker::Heard { .. } | ToWorker::Pong { .. } => {
+                ToWorker::Heard { .. } => {
                     panic!("acknowledging reports is the shell's business")
                 }
                 ToWorker::Dismiss { .. } => {

@@ -5,14 +5,14 @@ use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
 use lockstep_common::wire::{FromWorker, JobState, Outcome, Position, Resumption, StopMode, ToWorker};
 use lockstep_core::{Config, Core, NewJob, Reception, Restored};
 
-const J1: JobId = JobId(1);
+pub(crate) const J1: JobId = JobId(1);
 
-fn lost(culprit: u32) -> Outcome {
+pub(crate) fn lost(culprit: u32) -> Outcome {
     Outcome::Lost { error: "step 7, phase backward, bucket 2".to_owned(), culprit: Some(Rank(culprit)) }
 }
 
 /// Two workers run job 1 in generation 1.
-fn running() -> World {
+pub(crate) fn running() -> World {
     let mut world = World::new();
     world.enroll(2);
     world.connect(1);
@@ -356,7 +356,7 @@ fn a_worker_that_does_not_stop_is_dismissed_and_not_waited_for() {
 }
 
 /// Workers 1 to `workers` run job 1, which goes on with as few as `min`.
-fn running_on(workers: u64, min: u32) -> World {
+pub(crate) fn running_on(workers: u64, min: u32) -> World {
     let mut world = World::new();
     world.enroll(workers);
     (1..=workers).for_each(|w| world.connect(w));
@@ -370,7 +370,7 @@ fn running_on(workers: u64, min: u32) -> World {
 }
 
 /// The resumption that each started worker was told.
-fn starts(world: &mut World) -> Vec<(u64, Resumption)> {
+pub(crate) fn starts(world: &mut World) -> Vec<(u64, Resumption)> {
     let start = |(worker, message): (WorkerId, ToWorker)| match message {
         ToWorker::Start(assignment) => Some((worker.0, assignment.resume)),
         _ => None,
@@ -378,7 +378,7 @@ fn starts(world: &mut World) -> Vec<(u64, Resumption)> {
     world.inbox().into_iter().filter_map(start).collect()
 }
 
-fn from_peers(step: u64, phase: u16, sources: &[u32]) -> Resumption {
+pub(crate) fn from_peers(step: u64, phase: u16, sources: &[u32]) -> Resumption {
     let sources = sources.iter().copied().map(Rank).collect();
     Resumption::Peers { position: Position { step, phase }, sources }
 }
