@@ -94,7 +94,14 @@ impl Cluster {
             // Refusals are answers too.
             Event::Cancel(job) => drop(self.world.core.cancel(JobId(job), now_ms)),
             Event::Pause(job) => drop(self.world.core.pause(JobId(job), now_ms)),
-            Event::Resume(job) => drop(self.world.core.resume(JobId(job), now_ms)),
+            Event::Resume(job) => {
+                // Only one that has failed is resumed after its end.
+                let failed = self.ended.get(&JobId(job)) == Some(&JobState::Failed);
+                let resumed = self.world.core.resume(JobId(job), now_ms).is_ok();
+                if resumed && self.ended.remove(&JobId(job)).is_some() {
+                    assert!(failed, "j{job} was resumed after its end");
+                }
+            }
             Event::Connect(worker) => self.connect(worker),
             Event::Cut(worker) => self.cut(worker),
             Event::Kill(worker) => {
