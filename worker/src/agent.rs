@@ -260,8 +260,12 @@ impl Agent {
             }
             if !away && !self.member.is_leaving() {
                 away = true;
+                let goes_on = match &self.current {
+                    Some(_) => "the running job goes on",
+                    None => "what is kept of a job stays",
+                };
                 tracing::warn!(
-                    "lost the coordinator at {}; a running job goes on, trying to reconnect",
+                    "lost the coordinator at {}; {goes_on}, trying to reconnect",
                     self.args.coordinator
                 );
             }
@@ -287,7 +291,13 @@ impl Agent {
         let now_ms = self.now_ms();
         match event {
             Event::Depart(Departure::Signal(name)) => {
-                tracing::info!("{name}: leaving after the step in progress");
+                let waits = match self.environment.control.is_connected() {
+                    true => "",
+                    false => {
+                        "; the coordinator is away, and is waited for some seconds to hand in the last steps"
+                    }
+                };
+                tracing::info!("{name}: leaving after the step in progress{waits}");
                 self.member.handle_departure(now_ms);
             }
             Event::Depart(Departure::ParentGone) => {

@@ -133,6 +133,8 @@ pub struct Core {
     last_job: JobId,
     last_worker: WorkerId,
     pub(crate) stale_messages: u64,
+    /// When this coordinator took jobs over that run.
+    pub(crate) took_over_ms: Option<u64>,
 }
 
 impl Core {
@@ -149,6 +151,7 @@ impl Core {
             last_job,
             last_worker,
             stale_messages: 0,
+            took_over_ms: None,
         };
         let away = MemberState::Away { since_ms: now_ms, until_ms: now_ms + config.restart_grace_ms };
         for job in core.jobs.values_mut() {
@@ -165,6 +168,7 @@ impl Core {
             let hosts = live.members.iter().map(|m| (m.worker, core.workers.host(m.worker).to_owned()));
             job.begin_flight(live.generation, hosts.collect());
             job.phase = Phase::Live(live);
+            core.took_over_ms = Some(now_ms);
         }
         core.schedule(now_ms);
         core
@@ -312,6 +316,24 @@ impl Core {
         }
     }
 
+    /// The membership whose outcome it is that `worker` keeps a state of `job` from `generation`, if it is of use.
+    ///
+    /// A coordinator may be killed between writing down a membership and telling its members. Whoever was to take part and
+    /// keeps what that was to start from has not begun: then nobody has stepped in it, and its start is its outcome.
+    pub(crate) fn outcome_of(
+        &self,
+        worker: WorkerId,
+        job: JobId,
+        generation: Generation,
+    ) -> Option<Generation> {
+        let known = self.jobs.get(&job).filter(|known| known.spoilt != Some(generation))?;
+        let record = &known.record;
+        let undelivered = record.resumed_from == generation
+            && generation != Generation(0)
+            && known.live().is_some_and(|l| l.generation == record.started && l.rank_of(worker).is_some());
+        (!record.state.is_final() && (record.started == generation || undelivered)).then_some(record.started)
+    }
+
     /// What a worker that has ended keeps for the next membership.
     fn note_held(
         &mut self,
@@ -321,7 +343,7 @@ impl Core {
     ) {
         let spoilt = self.jobs.get(&job).is_some_and(|known| known.spoilt == Some(generation));
         if spoilt && held.is_some() {
-            self.send(worker, ToWorker::Release { job });
+            self.drop_memory(worker, job);
         }
         let held = held.filter(|_| !spoilt).map(|position| Held { job, generation, position });
         self.workers.set_held(worker, held);
@@ -344,9 +366,12 @@ impl Core {
         let started = self.jobs.get(&id).map(|j| j.record.started);
         if started == Some(generation) {
             self.note_held(worker, engagement, held);
-        } else if held.is_some() && self.workers.engaged(worker).is_none_or(|(job, _)| job != id) {
-            // One that takes part again has nothing of then any more, and would drop what it has of now.
-            self.send(worker, ToWorker::Release { job: id });
+        } else if held.is_some()
+            && self.workers.engaged(worker).is_none_or(|(job, _)| job != id)
+            && !self.workers.follows(worker, id)
+        {
+            // One that takes part or follows has nothing of then any more, and would drop what it has of now.
+            self.drop_memory(worker, id);
         }
         if let Some(live) =
             self.jobs.get_mut(&id).and_then(Job::live_mut).filter(|l| l.generation == generation)
@@ -463,6 +488,12 @@ impl Core {
 
     pub(crate) fn log(&mut self, job: JobId, line: String) {
         self.actions.push_back(Action::Log { job, line });
+    }
+
+    /// Has a worker drop what it keeps and what it follows of a job.
+    pub(crate) fn drop_memory(&mut self, worker: WorkerId, job: JobId) {
+        self.workers.unfollow_job(worker, job);
+        self.send(worker, ToWorker::Release { job });
     }
 
     pub(crate) fn send(&mut self, worker: WorkerId, message: ToWorker) {

@@ -5,7 +5,7 @@ use crate::core::Core;
 use crate::jobs::Job;
 use crate::record::Ending;
 use lockstep_common::ids::{Generation, JobId, WorkerId};
-use lockstep_common::wire::{Following, JobState, Position, StopMode, ToWorker};
+use lockstep_common::wire::{Following, JobState, Peer, Position, StopMode, ToWorker};
 
 impl Core {
     /// Has idle workers get ready to join jobs that run and can use them. Nobody may wait for workers.
@@ -13,6 +13,10 @@ impl Core {
         let open: Vec<_> = self.jobs.iter().filter(|(_, job)| is_open(job)).map(|(id, _)| *id).collect();
         for id in open {
             let Some(job) = self.jobs.get(&id) else { continue };
+            if !job.live().is_some_and(|live| live.present().next().is_some()) {
+                // Nobody is there to follow: after a restart, the members come back first.
+                continue;
+            }
             let members = job.live().map_or(0, |live| live.members.len());
             let (_, max) = job.range(true);
             let coming = self.workers.followers(id).len();
@@ -43,10 +47,16 @@ impl Core {
             file: record.file.clone(),
             toml: record.toml.clone(),
             datasets: record.datasets.clone(),
-            sources: self.peers_of(worker, &record.members),
+            sources: self.reachable(worker, &record.members),
         };
         self.workers.follow(worker, id, record.generation);
         self.send(worker, ToWorker::Follow(Box::new(following)));
+    }
+
+    /// Those of `members` of which it is known where `from` reaches them.
+    fn reachable(&self, from: WorkerId, members: &[WorkerId]) -> Vec<Peer> {
+        let known = |peer: &Peer| self.workers.register(peer.worker).is_some();
+        self.peers_of(from, members).into_iter().filter(known).collect()
     }
 
     /// A worker is ready to join.

@@ -6,7 +6,7 @@ use crate::generation::{Live, MemberState};
 use crate::jobs::{CommandError, Job, Phase};
 use crate::record::Ending;
 use lockstep_common::ids::{Generation, JobId, WorkerId};
-use lockstep_common::wire::{Register, StopMode, ToWorker};
+use lockstep_common::wire::{Held, Register, StopMode, ToWorker};
 use std::net::SocketAddr;
 
 /// Presence
@@ -39,14 +39,14 @@ impl Core {
         if let Some(running) = running {
             self.handle_return(worker, (running.job, running.generation), running.step, now_ms);
         }
-        if let Some(held) = held
-            && self.jobs.get(&held.job).is_none_or(|j| {
-                let spoilt = j.spoilt == Some(held.generation);
-                j.record.state.is_final() || j.record.started != held.generation || spoilt
-            })
-        {
-            self.workers.set_held(worker, None);
-            self.send(worker, ToWorker::Release { job: held.job });
+        if let Some(held) = held {
+            match self.outcome_of(worker, held.job, held.generation) {
+                Some(generation) => self.workers.set_held(worker, Some(Held { generation, ..held })),
+                None => {
+                    self.workers.set_held(worker, None);
+                    self.drop_memory(worker, held.job);
+                }
+            }
         }
         self.schedule(now_ms);
         Ok(())

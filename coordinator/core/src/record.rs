@@ -72,6 +72,9 @@ pub struct JobRecord {
     pub generation: Generation,
     /// The newest membership that workers have been started in.
     pub started: Generation,
+    /// The membership whose outcome that one started from, in its members' memory; 0 if from elsewhere.
+    #[serde(default)]
+    pub resumed_from: Generation,
     /// The workers of that membership by rank; empty while it has none.
     pub members: Vec<WorkerId>,
     /// The logical shards that they own; of use only while there are members.
@@ -121,6 +124,7 @@ impl JobRecord {
             reason: String::new(),
             generation: Generation(0),
             started: Generation(0),
+            resumed_from: Generation(0),
             members: Vec::new(),
             placement: None,
             ending: None,

@@ -14,6 +14,9 @@ impl Core {
     pub(crate) fn begin_ending(&mut self, id: JobId, ending: Ending, now_ms: u64) {
         let abort_by_ms = now_ms + self.config.abort_ms;
         let rejoin_by_ms = now_ms + self.config.rejoin_ms;
+        // One that has not been heard of since this coordinator started may only now be trying again.
+        let took_over_ms = self.took_over_ms;
+        let return_by_ms = took_over_ms.map_or(0, |at| at + self.config.away_grace_ms);
         let mode = ending.stop_mode();
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let failure = match &ending {
@@ -51,8 +54,12 @@ impl Core {
         if mode == StopMode::Abort {
             live.abort_by_ms.get_or_insert(abort_by_ms);
             for member in &mut live.members {
-                if let MemberState::Away { until_ms, .. } = &mut member.state {
-                    *until_ms = (*until_ms).min(rejoin_by_ms);
+                if let MemberState::Away { since_ms, until_ms } = &mut member.state {
+                    let by_ms = match took_over_ms == Some(*since_ms) {
+                        true => rejoin_by_ms.max(return_by_ms),
+                        false => rejoin_by_ms,
+                    };
+                    *until_ms = (*until_ms).min(by_ms);
                 }
             }
         }
@@ -109,7 +116,11 @@ impl Core {
                 }
             }
         };
-        let line = format!("{} is over: {state}: {reason}", job.record.generation);
+        let generation = job.record.generation;
+        let line = match state {
+            JobState::Queued => format!("{generation} is over: {reason}"),
+            _ => format!("{generation} is over: {state}: {reason}"),
+        };
         job.record.state = state;
         job.record.reason = reason;
         self.log(id, line);
@@ -125,11 +136,11 @@ impl Core {
     pub(crate) fn let_go(&mut self, id: JobId) {
         for worker in self.workers.holders(id) {
             self.workers.set_held(worker, None);
-            self.send(worker, ToWorker::Release { job: id });
+            self.drop_memory(worker, id);
         }
         for (worker, _) in self.workers.followers(id) {
             self.workers.unfollow(worker);
-            self.send(worker, ToWorker::Release { job: id });
+            self.drop_memory(worker, id);
         }
     }
 }

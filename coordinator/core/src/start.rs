@@ -19,7 +19,7 @@ impl Core {
             let followers = self.workers.all_followers();
             for &worker in &followers {
                 if let Some(job) = self.workers.unfollow(worker) {
-                    self.send(worker, ToWorker::Release { job });
+                    self.drop_memory(worker, job);
                 }
             }
             if !followers.is_empty() {
@@ -150,6 +150,10 @@ impl Core {
         record.state = JobState::Running;
         record.reason = "its workers step".to_owned();
         record.members.clone_from(&workers);
+        record.resumed_from = match resume {
+            Resumption::Peers { .. } => started,
+            Resumption::Fresh | Resumption::Checkpoint { .. } => Generation(0),
+        };
         record.started = generation;
         record.step = step;
         record.weights_digest = None;
@@ -172,7 +176,7 @@ impl Core {
         for worker in self.workers.holders(id) {
             self.workers.set_held(worker, None);
             if !workers.contains(&worker) {
-                self.send(worker, ToWorker::Release { job: id });
+                self.drop_memory(worker, id);
             }
         }
         for (worker, _) in self.workers.followers(id) {

@@ -171,6 +171,18 @@ impl Workers {
         Some(self.0.get_mut(&id)?.following.take()?.job)
     }
 
+    /// The worker does not get ready to join `job` any more, if it did.
+    pub(crate) fn unfollow_job(&mut self, id: WorkerId, job: JobId) {
+        if let Some(worker) = self.0.get_mut(&id) {
+            worker.following.take_if(|f| f.job == job);
+        }
+    }
+
+    /// Whether the worker gets ready to join `job`.
+    pub(crate) fn follows(&self, id: WorkerId, job: JobId) -> bool {
+        self.0.get(&id).and_then(|w| w.following).is_some_and(|f| f.job == job)
+    }
+
     /// Who gets ready to join `job`.
     pub(crate) fn followers(&self, job: JobId) -> Vec<(WorkerId, Follower)> {
         let of_job = |(id, w): (&WorkerId, &Worker)| Some((*id, w.following.filter(|f| f.job == job)?));

@@ -35,8 +35,15 @@ pub(super) async fn watch(hub: HubHandle) {
 }
 
 /// Finds out whether the host of a worker that has just connected from `peer` would say that its port is closed.
-pub(super) async fn note_port(hub: &HubHandle, worker: WorkerId, number: u64, peer: SocketAddr, own: bool) {
-    let port = (own && !port_is_closed(peer, PATIENCE).await).then_some(peer);
+pub(super) async fn note_port(
+    hub: &HubHandle,
+    worker: WorkerId,
+    number: u64,
+    (peer, rtt): (SocketAddr, Duration),
+    own: bool,
+) {
+    let patience = (4 * rtt).max(Duration::from_millis(100));
+    let port = (own && !port_is_closed(peer, patience).await).then_some(peer);
     hub.post(move |hub| hub.note_port(worker, number, port));
 }
 

@@ -264,6 +264,12 @@ impl Hub {
         Ok(())
     }
 
+    /// What keeps this coordinator from writing things down, if something does.
+    pub(super) fn unwritable(&self) -> Option<String> {
+        let error = &self.blocked.as_ref()?.error;
+        Some(format!("{error}; what runs goes on, and nothing new starts until it can be written"))
+    }
+
     fn perform(&mut self, action: &Action) -> Result<(), String> {
         match action {
             Action::PersistJob(record) => {

@@ -170,6 +170,9 @@ impl Service {
                 (job.into_iter().collect(), taken_up)
             }
         };
+        for job in &jobs {
+            lockstep_common::durable::sweep_temporary(&dir.job(job.id).artifacts())?;
+        }
         let restored = Restored { jobs, workers: workers.records, last_job, last_worker };
         let core = Core::new(Config::default(), restored, clock.now_ms());
         let running = core.jobs().filter(|job| matches!(job.state, JobState::Running | JobState::Stopping));

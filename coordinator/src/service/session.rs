@@ -35,7 +35,7 @@ pub(super) async fn run(
     let (number, mut orders) = opened.map_err(|e| refuse("unknown_worker", e))?;
     let mut process_is_gone = false;
     tokio::spawn({
-        let (hub, peer) = (hub.clone(), connection.remote_address());
+        let (hub, peer) = (hub.clone(), (connection.remote_address(), connection.rtt()));
         async move { absent::note_port(&hub, worker, number, peer, own).await }
     });
     let result = async {

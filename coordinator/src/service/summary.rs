@@ -14,12 +14,13 @@ impl Hub {
     pub(crate) fn job_summary(&self, dir: &DataDir, job: &JobRecord) -> JobSummary {
         let folder =
             |step| dir.job(job.id).checkpoints().join(format!("step-{step:012}")).display().to_string();
-        let unreachable = self.core.unreachable(job.id, self.now_ms());
+        let unwritable = self.unwritable().filter(|_| !job.state.is_final());
+        let reason = unwritable.or_else(|| self.core.unreachable(job.id, self.now_ms()));
         JobSummary {
             id: job.id,
             name: job.name.clone(),
             state: job.state,
-            reason: cut(unreachable.as_ref().unwrap_or(&job.reason), MAX_REASON_BYTES).into_owned(),
+            reason: cut(reason.as_ref().unwrap_or(&job.reason), MAX_REASON_BYTES).into_owned(),
             generation: job.generation,
             step: job.step,
             total_steps: job.total_steps,

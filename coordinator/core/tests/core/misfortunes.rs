@@ -192,3 +192,73 @@ fn a_cancelled_job_that_waited_leaves_nothing_in_memory() {
     world.pump();
     assert_eq!(world.inbox(), [(WorkerId(1), ToWorker::Release { job: J1 })]);
 }
+
+#[test]
+fn one_that_comes_back_late_and_says_how_it_ended_still_joins() {
+    let mut world = running_on(3, 1);
+    world.cut(3);
+    for worker in [1, 2] {
+        world.end_with(worker, J1, 1, lost(2), Position::at(9));
+    }
+    world.pass(6_000);
+    assert_eq!(world.generation(J1), Generation(2));
+    world.pass(10_000);
+    world.inbox();
+    world.return_holding(3, J1, 1, 9);
+    let told = world.inbox();
+    assert!(matches!(told.last(), Some((WorkerId(3), ToWorker::Follow(_)))), "{told:?}");
+    // What it has to say of then comes after that.
+    world.end_with(3, J1, 1, lost(0), Position::at(9));
+    assert_eq!(world.inbox(), [], "it is not told to drop what it follows");
+    world.following(3, J1, 2, 12);
+    world.pass(1_100);
+    assert!(world.trace.iter().any(|line| line.contains("w3 is ready to join")), "{:#?}", world.trace);
+}
+
+#[test]
+fn nobody_is_told_to_follow_members_that_have_not_come_back_yet() {
+    let mut world = running_on(2, 1).restart();
+    world.enroll(1);
+    world.connect(3);
+    assert_eq!(world.inbox(), []);
+    world.return_with(1, J1, 1, 0, 40);
+    let told = world.inbox();
+    assert!(matches!(told[..], [(WorkerId(3), ToWorker::Follow(_))]), "{told:?}");
+}
+
+#[test]
+fn survivors_have_the_time_to_come_back_after_a_restart() {
+    let mut world = running_on(3, 1).restart();
+    world.connect(1);
+    world.pass(1_100); // It came back without its work: the membership is over.
+    world.pass(2_000);
+    assert_eq!(world.generation(J1), Generation(1), "the others are waited for");
+    for worker in [2, 3] {
+        world.return_holding(worker, J1, 1, 94);
+        world.end_with(worker, J1, 1, lost(0), Position::at(94));
+    }
+    world.pass(1_100);
+    assert_eq!(starts(&mut world), [2, 3].map(|w| (w, from_peers(94, 0, &[0, 1]))), "w1 follows");
+}
+
+#[test]
+fn a_membership_that_was_written_down_and_never_told_costs_nothing() {
+    let mut world = running_on(3, 1);
+    world.die(1);
+    for worker in [2, 3] {
+        world.end_with(worker, J1, 1, lost(0), Position::at(58));
+    }
+    assert_eq!(world.generation(J1), Generation(2));
+    // Killed before anybody heard of it; what the members have to say, they say again.
+    let mut world = world.restart();
+    for worker in [2, 3] {
+        world.return_holding(worker, J1, 1, 58);
+        world.end_with(worker, J1, 1, lost(0), Position::at(58));
+    }
+    assert_eq!(world.inbox(), [], "nothing is dropped");
+    world.pass(1_100);
+    assert_eq!(starts(&mut world), [2, 3].map(|w| (w, from_peers(58, 0, &[0, 1]))));
+    // What one that was no member of it keeps is of the past.
+    world.return_holding(1, J1, 1, 58);
+    assert!(world.inbox().contains(&(WorkerId(1), ToWorker::Release { job: J1 })));
+}

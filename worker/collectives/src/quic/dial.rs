@@ -52,11 +52,7 @@ pub(super) async fn dial(
             Err(reason) => {
                 if !std::mem::replace(&mut told, true) {
                     let seconds = unreachable.as_secs_f64();
-                    tracing::warn!(
-                        "{} cannot reach {}: {reason}; trying for {seconds:.1} s",
-                        me.rank,
-                        peer.rank
-                    );
+                    tracing::warn!("cannot reach {}: {reason}; trying for {seconds:.1} s", peer.rank);
                 }
                 last = reason;
             }
