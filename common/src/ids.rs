@@ -45,6 +45,13 @@ number_id!(
 #[serde(transparent)]
 pub struct HostKey(pub String);
 
+impl HostKey {
+    /// The part that processes of one running machine share, whatever keeps them apart.
+    pub fn machine(&self) -> &str {
+        self.0.split(':').next().unwrap_or_default()
+    }
+}
+
 macro_rules! parse_prefixed {
     ($name:ident, $prefix:literal) => {
         impl std::str::FromStr for $name {

@@ -66,7 +66,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         json: Json,
     },
-    /// Put a paused job back in the queue.
+    /// Put a paused or failed job back in the queue.
     Resume {
         /// The job, such as `j1`.
         job: JobId,

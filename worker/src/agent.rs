@@ -121,6 +121,7 @@ impl Agent {
     async fn start(args: JoinArgs) -> Result<()> {
         let (departures, mut departed) = mpsc::channel(4);
         watch_for_departure(departures, args.exit_on_stdin_close)?;
+        check_addresses(&args)?;
         let base = args.data_dir.clone().map_or_else(default_home, Ok)?;
         let home = Home::claim(&base)?;
         // On a port of its own: a closed endpoint's socket lives on for a moment, in the way of the one below.
@@ -486,6 +487,35 @@ impl Agent {
         writer.abort();
         end
     }
+}
+
+/// Refuses addresses at which nobody can reach this worker.
+fn check_addresses(args: &JoinArgs) -> Result<()> {
+    // Whether it can be resolved is told later, by whoever connects.
+    let coordinator = resolve(&args.coordinator).unwrap_or_default();
+    let remote = !coordinator.is_empty() && coordinator.iter().all(|address| !address.ip().is_loopback());
+    for address in &args.advertise {
+        if address.ip().is_unspecified() || address.port() == 0 {
+            bail!(
+                "--advertise {address} is no address that others can connect to; name this host's address and its port"
+            );
+        }
+        if remote && address.ip().is_loopback() {
+            bail!(
+                "--advertise {address} can be reached from this host only, and the coordinator is on another; name an address \
+                 of this host's network"
+            );
+        }
+    }
+    if remote && args.listen.ip().is_loopback() {
+        bail!(
+            "--listen {} is of this host only, and the coordinator {} is on another; listen on 0.0.0.0 or on an address that \
+             faces it",
+            args.listen,
+            args.coordinator
+        );
+    }
+    Ok(())
 }
 
 fn watch_for_departure(departures: mpsc::Sender<Departure>, stdin: bool) -> Result<()> {

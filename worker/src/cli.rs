@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 /// Trains what a Lockstep coordinator assigns.
 #[derive(Parser)]
-#[command(version, propagate_version = true)]
+#[command(name = "worker", version, propagate_version = true)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,

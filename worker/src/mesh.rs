@@ -1,7 +1,9 @@
 //! Connections between workers: accepting them, and forming a generation's group.
 
 use crate::state::station::Station;
-use lockstep_collectives::quic::{Lobby, MeshConfig, Peer, Visit, transport_config, verify_by_certificate};
+use lockstep_collectives::quic::{
+    Lobby, MeshConfig, Notices, Peer, Visit, transport_config, verify_by_certificate,
+};
 use lockstep_collectives::{CollectiveError, Group};
 use lockstep_common::ids::{Generation, JobId, Rank};
 use lockstep_common::job::{CollectiveSpec, Reduction};
@@ -81,6 +83,7 @@ impl Mesh {
         assignment: &Assignment,
         reduction: Reduction,
         collective: &CollectiveSpec,
+        notices: Notices,
     ) -> Result<Group, CollectiveError> {
         let placement = assignment.placement.clone();
         if assignment.peers.len() == 1 {
@@ -102,6 +105,7 @@ impl Mesh {
             connect_timeout: PREPARATION,
             incoming,
             verify_peer: verify_by_certificate(),
+            notices,
         };
         let group = Group::connect(config).await;
         self.lobby.forget(assignment.job);

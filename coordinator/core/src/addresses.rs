@@ -84,7 +84,21 @@ pub(crate) fn pairing(ranks: &[(String, Option<&Register>)]) -> Vec<String> {
             false => format!("rank {to} ({name}) at {}", places.join(" and at ")),
         }
     };
-    ranks.iter().enumerate().map(line).collect()
+    let apart = ranks.iter().enumerate().filter_map(|(to, (name, register))| {
+        let twin = |(_, other): &(usize, &(String, Option<&Register>))| is_apart(other.1, *register);
+        let (from, _) = ranks.iter().enumerate().take(to).find(twin)?;
+        Some(format!(
+            "rank {to} ({name}) is on the machine of rank {from}, and in another network namespace or of another user: they \
+             share no memory"
+        ))
+    });
+    ranks.iter().enumerate().map(line).chain(apart).collect()
+}
+
+/// Whether two workers are on one running machine and cannot share memory all the same.
+fn is_apart(one: Option<&Register>, other: Option<&Register>) -> bool {
+    let keys = one.and_then(|r| r.host_key.as_ref()).zip(other.and_then(|r| r.host_key.as_ref()));
+    keys.is_some_and(|(one, other)| one != other && one.machine() == other.machine())
 }
 
 fn describe((address, interface): &(SocketAddr, String), ways: &BTreeMap<Way, Vec<u32>>) -> String {
@@ -216,5 +230,22 @@ mod tests {
                 "rank 5 (w6 on ?) has told no address",
             ]
         );
+    }
+
+    #[test]
+    fn one_machine_that_shares_no_memory_is_told_of() {
+        let on = |key: &str| Register {
+            host_key: Some(HostKey(key.to_owned())),
+            ..worker("a", &["eth0 10.0.0.5/24"])
+        };
+        let (root, nobody, other) = (on("boot:1:1:0"), on("boot:1:1:65534"), on("root:1:1:0"));
+        let lines = |one: &Register, two: &Register| {
+            pairing(&[("w1".to_owned(), Some(one)), ("w2".to_owned(), Some(two))])
+        };
+        let apart = "rank 1 (w2) is on the machine of rank 0, and in another network namespace or of another user: they share \
+                     no memory";
+        assert_eq!(lines(&root, &nobody)[2..], [apart]);
+        assert_eq!(lines(&root, &root).len(), 2);
+        assert_eq!(lines(&root, &other).len(), 2);
     }
 }

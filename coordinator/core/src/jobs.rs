@@ -5,6 +5,7 @@ use crate::flight::Board;
 use crate::generation::Live;
 use crate::pace::Paces;
 use crate::record::{Ending, JobRecord, NewJob};
+use crate::start::CONNECTING;
 use lockstep_common::ids::{Generation, JobId, WorkerId};
 use lockstep_common::wire::{FlightSummary, JobState, StepRecord};
 use std::collections::BTreeMap;
@@ -134,6 +135,9 @@ impl Job {
         const NEWEST_WEIGHT: f64 = 0.02;
         self.failed_flight = None;
         self.record.step = step.step;
+        if self.record.reason.starts_with(CONNECTING) {
+            self.record.reason = "its workers step".to_owned();
+        }
         self.record.epoch = step.epoch;
         self.record.total_steps = step.total_steps;
         self.record.take_in(step.values.clone());

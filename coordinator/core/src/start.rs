@@ -10,6 +10,9 @@ use crate::stragglers::placement;
 use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
 use lockstep_common::wire::{Assignment, JobState, Peer, Position, Resumption, ToWorker};
 
+/// What a job's workers do before their first step.
+pub(crate) const CONNECTING: &str = "its workers load data and connect";
+
 impl Core {
     /// Starts what can start, and lets workers that nobody waits for get ready to join what runs.
     pub(crate) fn schedule(&mut self, now_ms: u64) {
@@ -148,7 +151,13 @@ impl Core {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let record = &mut job.record;
         record.state = JobState::Running;
-        record.reason = "its workers step".to_owned();
+        record.reason = match record.fruitless {
+            0 => CONNECTING.to_owned(),
+            times => format!(
+                "{CONNECTING}, after {times} attempts in a row that came no further; the first error: {}",
+                record.first_error
+            ),
+        };
         record.members.clone_from(&workers);
         record.resumed_from = match resume {
             Resumption::Peers { .. } => started,

@@ -1,4 +1,4 @@
-//! A rank's training: `worker/src/session.rs` with hashes for weights.
+//! A rank's training: `worker/src/session` with hashes for weights.
 
 use crate::chain::{Exchange, Key, State, contribution};
 use crate::cluster::World;

@@ -12,8 +12,8 @@ use lockstep_common::placement::Placement;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, UdpSocket};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use support::cluster::{GENERATION, JOB, Worker, mesh, worker, workers};
 use support::{Draw, assert_same, in_ranks, leaves_of, placement_strategy, reference};
@@ -290,8 +290,11 @@ fn a_peer_that_cannot_be_reached_is_named_after_the_time_out() {
     let mute = UdpSocket::bind("127.0.0.1:0").unwrap();
     let address = mute.local_addr().unwrap();
     let peer = Peer { addresses: vec![address], ..workers[1].peer(1) };
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let listener = told.clone();
     let config = MeshConfig {
         connect_timeout: Duration::from_secs(900),
+        notices: Arc::new(move |line| listener.lock().unwrap().push(line.to_owned())),
         ..workers[0].config(0, vec![peer], &placement, LIMIT)
     };
     let started = Instant::now();
@@ -300,6 +303,9 @@ fn a_peer_that_cannot_be_reached_is_named_after_the_time_out() {
     assert_eq!(error.culprit(), Some(Rank(1)));
     let expected = format!("no connection to rank 1: it cannot be reached: {address} has not answered");
     assert!(error.to_string().starts_with(&expected), "{error}");
+    let told = told.lock().unwrap();
+    let expected = format!("rank 0 cannot reach rank 1: {address} has not answered; it tries for 2.0 s");
+    assert_eq!(told[..], [expected]);
 }
 
 #[test]

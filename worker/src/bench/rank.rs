@@ -81,7 +81,8 @@ fn serve(runtime: &Runtime, out: &mut pipe::Sender, mut input: pipe::Receiver) -
     for (index, column) in plan.columns.iter().enumerate() {
         let assignment = assignment(rank, index, &addresses, plan.shards);
         let collective = CollectiveSpec { backend: column.backend, ..CollectiveSpec::default() };
-        let group = runtime.block_on(mesh.group(&assignment, column.reduction, &collective));
+        let group =
+            runtime.block_on(mesh.group(&assignment, column.reduction, &collective, Arc::new(|_| {})));
         ways.push(Way::new(group.with_context(|| column.name())?, *column));
     }
     let measured = measure(runtime, out, &plan, &mut ways);

@@ -27,7 +27,7 @@ use lockstep_collectives::{CollectiveError, Group};
 use lockstep_common::dataset::ShardCache;
 use lockstep_common::ids::{Generation, JobId, WorkerId};
 use lockstep_common::job::{JobSpec, Precision};
-use lockstep_common::wire::{Assignment, Outcome, Position, Resumption, StopMode};
+use lockstep_common::wire::{Assignment, FromWorker, Outcome, Position, Resumption, StopMode};
 use parking_lot::Mutex;
 use prepare::Prepared;
 use run::{Parts, Session};
@@ -284,7 +284,11 @@ fn connect(
     if !source {
         desk.withdraw("this rank does not hold the state");
     }
-    let group = environment.mesh.group(assignment, job.reduction, &job.collective);
+    let (control, job_id, generation) = (environment.control.clone(), assignment.job, assignment.generation);
+    let notices = move |line: &str| {
+        control.tell(FromWorker::Log { job: job_id, generation, line: line.to_owned() });
+    };
+    let group = environment.mesh.group(assignment, job.reduction, &job.collective, Arc::new(notices));
     environment.runtime.block_on(async {
         tokio::pin!(group);
         let mut shown = !source;

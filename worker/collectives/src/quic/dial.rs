@@ -2,10 +2,11 @@
 
 use super::hello::{self, Hello, HelloError, Purpose};
 use super::lifeline::Lifeline;
-use super::{Peer, VerifyPeer, close};
+use super::{Notices, Peer, VerifyPeer, close};
 use crate::error::CollectiveError;
 use lockstep_common::ids::{Generation, JobId, Rank};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
@@ -19,13 +20,14 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(3);
 /// The head start of each address over the next one, as long as a round trip around the world.
 const STAGGER: Duration = Duration::from_millis(250);
 
-/// For how long a peer is dialled.
-#[derive(Clone, Copy)]
+/// For how long a peer is dialled, and who hears how that goes.
+#[derive(Clone)]
 pub(super) struct Patience {
     /// Until when a peer that answers may prepare.
     pub(super) deadline: Instant,
     /// How long none of its addresses may answer: its worker listens before it is given a job.
     pub(super) unreachable: Duration,
+    pub(super) notices: Notices,
 }
 
 /// Connects to `peer` and waits until it has formed the same group.
@@ -35,7 +37,7 @@ pub(super) async fn dial(
     peer: Peer,
     me: Hello,
     verify: VerifyPeer,
-    Patience { deadline, unreachable }: Patience,
+    Patience { deadline, unreachable, notices }: Patience,
 ) -> Result<(quinn::Connection, Lifeline), CollectiveError> {
     let failed = |detail: String| CollectiveError::Connect { rank: peer.rank, detail };
     let mut last = "time ran out".to_owned();
@@ -52,7 +54,9 @@ pub(super) async fn dial(
             Err(reason) => {
                 if !std::mem::replace(&mut told, true) {
                     let seconds = unreachable.as_secs_f64();
-                    tracing::warn!("cannot reach {}: {reason}; trying for {seconds:.1} s", peer.rank);
+                    let (from, to) = (me.rank, peer.rank);
+                    tracing::warn!("cannot reach {to}: {reason}; trying for {seconds:.1} s");
+                    notices(&format!("{from} cannot reach {to}: {reason}; it tries for {seconds:.1} s"));
                 }
                 last = reason;
             }
@@ -66,7 +70,7 @@ pub(super) async fn dial(
                         if me.purpose == Purpose::Visit {
                             return Ok((connection, Lifeline::none()));
                         }
-                        tell(me.rank, peer.rank, address, &connection, &passed_over);
+                        tell((me.rank, peer.rank), address, &connection, &passed_over, &notices);
                         return Ok((connection, Lifeline::to(address, secret)));
                     }
                     Ok(Err(HelloError::Lost(reason) | HelloError::Busy(reason))) => {
@@ -109,7 +113,11 @@ impl Visit {
         let (job, generation, rank) = (self.job, self.generation, self.rank);
         let me = Hello { purpose: Purpose::Visit, job, generation, rank };
         let (endpoint, tls) = (self.endpoint.clone(), self.client_config.clone());
-        let patience = Patience { deadline: Instant::now() + self.timeout, unreachable: self.timeout };
+        let patience = Patience {
+            deadline: Instant::now() + self.timeout,
+            unreachable: self.timeout,
+            notices: Arc::new(|_| {}),
+        };
         let (connection, _) = dial(endpoint, tls, peer, me, self.verify_peer.clone(), patience).await?;
         Ok(connection)
     }
@@ -124,17 +132,25 @@ struct Reached {
 }
 
 /// Says which way the two ranks' data goes: a fall to a slower network must not go unnoticed.
-fn tell(me: Rank, peer: Rank, address: SocketAddr, connection: &quinn::Connection, passed_over: &[String]) {
+fn tell(
+    (me, peer): (Rank, Rank),
+    address: SocketAddr,
+    connection: &quinn::Connection,
+    passed_over: &[String],
+    notices: &Notices,
+) {
     let local = connection.local_ip().map(|ip| format!(" from {}", ip.to_canonical())).unwrap_or_default();
     if passed_over.is_empty() {
         tracing::info!("{me} -> {peer} over {address}, the preferred address{local}");
-    } else {
-        tracing::warn!(
-            "{me} -> {peer} over {address}{local}, not the preferred address: {}; see that it can be reached, or \
-             choose another with --advertise",
-            passed_over.join("; ")
-        );
+        return;
     }
+    let line = format!(
+        "{me} -> {peer} over {address}{local}, not the preferred address: {}; see that it can be reached, or choose another \
+         with --advertise",
+        passed_over.join("; ")
+    );
+    tracing::warn!("{line}");
+    notices(&line);
 }
 
 /// Dials all of the peer's addresses, each a little after the one before, `until` some time, and takes the first that

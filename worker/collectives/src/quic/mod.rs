@@ -65,6 +65,10 @@ pub struct Peer {
     pub server_name: String,
 }
 
+/// Told, in a line for people, what is wrong with the ways between ranks: a peer that does not answer yet, or only at an
+/// address that it does not prefer.
+pub type Notices = Arc<dyn Fn(&str) + Send + Sync>;
+
 /// All that a rank needs to join its group.
 pub struct MeshConfig {
     /// The worker's endpoint, which dials; what it accepts goes to a [`Lobby`].
@@ -93,6 +97,8 @@ pub struct MeshConfig {
     pub incoming: UnboundedReceiver<Accepted>,
     /// The check of a peer's certificate, done on both sides: [`verify_by_certificate`].
     pub verify_peer: VerifyPeer,
+    /// Told of trouble on the way.
+    pub notices: Notices,
 }
 
 /// Transport parameters for connections between ranks.
@@ -128,14 +134,14 @@ pub fn transport_config() -> quinn::TransportConfig {
 pub(crate) async fn establish(config: MeshConfig) -> Result<(QuicTransport, Inboxes), CollectiveError> {
     check(&config)?;
     let deadline = Instant::now() + config.connect_timeout;
-    let patience = dial::Patience { deadline, unreachable: config.timeout };
+    let patience = dial::Patience { deadline, unreachable: config.timeout, notices: config.notices };
     let me =
         Hello { purpose: Purpose::Group, job: config.job, generation: config.generation, rank: config.rank };
     let (lower, higher): (Vec<_>, Vec<_>) = config.peers.into_iter().partition(|p| p.rank < config.rank);
     let mut tasks = JoinSet::new();
     for peer in higher {
         let (endpoint, tls) = (config.endpoint.clone(), config.client_config.clone());
-        let verify = config.verify_peer.clone();
+        let (verify, patience) = (config.verify_peer.clone(), patience.clone());
         tasks.spawn(async move {
             let rank = peer.rank;
             let (connection, lifeline) = dial::dial(endpoint, tls, peer, me, verify, patience).await?;

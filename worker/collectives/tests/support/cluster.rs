@@ -91,6 +91,7 @@ impl Worker {
             timeout,
             connect_timeout: timeout,
             incoming: self.lobby.expect(JOB, GENERATION),
+            notices: Arc::new(|_| {}),
             verify_peer: verify_by_certificate(),
         }
     }
