@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help libtorch data nextest build demo test lint sim bench-step bench-allreduce bench-overlap chaos parity-fixtures deny clean
+.PHONY: help libtorch data nextest build demo test lint sim bench-step bench-allreduce bench-overlap chaos parity parity-fixtures deny clean
 
 # An empty LIBTORCH would hide the folder that .cargo/config.toml names.
 ifeq ($(LIBTORCH),)
@@ -71,9 +71,15 @@ chaos: build ## Kill, stop and cut off real processes in the midst of jobs (SEED
 	((EUID)) || chaos=("$${isolated[@]}" "$${chaos[@]}")
 	exec "$${chaos[@]}"
 
-parity-fixtures: libtorch ## Compute the reference values of the parity tests again, with PyTorch
-	@python=$$(deploy/setup/python-torch.sh)
+parity: build ## Every network beside torchvision, timm and others: outputs, gradients, exports (CASES="inception-v4" for some)
+	@python=$$(deploy/setup/python-parity.sh)
+	cargo build --quiet --release --locked --package lockstep-nn --example parity
+	"$$python" worker/nn/parity/compare.py --programs "$$PWD/target/release" --data "$$(deploy/setup/fashion-mnist.sh)" $(CASES)
+
+parity-fixtures: libtorch ## Compute the reference values of the parity tests again, with PyTorch and the libraries
+	@python=$$(deploy/setup/python-parity.sh)
 	"$$python" worker/nn/parity/reference.py
+	"$$python" worker/nn/parity/architectures.py
 
 deny: ## Licences, advisories and bans of the dependencies (needs cargo-deny)
 	@command -v cargo-deny > /dev/null || { echo 'error: cargo-deny is missing' >&2; echo 'hint: cargo install --locked cargo-deny' >&2; exit 1; }

@@ -26,6 +26,11 @@ pub(crate) enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Say whose the weights in a safetensors file are, and how a job begins with them.
+    Weights {
+        /// The file.
+        file: PathBuf,
+    },
 }
 
 #[derive(Subcommand)]

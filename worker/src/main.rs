@@ -22,6 +22,7 @@ mod state;
 mod tasks;
 mod train;
 mod uptime;
+mod weights;
 
 use clap::Parser;
 use lockstep_common::one_line::one_line;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         cli::Command::Join(args) => agent::join(*args),
         cli::Command::Bench(command) => bench::run(command),
         cli::Command::Models { json } => models::list(json),
+        cli::Command::Weights { file } => weights::describe(&file),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

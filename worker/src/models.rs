@@ -1,7 +1,7 @@
 //! `worker models`.
 
 use anyhow::Result;
-use lockstep_common::job::{BatchNorm, ModelSpec};
+use lockstep_common::job::ModelSpec;
 use lockstep_nn::models::{ModelInfo, registry, validate};
 use std::io::Write;
 
@@ -14,23 +14,20 @@ pub(crate) fn list(json: bool) -> Result<()> {
         writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
         return Ok(());
     }
-    writeln!(out, "{:<18} {:>11}  {:<38} REFERENCE", "NAME", "PARAMETERS", "INPUT")?;
+    writeln!(out, "{:<19} {:>11}  {}", "NAME", "PARAMETERS", "REFERENCE")?;
     for info in registry() {
-        writeln!(out, "{:<18} {:>11}  {:<38} {}", info.name, parameters(info)?, info.input, info.reference)?;
+        writeln!(out, "{:<19} {:>11}  {}", info.name, parameters(info)?, info.reference)?;
+        writeln!(out, "    {}", info.summary)?;
+        writeln!(out, "    input {}", info.input)?;
         for option in info.options {
-            writeln!(out, "    {:<14} default {:<9} {}", option.name, option.default, option.meaning)?;
+            writeln!(out, "    {:<14} default {:<15} {}", option.name, option.default, option.meaning)?;
         }
     }
     Ok(())
 }
 
 fn parameters(info: &ModelInfo) -> Result<u64> {
-    let spec = ModelSpec {
-        name: info.name.to_owned(),
-        batch_norm: BatchNorm::Sync,
-        optimizer: None,
-        options: serde_json::Map::new(),
-    };
+    let spec = ModelSpec { name: info.name.to_owned(), ..ModelSpec::default() };
     Ok(validate(&spec)?.parameters)
 }
 

@@ -21,7 +21,7 @@ mod writer;
 pub use manifest::{CheckpointInfo, CheckpointManifest, FileEntry, ManifestProblem};
 pub use parts::{join, senders};
 pub use store::{CheckpointEntry, CheckpointFiles, CheckpointStore, LatestGood, OpenFile, Refused};
-pub use tensors::{TensorsError, decode_tensors, encode_tensors};
+pub use tensors::{BATCH_COUNT, TensorsError, decode_tensors, encode_for_others, encode_tensors};
 pub use writer::CheckpointWriter;
 
 use crate::durable::FileError;

@@ -1,12 +1,11 @@
 //! The folder of a job's checkpoints.
 
 use super::manifest::{CheckpointInfo, CheckpointManifest, FileEntry, ManifestProblem};
-use super::tensors::{TensorsError, decode_tensors, encode_with_metadata};
+use super::tensors::{TensorsError, decode_tensors, encode_for_others};
 use super::{CheckpointError, MANIFEST_FILE, WEIGHTS_FILE};
 use crate::digest::{blake3_hex, weights_digest};
 use crate::durable::{self, FileError};
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Seek};
 use std::path::{Path, PathBuf};
@@ -202,10 +201,8 @@ impl CheckpointStore {
         let source = self.step_dir(step).join(WEIGHTS_FILE);
         let weights =
             checkpoint.file(WEIGHTS_FILE).ok_or_else(|| CheckpointError::Missing(source.clone()))?;
-        // Readers of the Hugging Face family insist on this entry.
-        let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
         let file = decode_tensors(weights)
-            .and_then(|tensors| encode_with_metadata(tensors, Some(metadata)))
+            .and_then(|tensors| encode_for_others(tensors, checkpoint.manifest.info.step))
             .map_err(|problem| CheckpointError::Tensors { path: source, problem })?;
         durable::create_atomic(path, &file).map_err(|e| match e.source.kind() {
             io::ErrorKind::AlreadyExists => CheckpointError::Exists(path.to_path_buf()),

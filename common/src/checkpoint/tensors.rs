@@ -52,8 +52,30 @@ pub fn encode_tensors<'a>(
     encode_with_metadata(tensors, None)
 }
 
-/// [`encode_tensors`] with the file's own metadata.
-pub(super) fn encode_with_metadata<'a>(
+/// The last part of the name under which PyTorch's batch norms count the batches that they have seen.
+pub const BATCH_COUNT: &str = "num_batches_tracked";
+
+/// A safetensors file of `tensors` for other programs: [`encode_tensors`], with metadata that readers of the Hugging
+/// Face family insist on, and with `steps` as the count that PyTorch keeps beside every running mean and misses when it
+/// loads strictly.
+pub fn encode_for_others<'a>(
+    tensors: impl IntoIterator<Item = TensorBytes<'a>>,
+    steps: u64,
+) -> Result<Vec<u8>, TensorsError> {
+    let mut tensors: Vec<_> = tensors.into_iter().collect();
+    let count = |layer: &str| TensorBytes {
+        name: Cow::Owned(format!("{layer}{BATCH_COUNT}")),
+        dtype: Cow::Borrowed("I64"),
+        shape: Cow::Borrowed(&[]),
+        bytes: Cow::Owned(steps.to_le_bytes().to_vec()),
+    };
+    let counts: Vec<_> =
+        tensors.iter().filter_map(|t| t.name.strip_suffix("running_mean").map(count)).collect();
+    tensors.extend(counts);
+    encode_with_metadata(tensors, Some(HashMap::from([("format".to_owned(), "pt".to_owned())])))
+}
+
+fn encode_with_metadata<'a>(
     tensors: impl IntoIterator<Item = TensorBytes<'a>>,
     metadata: Option<HashMap<String, String>>,
 ) -> Result<Vec<u8>, TensorsError> {
@@ -120,6 +142,15 @@ mod tests {
         let file = encode_tensors([c.clone(), a.clone(), b.clone()]).unwrap();
         assert_eq!(file, encode_tensors([a.clone(), b.clone(), c.clone()]).unwrap());
         assert_eq!(decode_tensors(&file).unwrap(), [a, b, c]);
+    }
+
+    #[test]
+    fn other_programs_get_a_count_of_batches_beside_every_running_mean() {
+        let mean = tensor("bn.running_mean", "F32", &[1], &[0; 4]);
+        let weight = tensor("conv.weight", "F32", &[1], &[1; 4]);
+        let file = encode_for_others([weight.clone(), mean.clone()], 258).unwrap();
+        let count = tensor("bn.num_batches_tracked", "I64", &[], &[2, 1, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(decode_tensors(&file).unwrap(), [count, mean, weight]);
     }
 
     #[test]

@@ -132,7 +132,7 @@ pub enum BatchNorm {
 }
 
 /// A network: its name in `worker models` and its own options.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ModelSpec {
     /// The architecture.
     pub name: String,
@@ -142,6 +142,13 @@ pub struct ModelSpec {
     /// An optimizer of its own, instead of the job's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub optimizer: Option<OptimizerSpec>,
+    /// A safetensors file with the weights to begin with, instead of those that the seed gives. A path on every worker;
+    /// a relative one is looked up from where the worker was started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights: Option<String>,
+    /// BLAKE3 of that file, in hex: the result depends on its bytes, so they belong to the job.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights_blake3: Option<String>,
     /// Every further key: the architecture's own options.
     #[serde(flatten)]
     pub options: serde_json::Map<String, serde_json::Value>,

@@ -42,6 +42,8 @@ pub enum OptionKind {
     Count,
     /// A probability to drop, in [0, 1).
     DropRate,
+    /// A number from the first to the second.
+    Number(f64, f64),
     /// True or false.
     Switch,
     /// One of these names.
@@ -59,6 +61,10 @@ impl OptionKind {
             Self::DropRate => (
                 value.as_f64().is_some_and(|p| (0.0..1.0).contains(&p)),
                 "it must be a number from 0 to below 1".to_owned(),
+            ),
+            Self::Number(from, to) => (
+                value.as_f64().is_some_and(|x| (from..=to).contains(&x)),
+                format!("it must be a number from {from} to {to}"),
             ),
             Self::Switch => (value.is_boolean(), "it must be `true` or `false`".to_owned()),
             Self::Choice(names) => {
@@ -78,8 +84,45 @@ pub fn catalogue() -> &'static [ModelEntry] {
         ModelOption { name, kind: OptionKind::Count }
     }
     const DROPOUT: ModelOption = ModelOption { name: "dropout", kind: OptionKind::DropRate };
+    const fn number(name: &'static str, from: f64, to: f64) -> ModelOption {
+        ModelOption { name, kind: OptionKind::Number(from, to) }
+    }
+    const fn choice(name: &'static str, names: &'static [&'static str]) -> ModelOption {
+        ModelOption { name, kind: OptionKind::Choice(names) }
+    }
+    const AUX: ModelOption = ModelOption { name: "aux", kind: OptionKind::Switch };
+    const AUX_WEIGHT: ModelOption = number("aux_weight", 0.0, 10.0);
+    const AUX_DROPOUT: ModelOption = ModelOption { name: "aux_dropout", kind: OptionKind::DropRate };
+    const RESIDUAL_SCALE: ModelOption = number("residual_scale", 0.0, 1.0);
+    const BN_EPS: ModelOption = number("bn_eps", 0.0, 1.0);
+    const BN_MOMENTUM: ModelOption = number("bn_momentum", 0.0, 1.0);
+    const GOOGLENET: &[ModelOption] = &[
+        choice("variant", &["torchvision", "paper"]),
+        count("classes"),
+        count("in_channels"),
+        AUX,
+        AUX_WEIGHT,
+        DROPOUT,
+        AUX_DROPOUT,
+        BN_EPS,
+        BN_MOMENTUM,
+    ];
+    const INCEPTION: &[ModelOption] = &[count("classes"), count("in_channels"), DROPOUT, BN_EPS, BN_MOMENTUM];
+    const INCEPTION_V3: &[ModelOption] =
+        &[count("classes"), count("in_channels"), AUX, AUX_WEIGHT, DROPOUT, BN_EPS, BN_MOMENTUM];
+    const RESNET_V1: &[ModelOption] =
+        &[count("classes"), count("in_channels"), DROPOUT, RESIDUAL_SCALE, BN_EPS, BN_MOMENTUM];
+    const RESNET_V2: &[ModelOption] = &[
+        choice("variant", &["released", "paper"]),
+        count("classes"),
+        count("in_channels"),
+        DROPOUT,
+        RESIDUAL_SCALE,
+        BN_EPS,
+        BN_MOMENTUM,
+    ];
     const NIN: &[ModelOption] = &[
-        ModelOption { name: "widths", kind: OptionKind::Choice(&["cifar", "mnist"]) },
+        choice("widths", &["cifar", "mnist"]),
         count("classes"),
         count("in_channels"),
         ModelOption { name: "final_relu", kind: OptionKind::Switch },
@@ -91,6 +134,12 @@ pub fn catalogue() -> &'static [ModelEntry] {
     const DISCRIMINATOR: &[ModelOption] = &[count("inputs"), count("hidden"), count("pieces"), DROPOUT];
     &[
         ModelEntry { name: "nin", role: Classifier, options: NIN },
+        ModelEntry { name: "googlenet", role: Classifier, options: GOOGLENET },
+        ModelEntry { name: "bn-inception", role: Classifier, options: INCEPTION },
+        ModelEntry { name: "inception-v3", role: Classifier, options: INCEPTION_V3 },
+        ModelEntry { name: "inception-v4", role: Classifier, options: INCEPTION },
+        ModelEntry { name: "inception-resnet-v1", role: Classifier, options: RESNET_V1 },
+        ModelEntry { name: "inception-resnet-v2", role: Classifier, options: RESNET_V2 },
         ModelEntry { name: "small-cnn", role: Classifier, options: SMALL_CNN },
         ModelEntry { name: "mlp", role: Classifier, options: MLP },
         ModelEntry { name: "gan-generator", role: Generator, options: GENERATOR },

@@ -151,6 +151,9 @@ fn check_networks(job: &JobSpec) -> Result<(), Fault> {
     Ok(())
 }
 
+/// The keys that every model takes.
+const OWN_KEYS: [&str; 4] = ["batch_norm", "optimizer", "weights", "weights_blake3"];
+
 fn check_model(section: &str, model: &ModelSpec, role: ModelRole) -> Result<(), Fault> {
     let fitting = || catalogue().iter().filter(|m| m.role == role).map(|m| m.name);
     let Some(entry) = catalogue().iter().find(|m| m.name == model.name) else {
@@ -164,7 +167,7 @@ fn check_model(section: &str, model: &ModelSpec, role: ModelRole) -> Result<(), 
     })?;
     for (key, value) in &model.options {
         let Some(option) = entry.options.iter().find(|option| option.name == key) else {
-            let known = entry.options.iter().map(|option| option.name).chain(["batch_norm", "optimizer"]);
+            let known = entry.options.iter().map(|option| option.name).chain(OWN_KEYS);
             let what =
                 format!("unknown option `{key}` of model `{}`{}", model.name, did_you_mean(key, known));
             return Err(Fault::at(&[section, key], what));
@@ -173,9 +176,30 @@ fn check_model(section: &str, model: &ModelSpec, role: ModelRole) -> Result<(), 
             return Err(Fault::at(&[section, key], format!("`{key}` is {value}; {problem}")));
         }
     }
+    check_weights(section, model)?;
     match &model.optimizer {
         Some(own) => check_optimizer(own, &[section, "optimizer"]),
         None => Ok(()),
+    }
+}
+
+/// A file's bytes decide about the result, so a job names them and not only the file.
+fn check_weights(section: &str, model: &ModelSpec) -> Result<(), Fault> {
+    match (&model.weights, &model.weights_blake3) {
+        (None, None) => Ok(()),
+        (Some(file), None) => Err(Fault::at(
+            &[section, "weights"],
+            format!("`weights` needs `weights_blake3`, the file's hash; `worker weights {file}` prints it"),
+        )),
+        (None, Some(_)) => {
+            Err(Fault::at(&[section, "weights_blake3"], "`weights_blake3` needs `weights`, a file"))
+        }
+        (Some(_), Some(hash)) => {
+            let is_hash = hash.len() == 64 && hash.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+            require(is_hash, &[section, "weights_blake3"], || {
+                format!("`weights_blake3` is {hash:?}; it must be 64 hexadecimal digits")
+            })
+        }
     }
 }
 

@@ -62,7 +62,7 @@ fn one_that_slept_through_its_lease_is_found_out() {
 
 #[test]
 fn healing_from_the_wrong_replica_is_found_out() {
-    shows(Breakage::WrongReplica, "identical:");
+    shows(Breakage::WrongReplica, "exact:");
 }
 
 #[test]

@@ -290,11 +290,8 @@ fn a_peer_that_cannot_be_reached_is_named_after_the_time_out() {
     let mute = UdpSocket::bind("127.0.0.1:0").unwrap();
     let address = mute.local_addr().unwrap();
     let peer = Peer { addresses: vec![address], ..workers[1].peer(1) };
-    let told = Arc::new(Mutex::new(Vec::new()));
-    let listener = told.clone();
     let config = MeshConfig {
         connect_timeout: Duration::from_secs(900),
-        notices: Arc::new(move |line| listener.lock().unwrap().push(line.to_owned())),
         ..workers[0].config(0, vec![peer], &placement, LIMIT)
     };
     let started = Instant::now();
@@ -303,9 +300,30 @@ fn a_peer_that_cannot_be_reached_is_named_after_the_time_out() {
     assert_eq!(error.culprit(), Some(Rank(1)));
     let expected = format!("no connection to rank 1: it cannot be reached: {address} has not answered");
     assert!(error.to_string().starts_with(&expected), "{error}");
+}
+
+#[test]
+fn a_fall_to_an_address_that_is_not_preferred_is_told_of() {
+    let workers = workers(2);
+    let placement = Placement::even(2, 2);
+    let mute = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let preferred = mute.local_addr().unwrap();
+    let mut peer = workers[1].peer(1);
+    peer.addresses.insert(0, preferred);
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let listener = told.clone();
+    let dials = MeshConfig {
+        notices: Arc::new(move |line: &str| listener.lock().unwrap().push(line.to_owned())),
+        ..workers[0].config(0, vec![peer], &placement, TIMEOUT)
+    };
+    std::thread::scope(|scope| {
+        let dials = scope.spawn(|| workers[0].connect(dials).unwrap());
+        let answers = workers[1].config(1, vec![workers[0].peer(0)], &placement, TIMEOUT);
+        drop((workers[1].connect(answers).unwrap(), dials.join().unwrap()));
+    });
     let told = told.lock().unwrap();
-    let expected = format!("rank 0 cannot reach rank 1: {address} has not answered; it tries for 2.0 s");
-    assert_eq!(told[..], [expected]);
+    let expected = format!("not the preferred address: {preferred} has not answered");
+    assert!(matches!(&told[..], [line] if line.contains(&expected)), "{told:?}");
 }
 
 #[test]

@@ -1,7 +1,6 @@
 """PyTorch's side of the parity tests: writes tests/fixtures/pytorch.safetensors.
 
-    python3 -m venv venv && venv/bin/pip install torch==2.11.0 numpy safetensors
-    venv/bin/python worker/nn/parity/reference.py
+    make parity-fixtures
 
 Everything is f64 on one thread and seeded. The file holds
 

@@ -58,6 +58,9 @@ pub enum NnError {
         /// Every key that is missing, unknown, or of another shape or type.
         problems: Vec<String>,
     },
+    /// Weights from a file are not those of the network. Nothing was loaded.
+    #[error("{0}")]
+    Weights(String),
     /// An input whose shape does not fit what it is for.
     #[error("{what}: expected {expected}, got {got}")]
     Shape {

@@ -49,6 +49,8 @@ pub struct BnRecord {
     pub network: u16,
     /// The layer's full name.
     pub layer: String,
+    /// The share of this batch in the running statistics.
+    pub momentum: f64,
     /// Values per channel: samples times positions.
     pub count: f64,
     /// Mean per channel.

@@ -19,5 +19,6 @@ pub mod optim;
 pub mod schedule;
 pub mod shim;
 pub mod vars;
+pub mod weights;
 
 pub use error::NnError;

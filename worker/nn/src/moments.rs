@@ -6,9 +6,6 @@ use crate::vars::Vars;
 pub use lockstep_common::moments::merge as merge_moments;
 use tch::{Tensor, no_grad};
 
-/// Share of a new batch in the running statistics, PyTorch's default.
-pub const RUNNING_MOMENTUM: f64 = 0.1;
-
 /// The records of one shard as one vector whose sum over all shards [`average_records`] turns into their
 /// average, weighted by the samples: for batch norm over each shard by itself.
 pub fn weighted_records(records: &[BnRecord]) -> Vec<f64> {
@@ -48,14 +45,13 @@ pub fn average_records(records: &mut [BnRecord], summed: &[f64]) -> Result<(), N
 pub fn apply_running_stats<'a>(
     vars: &Vars,
     records: impl IntoIterator<Item = &'a BnRecord>,
-    momentum: f64,
 ) -> Result<(), NnError> {
     for record in records.into_iter().filter(|r| r.count > 1.0) {
         for (buffer, batch) in [("running_mean", &record.mean), ("running_var", &record.var_unbiased)] {
             let tensor = &vars.var(&format!("{}.{buffer}", record.layer))?.tensor;
             let mut running = Vec::<f64>::try_from(tensor.f_to_kind(tch::Kind::Double)?)?;
             for (r, b) in running.iter_mut().zip(batch) {
-                *r = (1.0 - momentum) * *r + momentum * b;
+                *r = (1.0 - record.momentum) * *r + record.momentum * b;
             }
             no_grad(|| tensor.detach().f_copy_(&Tensor::f_from_slice(&running)?))?;
         }
@@ -92,6 +88,7 @@ mod tests {
         let record = |count, mean, var| BnRecord {
             network: 0,
             layer: "bn".into(),
+            momentum: 0.1,
             count,
             mean: vec![mean],
             var_unbiased: vec![var],

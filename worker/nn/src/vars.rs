@@ -6,7 +6,7 @@
 
 use crate::error::NnError;
 use crate::init::Init;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use tch::{Device, Kind, Tensor, no_grad};
 
 /// What a variable is for.
@@ -42,9 +42,19 @@ pub struct Vars {
     kind: Kind,
     device: Device,
     entries: BTreeMap<String, Var>,
-    /// Building a model over sealed variables finds them and creates none.
-    sealed: bool,
+    creation: Creation,
     batch_norms: u32,
+}
+
+/// What happens when a model that is being built asks for a variable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Creation {
+    /// It is created with its initial values.
+    Initialized,
+    /// It is created as one zero that is seen at every place.
+    Outlined,
+    /// It must be there.
+    Sealed,
 }
 
 impl Vars {
@@ -54,7 +64,13 @@ impl Vars {
     /// name it keys the initial values.
     pub fn new(network: &str, seed: u64, kind: Kind, device: Device) -> Self {
         let network = network.to_owned();
-        Self { network, seed, kind, device, entries: BTreeMap::new(), sealed: false, batch_norms: 0 }
+        let entries = BTreeMap::new();
+        Self { network, seed, kind, device, entries, creation: Creation::Initialized, batch_norms: 0 }
+    }
+
+    /// An empty set whose variables will have names and shapes and no memory.
+    pub fn outline(network: &str) -> Self {
+        Self { creation: Creation::Outlined, ..Self::new(network, 0, Kind::Float, Device::Cpu) }
     }
 
     /// The number type of all variables.
@@ -65,6 +81,33 @@ impl Vars {
     /// Where the variables are.
     pub fn device(&self) -> Device {
         self.device
+    }
+
+    /// The variables of this outline with the values of `saved`, which must hold exactly these names and shapes, all
+    /// of type `kind`.
+    pub fn filled(
+        &self,
+        kind: Kind,
+        device: Device,
+        saved: &BTreeMap<String, Tensor>,
+    ) -> Result<Self, NnError> {
+        let problems = misfits(self.iter().map(|(name, var)| (name, &var.tensor, kind)), saved);
+        if !problems.is_empty() {
+            return Err(NnError::Load { what: "network", problems });
+        }
+        let fill = |(name, var): (&String, &Var)| -> Result<(String, Var), NnError> {
+            let mut tensor = saved[name].f_empty_like()?.f_to_device(device)?;
+            no_grad(|| tensor.f_copy_(&saved[name]))?;
+            Ok((name.clone(), Var { tensor, role: var.role }))
+        };
+        Ok(Self {
+            network: self.network.clone(),
+            kind,
+            device,
+            entries: self.entries.iter().map(fill).collect::<Result<_, _>>()?,
+            creation: Creation::Sealed,
+            ..*self
+        })
     }
 
     /// Where building a model starts.
@@ -116,7 +159,7 @@ impl Vars {
         Ok(Self {
             network: self.network.clone(),
             entries: self.entries.iter().map(alias).collect::<Result<_, _>>()?,
-            sealed: true,
+            creation: Creation::Sealed,
             batch_norms: 0,
             ..*self
         })
@@ -142,26 +185,37 @@ impl Vars {
     }
 }
 
+/// What is wrong with `saved` as the values of tensors of these names, shapes and types.
+fn misfits<'a>(
+    mine: impl Iterator<Item = (&'a str, &'a Tensor, Kind)>,
+    saved: &BTreeMap<String, Tensor>,
+) -> Vec<String> {
+    let (mut problems, mut known) = (Vec::new(), BTreeSet::new());
+    for (name, tensor, kind) in mine {
+        known.insert(name);
+        match saved.get(name) {
+            None => problems.push(format!("`{name}` is missing")),
+            Some(s) if s.size() != tensor.size() => {
+                problems.push(format!("`{name}` has shape {:?} instead of {:?}", s.size(), tensor.size()));
+            }
+            Some(s) if s.kind() != kind => {
+                problems.push(format!("`{name}` has type {:?} instead of {kind:?}", s.kind()));
+            }
+            Some(_) => {}
+        }
+    }
+    let unknown = saved.keys().filter(|k| !known.contains(k.as_str()));
+    problems.extend(unknown.map(|k| format!("`{k}` is unknown")));
+    problems
+}
+
 /// Copies `saved` into `mine`, all or nothing; the error names every key that does not fit.
 pub(crate) fn load_tensors(
     what: &'static str,
     mine: &BTreeMap<String, Tensor>,
     saved: &BTreeMap<String, Tensor>,
 ) -> Result<(), NnError> {
-    let mut problems = Vec::new();
-    for (name, tensor) in mine {
-        match saved.get(name) {
-            None => problems.push(format!("`{name}` is missing")),
-            Some(s) if s.size() != tensor.size() => {
-                problems.push(format!("`{name}` has shape {:?} instead of {:?}", s.size(), tensor.size()));
-            }
-            Some(s) if s.kind() != tensor.kind() => {
-                problems.push(format!("`{name}` has type {:?} instead of {:?}", s.kind(), tensor.kind()));
-            }
-            Some(_) => {}
-        }
-    }
-    problems.extend(saved.keys().filter(|k| !mine.contains_key(*k)).map(|k| format!("`{k}` is unknown")));
+    let problems = misfits(mine.iter().map(|(name, t)| (name.as_str(), t, t.kind())), saved);
     if !problems.is_empty() {
         return Err(NnError::Load { what, problems });
     }
@@ -211,7 +265,7 @@ impl Scope<'_> {
     fn variable(&mut self, name: &str, shape: &[i64], init: Init, role: Role) -> Result<Tensor, NnError> {
         let name = self.full_name(name);
         let fault = |name: &str, problem: String| Err(NnError::Variable { name: name.to_owned(), problem });
-        if self.vars.sealed {
+        if self.vars.creation == Creation::Sealed {
             let var = self.vars.var(&name)?;
             return if var.role == role && var.tensor.size() == shape {
                 Ok(var.tensor.shallow_clone())
@@ -222,12 +276,21 @@ impl Scope<'_> {
         if self.vars.entries.contains_key(&name) {
             return fault(&name, "is asked for twice".to_owned());
         }
-        let count = shape.iter().product::<i64>() as usize;
-        let values = init.draw(self.vars.seed, &self.vars.network, &name, count);
-        let tensor = Tensor::f_from_slice(&values)?.f_reshape(shape)?.f_to_kind(self.vars.kind)?;
-        let tensor = tensor.f_to_device(self.vars.device)?;
+        let tensor = match self.vars.creation {
+            Creation::Outlined => {
+                Tensor::f_zeros([1], (self.vars.kind, self.vars.device))?.f_expand(shape, false)?
+            }
+            _ => self.draw(&name, shape, init)?,
+        };
         self.vars.entries.insert(name, Var { tensor: tensor.shallow_clone(), role });
         Ok(tensor)
+    }
+
+    fn draw(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor, NnError> {
+        let count = shape.iter().product::<i64>() as usize;
+        let values = init.draw(self.vars.seed, &self.vars.network, name, count);
+        let tensor = Tensor::f_from_slice(&values)?.f_reshape(shape)?.f_to_kind(self.vars.kind)?;
+        Ok(tensor.f_to_device(self.vars.device)?)
     }
 
     fn full_name(&self, name: &str) -> String {

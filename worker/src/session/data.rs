@@ -12,6 +12,7 @@ use lockstep_common::dataset::DatasetReader;
 use lockstep_common::job::JobSpec;
 use lockstep_common::sampler::Sampler;
 use lockstep_common::wire::DatasetBrief;
+use lockstep_nn::models;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -66,11 +67,9 @@ pub(crate) fn warm_up<T: Number>(
 
 /// A label beyond the network's last logit would only fail deep inside libtorch.
 fn check_classes(job: &JobSpec, train: &DatasetReader) -> Result<(), TrainError> {
-    /// What every classifier has where a job file names no other number.
-    const DEFAULT_CLASSES: u64 = 10;
     let Some(model) = &job.model else { return Ok(()) };
-    let classes = model.options.get("classes").and_then(serde_json::Value::as_u64).unwrap_or(DEFAULT_CLASSES);
-    let needed = u64::from(train.manifest().classes);
+    let classes = models::classes(model)?;
+    let needed = i64::from(train.manifest().classes);
     if needed > classes {
         return Err(TrainError::Fatal(format!(
             "dataset `{}` has {needed} classes and the model {classes}; set `classes = {needed}` in `[model]`",

@@ -65,7 +65,8 @@ impl<T: Number> Prepared<T> {
         match &assignment.resume {
             Resumption::Fresh => {
                 let ledger = Ledger::starting_at(0, BTreeMap::new());
-                *state = Some(State { replica: replica()?, ledger });
+                let replica = Replica::first(&plan, T::KIND, device(environment.device))?;
+                *state = Some(State { replica, ledger });
             }
             Resumption::Checkpoint { step } => {
                 let (restored, kept) = restore(environment, assignment, *step, &plan, replica()?)?;

@@ -167,7 +167,9 @@ fn a_rank_that_is_behind_gets_the_sources_bits_in_the_middle_of_a_step() {
 
 fn unavailable(healed: Healed) -> (String, Option<Rank>) {
     match healed {
-        Err(TrainError::Unavailable { what, culprit }) => (what, culprit),
+        Err(TrainError::Unavailable { what, culprit } | TrainError::Differ { what, culprit }) => {
+            (what, culprit)
+        }
         Err(other) => panic!("{other}"),
         Ok(_) => panic!("it healed"),
     }
@@ -206,7 +208,11 @@ fn sources_that_hold_different_states_are_refused_and_the_odd_one_named() {
         workers[1].show(&workers, 1, &wrong, &job, |_| {}),
         workers[2].show(&workers, 2, &right, &job, |_| {}),
     ];
-    let heal = |sources: &[u32]| unavailable(workers[3].heal(&workers, 3, sources, &job, Position::at(0)));
+    let heal = |sources: &[u32]| match workers[3].heal(&workers, 3, sources, &job, Position::at(0)) {
+        Err(TrainError::Differ { what, culprit }) => (what, culprit),
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("it healed"),
+    };
     let (what, culprit) = heal(&[0, 1, 2]);
     assert_eq!(what, "rank 1 (w2 on host-1) holds another state than the other ranks");
     assert_eq!(culprit, Some(Rank(1)));

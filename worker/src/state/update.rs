@@ -28,6 +28,7 @@ pub(crate) struct UpdateHead {
 struct Record {
     network: u16,
     layer: String,
+    momentum: f64,
     count: f64,
     mean: Vec<f64>,
     var_unbiased: Vec<f64>,
@@ -49,6 +50,7 @@ impl Entry {
         let record = |r: &BnRecord| Record {
             network: r.network,
             layer: r.layer.clone(),
+            momentum: r.momentum,
             count: r.count,
             mean: r.mean.clone(),
             var_unbiased: r.var_unbiased.clone(),
@@ -102,6 +104,7 @@ impl UpdateHead {
         let record = |r: Record| BnRecord {
             network: r.network,
             layer: r.layer,
+            momentum: r.momentum,
             count: r.count,
             mean: r.mean,
             var_unbiased: r.var_unbiased,

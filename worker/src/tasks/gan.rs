@@ -72,13 +72,13 @@ impl Gan {
         let fake = tch::no_grad(|| {
             forward.network = GENERATOR;
             forward.update_stats = false;
-            let fake = self.generator.frozen.forward(&z, forward);
+            let fake = self.generator.frozen.forward(&z, forward).map(|output| output.main);
             forward.update_stats = true;
             fake
         })?;
         forward.network = DISCRIMINATOR;
-        let real = self.discriminator.learning.forward(&batch.images.f_view([n, -1])?, forward)?;
-        let fake = self.discriminator.learning.forward(&fake.f_view([n, -1])?, forward)?;
+        let real = self.discriminator.learning.forward(&batch.images.f_view([n, -1])?, forward)?.main;
+        let fake = self.discriminator.learning.forward(&fake.f_view([n, -1])?, forward)?.main;
         let loss = loss::discriminator(&real, &fake, batch.global as f64)?;
         let accepted = |logits: &Tensor| -> Result<f64, TrainError> {
             let count = tch::no_grad(|| logits.f_gt(0.0)?.f_sum(Kind::Double)?.f_double_value(&[]))?;
@@ -95,11 +95,11 @@ impl Gan {
     ) -> Result<ShardLoss, TrainError> {
         let z = self.latent(forward.step, forward.phase, &batch.samples)?;
         forward.network = GENERATOR;
-        let fake = self.generator.learning.forward(&z, forward)?;
+        let fake = self.generator.learning.forward(&z, forward)?.main;
         // The generator learns through the discriminator, which itself must not change.
         forward.network = DISCRIMINATOR;
         forward.update_stats = false;
-        let logits = self.discriminator.frozen.forward(&fake, forward)?;
+        let logits = self.discriminator.frozen.forward(&fake, forward)?.main;
         forward.update_stats = true;
         let loss = loss::generator(&logits, batch.global as f64)?;
         let figures = vec![loss.f_double_value(&[])?];
@@ -132,7 +132,7 @@ impl LaneTask for Gan {
         let Some([c, h, w]) = self.image else { return Ok(None) };
         let samples: Vec<u64> = (0..self.grid as u64).collect();
         let z = self.latent(GRID_STEP, 0, &samples)?;
-        let images = self.generator.frozen.forward(&z, &mut Forward::evaluation())?;
+        let images = self.generator.frozen.forward(&z, &mut Forward::evaluation())?.main;
         let side = self.grid.isqrt();
         let grid = images.f_view([side, side, c, h, w])?.f_permute([2, 0, 3, 1, 4])?;
         Ok(Some(grid.f_reshape([c, side * h, side * w])?.f_clamp(0.0, 1.0)?))

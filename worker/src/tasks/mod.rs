@@ -6,6 +6,7 @@ mod gan;
 
 use crate::train::error::TrainError;
 use crate::train::phase::{PhasePlan, ShardBatch, ShardLoss};
+use crate::weights;
 use autocast::Autocast;
 use lockstep_common::job::{AverageSpec, JobSpec, ModelSpec, OnMismatch, OptimizerSpec, Precision, Task};
 use lockstep_nn::forward::Forward;
@@ -85,14 +86,25 @@ impl TaskPlan {
         if self.networks.len() == 1 { String::new() } else { format!("{}.", self.networks[network].name) }
     }
 
-    /// The master variables of every network, with their initial values.
-    pub(crate) fn build(&self, kind: tch::Kind, device: tch::Device) -> Result<Vec<Vars>, TrainError> {
-        let build = |plan: &NetworkPlan| {
-            let mut vars = Vars::new(plan.name, self.job.seed, kind, device);
-            models::build(&plan.model, &mut vars.root())?;
-            Ok(vars)
+    /// The master variables of every network with the values that the job begins with: those of its seed, or of a
+    /// file of weights.
+    pub(crate) fn begin(&self, kind: tch::Kind, device: tch::Device) -> Result<Vec<Vars>, TrainError> {
+        let begin = |plan: &NetworkPlan| match weights::load(plan, kind, device)? {
+            Some(loaded) => Ok(loaded),
+            None => self.seeded(plan, kind, device),
         };
-        self.networks.iter().map(build).collect()
+        self.networks.iter().map(begin).collect()
+    }
+
+    /// The master variables of every network with values that the seed gives.
+    pub(crate) fn build(&self, kind: tch::Kind, device: tch::Device) -> Result<Vec<Vars>, TrainError> {
+        self.networks.iter().map(|plan| self.seeded(plan, kind, device)).collect()
+    }
+
+    fn seeded(&self, plan: &NetworkPlan, kind: tch::Kind, device: tch::Device) -> Result<Vars, TrainError> {
+        let mut vars = Vars::new(plan.name, self.job.seed, kind, device);
+        models::build(&plan.model, &mut vars.root())?;
+        Ok(vars)
     }
 
     /// A lane's networks: over `learning` replicas, and over frozen ones for when another network learns.

@@ -75,9 +75,17 @@ pub(crate) fn after(before: Position, phase: u16, commits: bool) -> Position {
 }
 
 impl Replica {
-    /// The state before the first step.
+    /// The state before the first step, but for weights that come from a file: one to restore or fetch another into.
     pub(crate) fn new(plan: &TaskPlan, kind: tch::Kind, device: tch::Device) -> Result<Self, TrainError> {
-        let vars = plan.build(kind, device)?;
+        Self::over(plan, plan.build(kind, device)?)
+    }
+
+    /// The state before the first step.
+    pub(crate) fn first(plan: &TaskPlan, kind: tch::Kind, device: tch::Device) -> Result<Self, TrainError> {
+        Self::over(plan, plan.begin(kind, device)?)
+    }
+
+    fn over(plan: &TaskPlan, vars: Vec<Vars>) -> Result<Self, TrainError> {
         let optimizers = plan
             .networks
             .iter()

@@ -8,7 +8,7 @@ use super::error::TrainError;
 use lockstep_collectives::{Group, Numbers, Pending, ReduceOp, Tag, TagKind};
 use lockstep_common::job::BatchNorm;
 use lockstep_nn::forward::BnRecord;
-use lockstep_nn::moments::{RUNNING_MOMENTUM, apply_running_stats, average_records, weighted_records};
+use lockstep_nn::moments::{apply_running_stats, average_records, weighted_records};
 use lockstep_nn::vars::Vars;
 
 /// A phase's statistics on their way to being the same on all replicas.
@@ -51,5 +51,5 @@ pub(super) fn apply<'a>(
     vars: &Vars,
     records: impl IntoIterator<Item = &'a BnRecord>,
 ) -> Result<(), TrainError> {
-    Ok(apply_running_stats(vars, records, RUNNING_MOMENTUM)?)
+    Ok(apply_running_stats(vars, records)?)
 }

@@ -10,8 +10,21 @@ use parking_lot::Mutex;
 use std::sync::Arc;
 use tch::Tensor;
 
-/// Added to the variance, PyTorch's default.
-const EPS: f64 = 1e-5;
+/// The two constants of a batch normalization.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NormSpec {
+    /// Added to the variance.
+    pub eps: f64,
+    /// The share of a new batch in the running statistics: PyTorch's momentum, 1 minus TensorFlow's decay.
+    pub momentum: f64,
+}
+
+impl Default for NormSpec {
+    /// PyTorch's defaults.
+    fn default() -> Self {
+        Self { eps: 1e-5, momentum: 0.1 }
+    }
+}
 
 /// Normalization per channel, then an affine map, then perhaps a ReLU in the same pass over memory.
 ///
@@ -23,6 +36,7 @@ pub struct BatchNorm {
     index: u32,
     sync: bool,
     relu: bool,
+    spec: NormSpec,
     weight: Tensor,
     bias: Tensor,
     running_mean: Tensor,
@@ -30,8 +44,19 @@ pub struct BatchNorm {
 }
 
 impl BatchNorm {
-    /// A layer over `channels`, or none in [`Mode::None`]. `relu` fuses a ReLU behind it.
+    /// A layer over `channels` with PyTorch's constants, or none in [`Mode::None`]. `relu` fuses a ReLU behind it.
     pub fn new(scope: &mut Scope, channels: i64, mode: Mode, relu: bool) -> Result<Option<Self>, NnError> {
+        Self::with(scope, channels, mode, relu, NormSpec::default())
+    }
+
+    /// [`new`](Self::new) with other constants.
+    pub fn with(
+        scope: &mut Scope,
+        channels: i64,
+        mode: Mode,
+        relu: bool,
+        spec: NormSpec,
+    ) -> Result<Option<Self>, NnError> {
         if mode == Mode::None {
             return Ok(None);
         }
@@ -40,6 +65,7 @@ impl BatchNorm {
             index: scope.next_batch_norm(),
             sync: mode == Mode::Sync,
             relu,
+            spec,
             weight: scope.parameter("weight", &[channels], Init::Constant(1.0))?,
             bias: scope.parameter("bias", &[channels], Init::Constant(0.0))?,
             running_mean: scope.buffer("running_mean", &[channels], 0.0)?,
@@ -68,10 +94,10 @@ impl BatchNorm {
         };
         let merged = exchange.merged.clone();
         let merge = Box::new(move |backward, values: &mut [f64]| exchange.run(backward, values));
-        let y = shim::batch_norm(x, &self.weight, &self.bias, EPS, self.relu, merge)?;
+        let y = shim::batch_norm(x, &self.weight, &self.bias, self.spec.eps, self.relu, merge)?;
         if fwd.update_stats {
             let moments = std::mem::take(&mut *merged.lock());
-            fwd.records.push(record(fwd.network, &self.name, &moments));
+            fwd.records.push(self.record(fwd.network, &moments));
         }
         Ok(y)
     }
@@ -84,10 +110,25 @@ impl BatchNorm {
             Some(&self.running_var),
             false,
             0.0,
-            EPS,
+            self.spec.eps,
             false,
         )?;
         if self.relu { Ok(y.f_relu()?) } else { Ok(y) }
+    }
+
+    /// From `[n, mean[C], M2[C]]`.
+    fn record(&self, network: u16, moments: &[f64]) -> BnRecord {
+        let (count, rest) = moments.split_first().map_or((0.0, moments), |(n, rest)| (*n, rest));
+        let (mean, m2) = rest.split_at(rest.len() / 2);
+        let degrees = (count - 1.0).max(1.0);
+        BnRecord {
+            network,
+            layer: self.name.clone(),
+            momentum: self.spec.momentum,
+            count,
+            mean: mean.to_vec(),
+            var_unbiased: m2.iter().map(|v| v / degrees).collect(),
+        }
     }
 }
 
@@ -119,19 +160,5 @@ impl Exchange {
             *self.merged.lock() = merged;
         }
         Ok(())
-    }
-}
-
-/// From `[n, mean[C], M2[C]]`.
-fn record(network: u16, layer: &str, moments: &[f64]) -> BnRecord {
-    let (count, rest) = moments.split_first().map_or((0.0, moments), |(n, rest)| (*n, rest));
-    let (mean, m2) = rest.split_at(rest.len() / 2);
-    let degrees = (count - 1.0).max(1.0);
-    BnRecord {
-        network,
-        layer: layer.to_owned(),
-        count,
-        mean: mean.to_vec(),
-        var_unbiased: m2.iter().map(|v| v / degrees).collect(),
     }
 }

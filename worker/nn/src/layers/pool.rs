@@ -1,7 +1,12 @@
-//! Pooling.
+//! Pooling and local response normalization.
 
 use crate::error::NnError;
 use tch::Tensor;
+
+/// The largest value of each `kernel` × `kernel` window that lies within the image.
+pub fn max_pool(x: &Tensor, kernel: i64, stride: i64) -> Result<Tensor, NnError> {
+    Ok(x.f_max_pool2d([kernel; 2], [stride; 2], [0, 0], [1, 1], false)?)
+}
 
 /// The largest value of each `kernel` × `kernel` window. Windows that reach over the edge count (ceil mode), as
 /// in cuda-convnet and Caffe.
@@ -9,7 +14,42 @@ pub fn max_pool_ceil(x: &Tensor, kernel: i64, stride: i64) -> Result<Tensor, NnE
     Ok(x.f_max_pool2d([kernel; 2], [stride; 2], [0, 0], [1, 1], true)?)
 }
 
+/// The largest value of the 3 × 3 window around each position: the size stays.
+pub fn max_pool_around(x: &Tensor) -> Result<Tensor, NnError> {
+    Ok(x.f_max_pool2d([3, 3], [1, 1], [1, 1], [1, 1], false)?)
+}
+
+/// The mean of the 3 × 3 window around each position: the size stays. `count_edge` says whether the zeros beyond
+/// the edge count as values.
+pub fn avg_pool_around(x: &Tensor, count_edge: bool) -> Result<Tensor, NnError> {
+    Ok(x.f_avg_pool2d([3, 3], [1, 1], [1, 1], false, count_edge, None)?)
+}
+
+/// The mean of each `kernel` × `kernel` window that lies within the image.
+pub fn avg_pool(x: &Tensor, kernel: i64, stride: i64) -> Result<Tensor, NnError> {
+    Ok(x.f_avg_pool2d([kernel; 2], [stride; 2], [0, 0], false, true, None)?)
+}
+
+/// Means over `side` × `side` windows that share the image out: [N, C, H, W] to [N, C, `side`, `side`].
+pub fn avg_pool_to(x: &Tensor, side: i64) -> Result<Tensor, NnError> {
+    Ok(x.f_adaptive_avg_pool2d([side; 2])?)
+}
+
 /// The mean over all positions: [N, C, H, W] to [N, C].
 pub fn global_avg_pool(x: &Tensor) -> Result<Tensor, NnError> {
     Ok(x.f_mean_dim([2i64, 3].as_slice(), false, None)?)
+}
+
+/// Local response normalization across channels (Krizhevsky et al. 2012, section 3.3), as Caffe has it:
+/// x / (1 + α / `size` · Σ x²)^β, the sum over the `size` channels around each one.
+pub fn local_response_norm(x: &Tensor, size: i64, alpha: f64, beta: f64) -> Result<Tensor, NnError> {
+    let channels = x.size()[1];
+    let before = size / 2;
+    let squares = x.f_square()?.f_constant_pad_nd([0, 0, 0, 0, before, size - 1 - before])?;
+    let mut sum = squares.f_narrow(1, 0, channels)?;
+    for offset in 1..size {
+        sum = sum.f_add(&squares.f_narrow(1, offset, channels)?)?;
+    }
+    let scale = sum.f_mul_scalar(alpha / size as f64)?.f_add_scalar(1.0)?;
+    Ok(x.f_div(&scale.f_pow_tensor_scalar(beta)?)?)
 }

@@ -4,7 +4,7 @@
 //! One deviation: the reference starts the generator's last bias at the logit of each pixel's mean over the
 //! training set; here it starts at 0, because a network's initial values depend on the job file alone.
 
-use super::{Model, ModelInfo, OptionInfo, options};
+use super::{Model, ModelInfo, OptionInfo, Output, options};
 use crate::error::NnError;
 use crate::forward::Forward;
 use crate::init::Init;
@@ -90,12 +90,12 @@ fn build_generator(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>
 
 impl Model for Generator {
     /// [N, latent] to [N, outputs], values in (0, 1).
-    fn forward(&self, z: &Tensor, _: &mut Forward) -> Result<Tensor, NnError> {
+    fn forward(&self, z: &Tensor, _: &mut Forward) -> Result<Output, NnError> {
         let mut x = z.shallow_clone();
         for layer in &self.hidden {
             x = relu(&layer.forward(&x)?)?;
         }
-        Ok(self.last.forward(&x)?.f_sigmoid()?)
+        Ok(self.last.forward(&x)?.f_sigmoid()?.into())
     }
 }
 
@@ -126,11 +126,11 @@ fn build_discriminator(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Mo
 
 impl Model for Discriminator {
     /// [N, inputs] to [N], the logit of being real.
-    fn forward(&self, x: &Tensor, fwd: &mut Forward) -> Result<Tensor, NnError> {
+    fn forward(&self, x: &Tensor, fwd: &mut Forward) -> Result<Output, NnError> {
         let mut x = dropout(&x.f_flatten(1, -1)?, self.input_keep, "dropout0", fwd)?;
         for (i, layer) in self.hidden.iter().enumerate() {
             x = dropout(&layer.forward(&x)?, self.hidden_keep, &format!("dropout{}", i + 1), fwd)?;
         }
-        Ok(self.last.forward(&x)?.f_squeeze_dim(1)?)
+        Ok(self.last.forward(&x)?.f_squeeze_dim(1)?.into())
     }
 }

@@ -1,6 +1,6 @@
 //! A multilayer perceptron with two hidden layers.
 
-use super::{Model, ModelInfo, OptionInfo, options};
+use super::{Model, ModelInfo, OptionInfo, Output, options};
 use crate::error::NnError;
 use crate::forward::Forward;
 use crate::init::Init;
@@ -48,7 +48,7 @@ fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError>
 }
 
 impl Model for Mlp {
-    fn forward(&self, x: &Tensor, fwd: &mut Forward) -> Result<Tensor, NnError> {
+    fn forward(&self, x: &Tensor, fwd: &mut Forward) -> Result<Output, NnError> {
         let mut x = x.f_flatten(1, -1)?;
         for (i, (linear, norm)) in self.hidden.iter().enumerate() {
             let y = linear.forward(&x)?;
@@ -58,6 +58,6 @@ impl Model for Mlp {
             };
             x = dropout(&y, self.keep, &format!("dropout{}", i + 1), fwd)?;
         }
-        self.last.forward(&x)
+        Ok(self.last.forward(&x)?.into())
     }
 }

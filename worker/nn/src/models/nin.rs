@@ -4,11 +4,12 @@
 //! a global average at the end. Names are the reference's. With batch norm, which the paper does not have, each
 //! convolution is followed by `<name>_bn` and loses its bias, which the normalization would cancel.
 
-use super::{Model, ModelInfo, OptionInfo, options};
+use super::image::ImageInput;
+use super::{Model, ModelInfo, OptionInfo, Output, options};
 use crate::error::NnError;
 use crate::forward::Forward;
 use crate::init::Init;
-use crate::layers::{BatchNorm, Conv2d, ConvSpec, dropout, global_avg_pool, max_pool_ceil, relu};
+use crate::layers::{ConvNorm, ConvSpec, Naming, NormSpec, Units, dropout, global_avg_pool, max_pool_ceil};
 use crate::vars::Scope;
 use lockstep_common::job::{ModelRole, ModelSpec};
 use tch::Tensor;
@@ -58,39 +59,9 @@ const MNIST: Widths =
 /// Standard deviation of all initial weights (`initW` in the reference).
 const WEIGHT: Init = Init::Normal { std: 0.05 };
 
-/// A convolution, its normalization if any, and a ReLU if wanted.
-struct Unit {
-    conv: Conv2d,
-    norm: Option<BatchNorm>,
-    relu: bool,
-}
-
-impl Unit {
-    fn new(
-        scope: &mut Scope,
-        name: &str,
-        conv: ConvSpec,
-        spec: &ModelSpec,
-        relu: bool,
-    ) -> Result<Self, NnError> {
-        let norm =
-            BatchNorm::new(&mut scope.sub(&format!("{name}_bn")), conv.outputs, spec.batch_norm, relu)?;
-        let bias = norm.is_none().then_some(Init::Constant(0.0));
-        Ok(Self { conv: Conv2d::new(&mut scope.sub(name), conv, WEIGHT, bias)?, norm, relu })
-    }
-
-    fn forward(&self, x: &Tensor, fwd: &mut Forward) -> Result<Tensor, NnError> {
-        let y = self.conv.forward(x)?;
-        match &self.norm {
-            Some(norm) => norm.forward(&y, fwd),
-            None if self.relu => relu(&y),
-            None => Ok(y),
-        }
-    }
-}
-
 struct Nin {
-    blocks: Vec<[Unit; 3]>,
+    input: ImageInput,
+    blocks: Vec<[ConvNorm; 3]>,
     keep: f64,
 }
 
@@ -98,32 +69,39 @@ fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError>
     let widths = options::choice(spec, "widths", &[("cifar", CIFAR), ("mnist", MNIST)])?;
     let classes = options::count(spec, "classes", 10)?;
     let final_relu = options::switch(spec, "final_relu", true)?;
-    let mut inputs = options::count(spec, "in_channels", widths.in_channels)?;
+    let channels = options::count(spec, "in_channels", widths.in_channels)?;
+    let units = Units {
+        naming: Naming::Suffixed,
+        mode: spec.batch_norm,
+        norm: NormSpec::default(),
+        weight: |_| WEIGHT,
+        bias: Init::Constant(0.0),
+        bias_before_norm: false,
+    };
+    let mut inputs = channels;
     let mut blocks = Vec::new();
     for (b, [conv, first, second]) in widths.blocks.into_iter().enumerate() {
         let last = b + 1 == widths.blocks.len();
         let kernel = if last { widths.last_kernel } else { 5 };
         let second = if last { classes } else { second };
-        let square =
-            |inputs, outputs, kernel| ConvSpec { inputs, outputs, kernel, stride: 1, padding: kernel / 2 };
+        let mut unit = |name: String, inputs, outputs, kernel, relu| {
+            ConvNorm::with(scope, &name, ConvSpec::same(inputs, outputs, [kernel; 2]), &units, relu)
+        };
         blocks.push([
-            Unit::new(scope, &format!("conv{}", b + 1), square(inputs, conv, kernel), spec, true)?,
-            Unit::new(scope, &format!("cccp{}", 2 * b + 1), square(conv, first, 1), spec, true)?,
-            Unit::new(
-                scope,
-                &format!("cccp{}", 2 * b + 2),
-                square(first, second, 1),
-                spec,
-                !last || final_relu,
-            )?,
+            unit(format!("conv{}", b + 1), inputs, conv, kernel, true)?,
+            unit(format!("cccp{}", 2 * b + 1), conv, first, 1, true)?,
+            unit(format!("cccp{}", 2 * b + 2), first, second, 1, !last || final_relu)?,
         ]);
         inputs = second;
     }
-    Ok(Box::new(Nin { blocks, keep: 1.0 - options::drop_rate(spec, "dropout", 0.5)? }))
+    // Two poolings halve the image, and a window needs two positions.
+    let input = ImageInput { model: INFO.name, channels, least: 4 };
+    Ok(Box::new(Nin { input, blocks, keep: 1.0 - options::drop_rate(spec, "dropout", 0.5)? }))
 }
 
 impl Model for Nin {
-    fn forward(&self, x: &Tensor, fwd: &mut Forward) -> Result<Tensor, NnError> {
+    fn forward(&self, x: &Tensor, fwd: &mut Forward) -> Result<Output, NnError> {
+        self.input.check(x)?;
         let mut x = x.shallow_clone();
         for (b, block) in self.blocks.iter().enumerate() {
             if b > 0 {
@@ -134,6 +112,6 @@ impl Model for Nin {
                 x = unit.forward(&x, fwd)?;
             }
         }
-        global_avg_pool(&x) // [N, classes]
+        Ok(global_avg_pool(&x)?.into()) // [N, classes]
     }
 }

@@ -1,10 +1,25 @@
 //! Reads an architecture's own keys of a job file.
 
-use super::ModelInfo;
+use super::{ModelInfo, OptionInfo};
 use crate::error::NnError;
+use crate::layers::NormSpec;
 use lockstep_common::job::ModelSpec;
 use lockstep_common::suggest::did_you_mean;
 use serde_json::Value;
+
+/// The logits of a network for ImageNet.
+pub(super) const CLASSES: OptionInfo = OptionInfo { name: "classes", default: "1000", meaning: "logits" };
+/// [`CLASSES`]'s default.
+pub(super) const IMAGENET_CLASSES: i64 = 1000;
+pub(super) const IN_CHANNELS: OptionInfo =
+    OptionInfo { name: "in_channels", default: "3", meaning: "channels of the images" };
+pub(super) const BN_EPS: OptionInfo =
+    OptionInfo { name: "bn_eps", default: "0.001", meaning: "added to the variance by batch norm" };
+pub(super) const BN_MOMENTUM: OptionInfo = OptionInfo {
+    name: "bn_momentum",
+    default: "0.1",
+    meaning: "share of a new batch in the running statistics (1 - TensorFlow's decay)",
+};
 
 /// Refuses a key that `info` does not list.
 pub(super) fn check_names(info: &ModelInfo, spec: &ModelSpec) -> Result<(), NnError> {
@@ -25,6 +40,26 @@ pub(super) fn count(spec: &ModelSpec, name: &str, default: i64) -> Result<i64, N
 pub(super) fn drop_rate(spec: &ModelSpec, name: &str, default: f64) -> Result<f64, NnError> {
     let valid = |value: &Value| value.as_f64().filter(|p| (0.0..1.0).contains(p));
     read(spec, name, default, valid, "is not a number from 0 to below 1")
+}
+
+/// A number from `range`'s ends, or `default`.
+pub(super) fn number(
+    spec: &ModelSpec,
+    name: &str,
+    default: f64,
+    range: std::ops::RangeInclusive<f64>,
+) -> Result<f64, NnError> {
+    let valid = |value: &Value| value.as_f64().filter(|x| range.contains(x));
+    let problem = format!("is not a number from {} to {}", range.start(), range.end());
+    read(spec, name, default, valid, &problem)
+}
+
+/// The constants of the network's batch norms: `bn_eps` or the reference's `eps`, and `bn_momentum` or PyTorch's.
+pub(super) fn norm(spec: &ModelSpec, eps: f64) -> Result<NormSpec, NnError> {
+    Ok(NormSpec {
+        eps: number(spec, "bn_eps", eps, 0.0..=1.0)?,
+        momentum: number(spec, "bn_momentum", NormSpec::default().momentum, 0.0..=1.0)?,
+    })
 }
 
 /// True, false or `default`.

@@ -1,6 +1,6 @@
 //! A small convolutional network with batch norm: seconds to train on a CPU, and cheap in f64.
 
-use super::{Model, ModelInfo, OptionInfo, options};
+use super::{Model, ModelInfo, OptionInfo, Output, options};
 use crate::error::NnError;
 use crate::forward::Forward;
 use crate::init::Init;
@@ -37,7 +37,7 @@ fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError>
     let mut inputs = options::count(spec, "in_channels", 1)?;
     let mut convs = Vec::new();
     for (i, (outputs, stride)) in [(width, 1), (2 * width, 2), (4 * width, 2)].into_iter().enumerate() {
-        let conv = ConvSpec { inputs, outputs, kernel: 3, stride, padding: 1 };
+        let conv = ConvSpec::same(inputs, outputs, [3, 3]).stride(stride);
         let init = Init::fan_in(conv.fan_in());
         let norm = BatchNorm::new(&mut scope.sub(&format!("bn{}", i + 1)), outputs, spec.batch_norm, true)?;
         let bias = norm.is_none().then_some(init);
@@ -50,7 +50,7 @@ fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError>
 }
 
 impl Model for SmallCnn {
-    fn forward(&self, x: &Tensor, fwd: &mut Forward) -> Result<Tensor, NnError> {
+    fn forward(&self, x: &Tensor, fwd: &mut Forward) -> Result<Output, NnError> {
         let mut x = x.shallow_clone();
         for (conv, norm) in &self.convs {
             let y = conv.forward(&x)?;
@@ -59,6 +59,6 @@ impl Model for SmallCnn {
                 None => relu(&y)?,
             };
         }
-        self.fc.forward(&global_avg_pool(&x)?)
+        Ok(self.fc.forward(&global_avg_pool(&x)?)?.into())
     }
 }

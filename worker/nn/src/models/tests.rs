@@ -1,14 +1,21 @@
 use super::*;
 use lockstep_common::job::{BatchNorm, catalogue};
 use serde_json::json;
+use tch::{Device, Kind};
 
 fn spec(name: &str, batch_norm: BatchNorm, options: serde_json::Value) -> ModelSpec {
     let options = options.as_object().cloned().unwrap();
-    ModelSpec { name: name.to_owned(), batch_norm, optimizer: None, options }
+    ModelSpec { name: name.to_owned(), batch_norm, options, ..ModelSpec::default() }
 }
 
 fn parameters(name: &str, options: serde_json::Value) -> u64 {
-    validate(&spec(name, BatchNorm::None, options)).unwrap().parameters
+    let norm =
+        if name.starts_with("gan") || name == "nin" || options["variant"] == "paper" && name == "googlenet" {
+            BatchNorm::None
+        } else {
+            BatchNorm::Sync
+        };
+    validate(&spec(name, norm, options)).unwrap().parameters
 }
 
 #[test]
@@ -16,6 +23,17 @@ fn parameter_counts_are_those_of_the_references() {
     assert_eq!(parameters("nin", json!({})), 966_986);
     assert_eq!(parameters("nin", json!({ "classes": 100 })), 984_356);
     assert_eq!(parameters("nin", json!({ "widths": "mnist" })), 349_674);
+    assert_eq!(parameters("googlenet", json!({})), 13_004_888);
+    assert_eq!(parameters("googlenet", json!({ "aux": false })), 6_624_904);
+    assert_eq!(parameters("googlenet", json!({ "variant": "paper" })), 13_378_280);
+    assert_eq!(parameters("googlenet", json!({ "variant": "paper", "aux": false })), 6_998_552);
+    assert_eq!(parameters("bn-inception", json!({})), 11_295_240);
+    assert_eq!(parameters("inception-v3", json!({})), 27_161_264);
+    assert_eq!(parameters("inception-v3", json!({ "aux": false })), 23_834_568);
+    assert_eq!(parameters("inception-v4", json!({})), 42_679_816);
+    assert_eq!(parameters("inception-resnet-v1", json!({})), 22_756_328);
+    assert_eq!(parameters("inception-resnet-v2", json!({})), 55_843_464);
+    assert_eq!(parameters("inception-resnet-v2", json!({ "variant": "paper" })), 32_433_928);
     assert_eq!(parameters("gan-generator", json!({})), 2_503_984);
     assert_eq!(parameters("gan-discriminator", json!({})), 1_231_441);
 }
@@ -50,7 +68,7 @@ fn outputs_have_the_documented_shapes_also_for_no_samples() {
             fwd.train = true;
             fwd.samples = (0..rows as u64).collect();
             let x = Tensor::ones([vec![rows], input.clone()].concat(), (Kind::Float, Device::Cpu));
-            let y = model.forward(&x, &mut fwd).unwrap();
+            let y = model.forward(&x, &mut fwd).unwrap().main;
             assert_eq!(y.size(), [vec![rows], output.clone()].concat(), "{name} {batch_norm:?}");
             crate::shim::backward(&y.sum(None)).unwrap();
             let gradient_is_finite =
@@ -58,6 +76,112 @@ fn outputs_have_the_documented_shapes_also_for_no_samples() {
             assert!(replica.parameters().all(|(_, v)| gradient_is_finite(v)), "{name} {batch_norm:?} {rows}");
         }
     }
+}
+
+/// A network over variables that are all zero and take no memory, and what its training needs.
+fn outlined(spec: &ModelSpec) -> (Vars, Box<dyn Model>) {
+    let mut vars = outline(spec).unwrap().replica().unwrap();
+    let model = build(spec, &mut vars.root()).unwrap();
+    (vars, model)
+}
+
+#[test]
+fn images_down_to_the_documented_size_are_taken_and_smaller_ones_refused_in_one_line() {
+    let cases = [
+        ("nin", json!({}), 4),
+        ("googlenet", json!({}), 15),
+        ("googlenet", json!({ "variant": "paper" }), 31),
+        ("bn-inception", json!({}), 7),
+        ("inception-v3", json!({}), 75),
+        ("inception-v4", json!({}), 75),
+        ("inception-resnet-v1", json!({}), 75),
+        ("inception-resnet-v2", json!({}), 75),
+        ("inception-resnet-v2", json!({ "variant": "paper" }), 75),
+    ];
+    tch::set_num_threads(1);
+    for (name, options, least) in cases {
+        let is_plain = name == "googlenet" && options["variant"] == "paper";
+        let spec = spec(name, if is_plain { BatchNorm::None } else { BatchNorm::Local }, options);
+        let (_, model) = outlined(&spec);
+        let forward = |shape: [i64; 4]| {
+            let x = Tensor::ones(shape, (Kind::Float, Device::Cpu));
+            model.forward(&x, &mut Forward::evaluation())
+        };
+        for [height, width] in [[least, least], [least, least + 1]] {
+            let output =
+                forward([1, 3, height, width]).unwrap_or_else(|e| panic!("{name} {height}x{width}: {e}"));
+            assert_eq!(output.main.size(), [1, classes(&spec).unwrap()], "{name}");
+            assert!(output.auxiliary.is_empty(), "{name}");
+        }
+        let message = |shape| forward(shape).unwrap_err().to_string();
+        let small = message([1, 3, least, least - 1]);
+        let expected = format!(
+            "model `{name}`: expected images of at least {least}x{least} pixels, got images of {least}x{}",
+            least - 1
+        );
+        assert_eq!(small, expected);
+        assert!(message([1, 1, least, least]).contains("images of 3 channels (option `in_channels`)"));
+    }
+}
+
+#[test]
+fn a_shard_without_samples_trains_every_network() {
+    let cases = [
+        ("googlenet", json!({}), 32, vec!["aux1", "aux2"]),
+        ("bn-inception", json!({}), 33, vec![]),
+        ("inception-v3", json!({}), 299, vec!["AuxLogits"]),
+        ("inception-v4", json!({}), 75, vec![]),
+        ("inception-resnet-v1", json!({}), 75, vec![]),
+        ("inception-resnet-v2", json!({}), 75, vec![]),
+        ("inception-resnet-v2", json!({ "variant": "paper" }), 75, vec![]),
+    ];
+    tch::set_num_threads(1);
+    for (name, options, side, heads) in cases {
+        let (vars, model) = outlined(&spec(name, BatchNorm::Sync, options));
+        let mut fwd = Forward::evaluation();
+        fwd.train = true;
+        let x = Tensor::ones([0, 3, side, side], (Kind::Float, Device::Cpu));
+        let output = model.forward(&x, &mut fwd).unwrap();
+        assert_eq!(output.main.size(), [0, 1000], "{name}");
+        assert_eq!(output.auxiliary.iter().map(|a| a.name).collect::<Vec<_>>(), heads, "{name}");
+        let all = output.auxiliary.iter().fold(output.main.sum(None), |sum, a| sum + a.output.sum(None));
+        crate::shim::backward(&all).unwrap();
+        for (parameter, var) in vars.parameters() {
+            assert_eq!(var.tensor.grad().abs().max().double_value(&[]), 0.0, "{name} {parameter}");
+        }
+    }
+}
+
+#[test]
+fn an_auxiliary_head_says_which_images_it_needs_and_can_be_left_out() {
+    let forward = |options| {
+        let (_, model) = outlined(&spec("inception-v3", BatchNorm::Local, options));
+        let mut fwd = Forward::evaluation();
+        fwd.train = true;
+        fwd.samples = vec![0, 1];
+        model.forward(&Tensor::ones([2, 3, 75, 75], (Kind::Float, Device::Cpu)), &mut fwd)
+    };
+    let message = forward(json!({})).unwrap_err().to_string();
+    assert!(message.contains("at least 299x299 pixels to train with `aux`, or `aux = false`"), "{message}");
+    assert!(forward(json!({ "aux": false })).unwrap().auxiliary.is_empty());
+}
+
+#[test]
+fn weights_of_heads_and_scales_of_residuals_are_those_of_the_options() {
+    let head_weights = |name, side, options| {
+        let (_, model) = outlined(&spec(name, BatchNorm::Local, options));
+        let mut fwd = Forward::evaluation();
+        fwd.train = true;
+        fwd.samples = vec![0, 1];
+        let x = Tensor::ones([2, 3, side, side], (Kind::Float, Device::Cpu));
+        model.forward(&x, &mut fwd).unwrap().auxiliary.iter().map(|a| a.weight).collect::<Vec<_>>()
+    };
+    assert_eq!(head_weights("googlenet", 32, json!({})), [0.3, 0.3]);
+    assert_eq!(head_weights("googlenet", 32, json!({ "aux_weight": 0.5 })), [0.5, 0.5]);
+    assert_eq!(head_weights("inception-v3", 299, json!({})), [0.4]);
+    let scales = |options| inception_resnet::scales(&spec("inception-resnet-v1", BatchNorm::Sync, options));
+    assert_eq!(scales(json!({})).unwrap(), [0.17, 0.10, 0.20]);
+    assert_eq!(scales(json!({ "residual_scale": 0.3 })).unwrap(), [0.3; 3]);
 }
 
 #[test]
@@ -70,6 +194,8 @@ fn bad_options_are_refused_with_the_nearest_name_or_the_valid_values() {
     assert!(message("nin", json!({ "widths": "tiny" })).contains("`cifar`, `mnist`"));
     assert!(message("nin", json!({ "classes": 0 })).contains("`classes` = 0 is not a whole number"));
     assert!(message("mlp", json!({ "dropout": 1.0 })).contains("from 0 to below 1"));
+    assert!(message("googlenet", json!({ "aux_weight": -1 })).contains("`aux_weight` = -1 is not a number"));
+    assert!(message("googlenet", json!({ "variant": "paper" })).contains("set `batch_norm = \"none\"`"));
     assert!(message("nin", json!({ "final_relu": 1 })).contains("neither true nor false"));
 }
 

@@ -1,13 +1,13 @@
 //! Several logical shards in the threads of one process, with the exchange that workers do over sockets.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+pub mod formula;
+
 use lockstep_common::ids::LogicalShard;
 use lockstep_common::job::{BatchNorm, ModelSpec, OptimizerSpec};
 use lockstep_nn::NnError;
 use lockstep_nn::forward::{BatchNormSync, BnCall, BnRecord, Forward};
-use lockstep_nn::moments::{
-    RUNNING_MOMENTUM, apply_running_stats, average_records, merge_moments, weighted_records,
-};
+use lockstep_nn::moments::{apply_running_stats, average_records, merge_moments, weighted_records};
 use lockstep_nn::optim::Optimizer;
 use lockstep_nn::vars::Vars;
 use lockstep_nn::{loss, models, shim};
@@ -102,7 +102,7 @@ struct ShardResult {
 
 pub fn spec(name: &str, batch_norm: BatchNorm, options: serde_json::Value) -> ModelSpec {
     let options = options.as_object().cloned().unwrap();
-    ModelSpec { name: name.to_owned(), batch_norm, optimizer: None, options }
+    ModelSpec { name: name.to_owned(), batch_norm, options, ..ModelSpec::default() }
 }
 
 pub fn optimizer(spec: serde_json::Value) -> OptimizerSpec {
@@ -160,7 +160,7 @@ impl Trainer {
         }
         let gradients: Vec<_> = total.gradients.into_iter().collect();
         self.optimizer.step(&self.vars, &gradients, 0.1, self.step).unwrap();
-        apply_running_stats(&self.vars, &total.records, RUNNING_MOMENTUM).unwrap();
+        apply_running_stats(&self.vars, &total.records).unwrap();
         self.step += 1;
         StepResult { loss: total.loss, gradients }
     }
@@ -188,7 +188,7 @@ fn shard_step(
             shim::on_gradient(&var.tensor, keep).unwrap()
         })
         .collect();
-    let logits = model.forward(&images, &mut fwd).unwrap();
+    let logits = model.forward(&images, &mut fwd).unwrap().main;
     let loss = loss::cross_entropy(&logits, &labels, smoothing, count).unwrap();
     shim::backward(&loss).unwrap();
     drop(hooks);

@@ -1,0 +1,248 @@
+//! Weights that another program may have written: whose they are, and whether a network can take them.
+//!
+//! A file holds what a PyTorch state dict holds. `num_batches_tracked`, which PyTorch's batch norms count and nothing
+//! here needs, is passed over; every other name must be one of the network's, and the reverse.
+
+use crate::bytes::RawTensor;
+use crate::error::NnError;
+use crate::models::{self, ModelInfo, registry};
+use crate::vars::Vars;
+use lockstep_common::checkpoint::BATCH_COUNT;
+use lockstep_common::digest::TensorBytes;
+use lockstep_common::job::{BatchNorm, ModelSpec};
+use std::collections::BTreeMap;
+use tch::{Device, Kind, Tensor};
+
+/// Shapes by name.
+type Shapes<'a> = BTreeMap<&'a str, &'a [usize]>;
+
+/// The variables of the network `network`, described by `spec`, with the values in `tensors`, rounded to `kind`.
+///
+/// Fails with one line that says what does not fit: another architecture, other options, or the first tensor that is
+/// missing, unknown, or of another shape or type.
+pub fn load(
+    network: &str,
+    spec: &ModelSpec,
+    tensors: &[TensorBytes<'_>],
+    kind: Kind,
+    device: Device,
+) -> Result<Vars, NnError> {
+    let mut outline = Vars::outline(network);
+    models::build(spec, &mut outline.root())?;
+    let shapes = shapes(tensors);
+    if let Some(problem) = misfit(&outline, &shapes) {
+        let whose = identify_shapes(&shapes).map(|found| difference(spec, &found));
+        return Err(NnError::Weights(whose.unwrap_or(problem)));
+    }
+    let mut values = BTreeMap::new();
+    for tensor in tensors.iter().filter(|t| shapes.contains_key(&*t.name)) {
+        let stored = RawTensor::tensor_of(&tensor.dtype, &tensor.shape, &tensor.bytes)?;
+        if !stored.is_floating_point() {
+            let (name, dtype) = (&tensor.name, &tensor.dtype);
+            return Err(NnError::Weights(format!("`{name}` has type {dtype}, which is none of weights")));
+        }
+        values.insert(tensor.name.to_string(), stored.f_to_kind(kind)?);
+    }
+    outline.filled(kind, device, &values)
+}
+
+/// The classifier or other network whose weights these are, with the options that its shapes tell.
+pub fn identify(tensors: &[TensorBytes<'_>]) -> Option<ModelSpec> {
+    identify_shapes(&shapes(tensors))
+}
+
+fn shapes<'a>(tensors: &'a [TensorBytes<'_>]) -> Shapes<'a> {
+    let is_count = |name: &str| name.rsplit('.').next() == Some(BATCH_COUNT);
+    tensors.iter().filter(|t| !is_count(&t.name)).map(|t| (&*t.name, &*t.shape)).collect()
+}
+
+fn size(tensor: &Tensor) -> Vec<usize> {
+    tensor.size().into_iter().map(|side| side as usize).collect()
+}
+
+/// The first thing that keeps `shapes` from being those of `outline`, and how many more there are.
+fn misfit(outline: &Vars, shapes: &Shapes<'_>) -> Option<String> {
+    let unknown =
+        shapes.keys().filter(|name| outline.var(name).is_err()).map(|n| format!("`{n}` is unknown"));
+    let wrong = outline.iter().filter_map(|(name, var)| match shapes.get(name) {
+        None => Some(format!("`{name}` is missing")),
+        Some(shape) if size(&var.tensor) != *shape => {
+            Some(format!("`{name}` has shape {shape:?} instead of {:?}", var.tensor.size()))
+        }
+        Some(_) => None,
+    });
+    let mut problems = wrong.chain(unknown);
+    let first = problems.next()?;
+    Some(match problems.count() {
+        0 => first,
+        more => format!("{first} (and {more} more that do not fit)"),
+    })
+}
+
+fn identify_shapes(shapes: &Shapes<'_>) -> Option<ModelSpec> {
+    registry().iter().flat_map(forms).find_map(|spec| {
+        let outline = models::outline(&spec).ok()?;
+        if outline.iter().count() != shapes.len() {
+            return None;
+        }
+        let spec = adapted(spec, &outline, shapes)?;
+        let outline = models::outline(&spec).ok()?;
+        misfit(&outline, shapes).is_none().then_some(spec)
+    })
+}
+
+/// `spec` with the classes and channels that `shapes` have where those of `outline` are others.
+fn adapted(mut spec: ModelSpec, outline: &Vars, shapes: &Shapes<'_>) -> Option<ModelSpec> {
+    for (name, var) in outline.iter() {
+        let (mine, theirs) = (size(&var.tensor), *shapes.get(name)?);
+        let differ: Vec<_> = (0..mine.len()).filter(|&i| theirs.get(i) != Some(&mine[i])).collect();
+        let option = match differ[..] {
+            [] => continue,
+            [0] => ("classes", theirs.first()?),
+            [1] => ("in_channels", theirs.get(1)?),
+            _ => return None,
+        };
+        spec.options.insert(option.0.to_owned(), (*option.1).into());
+    }
+    Some(spec)
+}
+
+/// The forms of an architecture that have other names or shapes than its default one.
+fn forms(info: &ModelInfo) -> Vec<ModelSpec> {
+    let base = |batch_norm| ModelSpec { name: info.name.to_owned(), batch_norm, ..ModelSpec::default() };
+    let mut forms = vec![base(BatchNorm::Sync), base(BatchNorm::None)];
+    let alternatives = [("variant", "paper".into()), ("widths", "mnist".into()), ("aux", false.into())];
+    for (option, value) in alternatives {
+        if info.options.iter().any(|o| o.name == option) {
+            let others: Vec<_> = forms.iter().cloned().map(|form| with(form, option, &value)).collect();
+            forms.extend(others);
+        }
+    }
+    forms
+}
+
+fn with(mut spec: ModelSpec, option: &str, value: &serde_json::Value) -> ModelSpec {
+    spec.options.insert(option.to_owned(), value.clone());
+    spec
+}
+
+/// What tells `found` from the network that was wanted.
+fn difference(wanted: &ModelSpec, found: &ModelSpec) -> String {
+    if wanted.name != found.name {
+        return format!("these are the weights of `{}`, not of `{}`", found.name, wanted.name);
+    }
+    let mut options: Vec<_> = found
+        .options
+        .iter()
+        .filter(|(name, value)| wanted.options.get(*name) != Some(value))
+        .map(|(name, value)| format!("`{name} = {value}`"))
+        .collect();
+    // What is said of the network that was wanted and is the default of the one that was found.
+    let defaults = wanted.options.keys().filter(|name| !found.options.contains_key(*name));
+    let info = registry().iter().find(|info| info.name == wanted.name);
+    for name in defaults.filter(|name| SHAPING.contains(&name.as_str())) {
+        let default = info.and_then(|info| info.options.iter().find(|o| o.name == name));
+        options.extend(default.map(|option| format!("`{name}` = {}", option.default)));
+    }
+    if (wanted.batch_norm == BatchNorm::None) != (found.batch_norm == BatchNorm::None) {
+        let norm = if found.batch_norm == BatchNorm::None { "none" } else { "sync" };
+        options.push(format!("`batch_norm = \"{norm}\"`"));
+    }
+    format!("these are the weights of a `{}` with {}", found.name, options.join(", "))
+}
+
+/// The options that decide about names and shapes.
+const SHAPING: [&str; 5] = ["classes", "in_channels", "variant", "widths", "aux"];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn spec(name: &str, options: serde_json::Value) -> ModelSpec {
+        let options = options.as_object().cloned().unwrap();
+        ModelSpec { name: name.to_owned(), options, ..ModelSpec::default() }
+    }
+
+    /// A file's tensors: zeros in the shapes of the network, each with a count where there is a mean.
+    fn stored(spec: &ModelSpec) -> Vec<TensorBytes<'static>> {
+        let outline = models::outline(spec).unwrap();
+        let tensor = |name: String, dtype: &'static str, shape: Vec<usize>| {
+            let bytes = vec![0; shape.iter().product::<usize>() * if dtype == "I64" { 8 } else { 4 }];
+            TensorBytes { name: name.into(), dtype: dtype.into(), shape: shape.into(), bytes: bytes.into() }
+        };
+        let mut tensors = Vec::new();
+        for (name, var) in outline.iter() {
+            tensors.push(tensor(name.to_owned(), "F32", size(&var.tensor)));
+            if let Some(layer) = name.strip_suffix("running_mean") {
+                tensors.push(tensor(format!("{layer}{BATCH_COUNT}"), "I64", vec![]));
+            }
+        }
+        tensors
+    }
+
+    fn refusal(spec: &ModelSpec, tensors: &[TensorBytes<'_>]) -> String {
+        let error = load("model", spec, tensors, Kind::Float, Device::Cpu).unwrap_err().to_string();
+        assert_eq!(error.lines().count(), 1, "{error}");
+        error
+    }
+
+    #[test]
+    fn a_file_is_rounded_to_the_jobs_type_and_its_counts_passed_over() {
+        let spec = spec("small-cnn", json!({ "width": 4 }));
+        let vars = load("model", &spec, &stored(&spec), Kind::Double, Device::Cpu).unwrap();
+        assert!(vars.iter().all(|(_, var)| var.tensor.kind() == Kind::Double));
+        assert_eq!(vars.iter().count(), models::outline(&spec).unwrap().iter().count());
+    }
+
+    #[test]
+    fn weights_of_another_network_are_refused_with_its_name() {
+        let files = [
+            ("googlenet", json!({ "classes": 10 })),
+            ("inception-v3", json!({})),
+            ("inception-v4", json!({ "in_channels": 1 })),
+            ("inception-resnet-v2", json!({ "variant": "paper" })),
+            ("nin", json!({ "widths": "mnist" })),
+        ];
+        let wanted = spec("bn-inception", json!({}));
+        for (name, options) in files {
+            let error = refusal(&wanted, &stored(&spec(name, options)));
+            assert_eq!(error, format!("these are the weights of `{name}`, not of `bn-inception`"));
+        }
+    }
+
+    #[test]
+    fn weights_of_other_options_are_refused_with_those_options() {
+        let file = stored(&spec("googlenet", json!({ "aux": false })));
+        assert_eq!(
+            refusal(&spec("googlenet", json!({ "classes": 10 })), &file),
+            "these are the weights of a `googlenet` with `aux = false`, `classes` = 1000"
+        );
+        let file = stored(&spec("inception-v4", json!({ "classes": 5 })));
+        assert_eq!(
+            refusal(&spec("inception-v4", json!({})), &file),
+            "these are the weights of a `inception-v4` with `classes = 5`"
+        );
+    }
+
+    #[test]
+    fn a_missing_an_unknown_a_misshapen_and_a_mistyped_tensor_are_named() {
+        let spec = spec("googlenet", json!({ "classes": 10 }));
+        let mut file = stored(&spec);
+        let missing = file.remove(0);
+        assert_eq!(refusal(&spec, &file), format!("`{}` is missing", missing.name));
+        file.push(TensorBytes { name: "extra".into(), ..missing.clone() });
+        let error = refusal(&spec, &file);
+        assert_eq!(error, format!("`{}` is missing (and 1 more that do not fit)", missing.name));
+        file.push(missing.clone());
+        assert_eq!(refusal(&spec, &file), "`extra` is unknown");
+        file.pop();
+        file.pop();
+        let wrong: Vec<usize> = missing.shape.iter().map(|side| side + 1).collect();
+        file.push(TensorBytes { shape: wrong.into(), ..missing.clone() });
+        assert!(refusal(&spec, &file).starts_with(&format!("`{}` has shape ", missing.name)));
+        file.pop();
+        file.push(TensorBytes { dtype: "I32".into(), ..missing.clone() });
+        assert!(refusal(&spec, &file).contains("has type I32"));
+    }
+}
