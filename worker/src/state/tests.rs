@@ -167,9 +167,7 @@ fn a_rank_that_is_behind_gets_the_sources_bits_in_the_middle_of_a_step() {
 
 fn unavailable(healed: Healed) -> (String, Option<Rank>) {
     match healed {
-        Err(TrainError::Unavailable { what, culprit } | TrainError::Differ { what, culprit }) => {
-            (what, culprit)
-        }
+        Err(TrainError::Unavailable { what, culprit }) => (what, culprit),
         Err(other) => panic!("{other}"),
         Ok(_) => panic!("it healed"),
     }
