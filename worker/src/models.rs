@@ -14,7 +14,7 @@ pub(crate) fn list(json: bool) -> Result<()> {
         writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
         return Ok(());
     }
-    writeln!(out, "{:<19} {:>11}  {}", "NAME", "PARAMETERS", "REFERENCE")?;
+    writeln!(out, "{:<19} {:>11}  REFERENCE", "NAME", "PARAMETERS")?;
     for info in registry() {
         writeln!(out, "{:<19} {:>11}  {}", info.name, parameters(info)?, info.reference)?;
         writeln!(out, "    {}", info.summary)?;

@@ -13,7 +13,7 @@ impl Core {
         let open: Vec<_> = self.jobs.iter().filter(|(_, job)| is_open(job)).map(|(id, _)| *id).collect();
         for id in open {
             let Some(job) = self.jobs.get(&id) else { continue };
-            if !job.live().is_some_and(|live| live.present().next().is_some()) {
+            if job.live().is_none_or(|live| live.present().next().is_none()) {
                 // Nobody is there to follow: after a restart, the members come back first.
                 continue;
             }

@@ -68,7 +68,7 @@ fn run(
     let mode = format!("{label}.{}", if train { "train" } else { "eval" });
     let mut loss = loss_of(&output.main)?;
     for head in &output.auxiliary {
-        loss = loss + loss_of(&head.output)? * head.weight;
+        loss += loss_of(&head.output)? * head.weight;
         out.insert(format!("{mode}.aux.{}", head.name), head.output.detach());
     }
     out.insert(format!("{mode}.logits"), output.main.detach());

@@ -118,7 +118,7 @@ fn check_pass(case: &Case, expected: &BTreeMap<String, Tensor>, vars: &Vars, tra
     assert_eq!(output.auxiliary.len(), heads, "{} {mode}", case.name);
     for head in &output.auxiliary {
         close(&format!("aux.{}", head.name), &head.output);
-        loss = loss + loss_of(&head.output) * head.weight;
+        loss += loss_of(&head.output) * head.weight;
     }
     close("loss", &loss.reshape([1]));
 

@@ -154,6 +154,7 @@ fn a_shard_without_samples_trains_every_network() {
 
 #[test]
 fn an_auxiliary_head_says_which_images_it_needs_and_can_be_left_out() {
+    tch::set_num_threads(1);
     let forward = |options| {
         let (_, model) = outlined(&spec("inception-v3", BatchNorm::Local, options));
         let mut fwd = Forward::evaluation();
@@ -168,6 +169,7 @@ fn an_auxiliary_head_says_which_images_it_needs_and_can_be_left_out() {
 
 #[test]
 fn weights_of_heads_and_scales_of_residuals_are_those_of_the_options() {
+    tch::set_num_threads(1);
     let head_weights = |name, side, options| {
         let (_, model) = outlined(&spec(name, BatchNorm::Local, options));
         let mut fwd = Forward::evaluation();
