@@ -446,7 +446,6 @@ impl Agent {
                     _ = is_over.wait_for(|over| *over) => return Ok(send),
                 };
                 write_frame(&mut send, next.message()).await?;
-                outgoing.sent(&next);
             }
         });
         let end = loop {
@@ -484,7 +483,11 @@ impl Agent {
             }
         };
         reader.abort();
-        writer.abort();
+        if !writer.is_finished() {
+            // To its end, so that it takes nothing from what the next session is to send.
+            writer.abort();
+            let _ = writer.await;
+        }
         end
     }
 }

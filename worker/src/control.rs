@@ -86,26 +86,24 @@ pub(crate) fn channel(runtime: Handle) -> (Control, ControlFeed) {
 pub(crate) struct Outgoings(Arc<Outbox>);
 
 impl Outgoings {
-    /// The news, or else the oldest report that is not sent yet; that counts as such until [`Self::sent`].
+    /// The news, or else the oldest report that is not sent yet. It counts as sent from now on, before anything can be
+    /// heard of it; if it does not arrive, the session ends, and the next one sends it again.
     pub(crate) async fn next(&self) -> Outgoing {
         loop {
             let added = self.0.added.notified();
             let next = {
                 let mut queue = self.0.queue.lock();
                 let news = queue.news.pop().map(Outgoing::News);
-                news.or_else(|| queue.reports.get(queue.sent).cloned().map(Outgoing::Report))
+                let report = || queue.reports.get(queue.sent).cloned();
+                match news {
+                    Some(news) => Some(news),
+                    None => report().inspect(|_| queue.sent += 1).map(Outgoing::Report),
+                }
             };
             if let Some(outgoing) = next {
                 return outgoing;
             }
             added.await;
-        }
-    }
-
-    /// What [`Self::next`] returned has been sent.
-    pub(crate) fn sent(&self, outgoing: &Outgoing) {
-        if matches!(outgoing, Outgoing::Report(_)) {
-            self.0.queue.lock().sent += 1;
         }
     }
 }
@@ -339,5 +337,40 @@ async fn store(connection: Connection, request: Request, files: &[(&str, Vec<u8>
             Ok(()) => Err(other),
             Err(e) => Err(lockstep_common::wire::FrameError::Io(e.into()).into()),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn block<T>(future: impl Future<Output = T>) -> T {
+        let mut builder = tokio::runtime::Builder::new_current_thread();
+        builder.build().expect("a runtime").block_on(future)
+    }
+
+    #[test]
+    fn what_is_heard_before_its_writer_goes_on_is_done_with() {
+        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+        let (control, feed) = channel(runtime.handle().clone());
+        control.tell(FromWorker::Leaving);
+        let outgoing = feed.outgoing();
+        let report = block(outgoing.next());
+        assert!(matches!(report, Outgoing::Report(FromWorker::Leaving)), "{:?}", report.message());
+        feed.heard(1);
+        assert!(feed.is_drained(), "heard, and still to be sent");
+    }
+
+    #[test]
+    fn what_was_not_heard_in_one_session_is_sent_again_in_the_next() {
+        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+        let (control, feed) = channel(runtime.handle().clone());
+        control.tell(FromWorker::Leaving);
+        block(feed.outgoing().next());
+        feed.heard(0);
+        feed.restart();
+        assert!(matches!(block(feed.outgoing().next()).message(), FromWorker::Leaving));
+        feed.heard(1);
+        assert!(feed.is_drained());
     }
 }

@@ -163,44 +163,43 @@ fn adamw_decay() -> f64 {
     1e-2
 }
 
+/// What every optimizer has.
+struct Common<'a> {
+    lr: f64,
+    weight_decay: f64,
+    no_decay_norm_bias: bool,
+    groups: &'a [ParameterGroup],
+}
+
 impl OptimizerSpec {
     /// The learning rate before the schedule.
     pub fn lr(&self) -> f64 {
-        match self {
-            Self::Sgd { lr, .. }
-            | Self::Adam { lr, .. }
-            | Self::Adamw { lr, .. }
-            | Self::Rmsprop { lr, .. } => *lr,
-        }
+        self.common().lr
     }
 
     /// The L2 penalty or decoupled decay of weights that no group treats in another way.
     pub fn weight_decay(&self) -> f64 {
-        match self {
-            Self::Sgd { weight_decay, .. }
-            | Self::Adam { weight_decay, .. }
-            | Self::Adamw { weight_decay, .. }
-            | Self::Rmsprop { weight_decay, .. } => *weight_decay,
-        }
+        self.common().weight_decay
     }
 
     /// Whether biases and batch-norm parameters are spared from the weight decay.
     pub fn no_decay_norm_bias(&self) -> bool {
-        match self {
-            Self::Sgd { no_decay_norm_bias, .. }
-            | Self::Adam { no_decay_norm_bias, .. }
-            | Self::Adamw { no_decay_norm_bias, .. }
-            | Self::Rmsprop { no_decay_norm_bias, .. } => *no_decay_norm_bias,
-        }
+        self.common().no_decay_norm_bias
     }
 
     /// Parameters that are treated in another way.
     pub fn groups(&self) -> &[ParameterGroup] {
-        match self {
-            Self::Sgd { groups, .. }
-            | Self::Adam { groups, .. }
-            | Self::Adamw { groups, .. }
-            | Self::Rmsprop { groups, .. } => groups,
+        self.common().groups
+    }
+
+    fn common(&self) -> Common<'_> {
+        match *self {
+            Self::Sgd { lr, weight_decay, no_decay_norm_bias, ref groups, .. }
+            | Self::Adam { lr, weight_decay, no_decay_norm_bias, ref groups, .. }
+            | Self::Adamw { lr, weight_decay, no_decay_norm_bias, ref groups, .. }
+            | Self::Rmsprop { lr, weight_decay, no_decay_norm_bias, ref groups, .. } => {
+                Common { lr, weight_decay, no_decay_norm_bias, groups }
+            }
         }
     }
 }

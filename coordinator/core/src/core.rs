@@ -249,7 +249,6 @@ impl Core {
     /// A worker says something in its session.
     pub fn handle_message(&mut self, worker: WorkerId, message: FromWorker, now_ms: u64) -> Reception {
         self.workers.heard(worker, now_ms);
-        self.hear_forgetful(worker, now_ms);
         let (job, generation) = match &message {
             FromWorker::Leaving => {
                 self.handle_leaving(worker, now_ms);
@@ -267,6 +266,7 @@ impl Core {
             self.handle_following(worker, (job, generation), *position, now_ms);
             return Reception::Current;
         }
+        self.hear_forgetful(worker, (job, generation), now_ms);
         if !self.is_current(worker, job, generation) {
             self.stale_messages += 1;
             if let FromWorker::Ended { outcome, held, .. } = message {
@@ -304,15 +304,15 @@ impl Core {
         Reception::Current
     }
 
-    /// A worker that came back without its work, and of which reports come in, may be about to say how that ended.
-    fn hear_forgetful(&mut self, worker: WorkerId, now_ms: u64) {
-        let until_ms = now_ms + self.config.report_grace_ms;
-        for live in self.jobs.values_mut().filter_map(Job::live_mut) {
-            for member in live.members.iter_mut().filter(|member| member.worker == worker) {
-                if let MemberState::Forgotten { until_ms: known } = &mut member.state {
-                    *known = until_ms;
-                }
-            }
+    /// A worker that came back without its work and tells of it is about to say how that ended.
+    fn hear_forgetful(&mut self, worker: WorkerId, (job, generation): (JobId, Generation), now_ms: u64) {
+        let grace_ms = self.config.report_grace_ms;
+        let live = self.jobs.get_mut(&job).and_then(Job::live_mut).filter(|l| l.generation == generation);
+        if let Some(live) = live
+            && let Some(rank) = live.rank_of(worker)
+            && let MemberState::Forgotten { until_ms } = &mut live.members[rank].state
+        {
+            *until_ms = now_ms + grace_ms;
         }
     }
 
@@ -321,17 +321,26 @@ impl Core {
     /// A coordinator may be killed between writing down a membership and telling its members. Whoever was to take part and
     /// keeps what that was to start from has not begun: then nobody has stepped in it, and its start is its outcome.
     pub(crate) fn outcome_of(
-        &self,
+        &mut self,
         worker: WorkerId,
         job: JobId,
         generation: Generation,
     ) -> Option<Generation> {
-        let known = self.jobs.get(&job).filter(|known| known.spoilt != Some(generation))?;
-        let record = &known.record;
-        let undelivered = record.resumed_from == generation
-            && generation != Generation(0)
-            && known.live().is_some_and(|l| l.generation == record.started && l.rank_of(worker).is_some());
-        (!record.state.is_final() && (record.started == generation || undelivered)).then_some(record.started)
+        let known = self.jobs.get_mut(&job).filter(|known| known.spoilt != Some(generation))?;
+        let record = &mut known.record;
+        if record.state.is_final() {
+            return None;
+        }
+        let started = record.started;
+        if started != generation {
+            let Phase::Live(live) = &known.phase else { return None };
+            let is_member = live.generation == started && live.rank_of(worker).is_some();
+            if !is_member || !record.resumed_from.contains(&generation) {
+                return None;
+            }
+            record.undelivered = true;
+        }
+        Some(started)
     }
 
     /// What a worker that has ended keeps for the next membership.
@@ -341,11 +350,10 @@ impl Core {
         (job, generation): (JobId, Generation),
         held: Option<Position>,
     ) {
-        let spoilt = self.jobs.get(&job).is_some_and(|known| known.spoilt == Some(generation));
-        if spoilt && held.is_some() {
-            self.drop_memory(worker, job);
+        if held.is_some() && self.jobs.get(&job).is_some_and(|known| known.spoilt == Some(generation)) {
+            return self.drop_memory(worker, job);
         }
-        let held = held.filter(|_| !spoilt).map(|position| Held { job, generation, position });
+        let held = held.map(|position| Held { job, generation, position });
         self.workers.set_held(worker, held);
         if let (Some(held), Some(known)) = (held, self.jobs.get_mut(&job)) {
             known.record.step = known.record.step.max(held.position.step);
@@ -492,7 +500,7 @@ impl Core {
 
     /// Has a worker drop what it keeps and what it follows of a job.
     pub(crate) fn drop_memory(&mut self, worker: WorkerId, job: JobId) {
-        self.workers.unfollow_job(worker, job);
+        self.workers.forget(worker, job);
         self.send(worker, ToWorker::Release { job });
     }
 

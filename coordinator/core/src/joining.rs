@@ -13,11 +13,9 @@ impl Core {
         let open: Vec<_> = self.jobs.iter().filter(|(_, job)| is_open(job)).map(|(id, _)| *id).collect();
         for id in open {
             let Some(job) = self.jobs.get(&id) else { continue };
-            if job.live().is_none_or(|live| live.present().next().is_none()) {
-                // Nobody is there to follow: after a restart, the members come back first.
-                continue;
-            }
-            let members = job.live().map_or(0, |live| live.members.len());
+            // After a restart the members come back first: nobody is there to follow before.
+            let Some(live) = job.live().filter(|live| live.present().next().is_some()) else { continue };
+            let members = live.members.len();
             let (_, max) = job.range(true);
             let coming = self.workers.followers(id).len();
             let room = (max as usize).saturating_sub(members + coming);

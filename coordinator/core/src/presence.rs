@@ -2,7 +2,7 @@
 
 use crate::cause::{Cause, Gone};
 use crate::core::{Action, Core};
-use crate::generation::{Live, MemberState};
+use crate::generation::{Live, Member, MemberState};
 use crate::jobs::{CommandError, Job, Phase};
 use crate::record::Ending;
 use lockstep_common::ids::{Generation, JobId, WorkerId};
@@ -42,10 +42,7 @@ impl Core {
         if let Some(held) = held {
             match self.outcome_of(worker, held.job, held.generation) {
                 Some(generation) => self.workers.set_held(worker, Some(Held { generation, ..held })),
-                None => {
-                    self.workers.set_held(worker, None);
-                    self.drop_memory(worker, held.job);
-                }
+                None => self.drop_memory(worker, held.job),
             }
         }
         self.schedule(now_ms);
@@ -141,7 +138,7 @@ impl Core {
         let job = self.jobs.get(&id)?;
         let live = job.live().filter(|live| !live.is_fenced())?;
         let lease_ms = job.record.orphan_timeout_ms + self.config.lease_margin_ms;
-        let since = |member: &crate::generation::Member| match member.state {
+        let since = |member: &Member| match member.state {
             MemberState::Away { since_ms, .. } => Some(since_ms),
             _ => None,
         };
@@ -206,7 +203,10 @@ impl Core {
             let Some(live) = job.live() else { continue };
             let lease_ms = job.record.orphan_timeout_ms + self.config.lease_margin_ms;
             let engagement = (*id, live.generation);
-            lost.extend(overdue(live, lease_ms, now_ms).map(|(worker, how)| (worker, engagement, how)));
+            // Of what is to be over for good, nobody takes over what somebody unseen may still be at.
+            let for_good = matches!(job.record.ending, Some(Ending::Cancel | Ending::Fail { .. }));
+            let over = live.is_fenced() || for_good && live.stop == Some(StopMode::Abort);
+            lost.extend(overdue(live, over, lease_ms, now_ms).map(|(worker, how)| (worker, engagement, how)));
         }
         for (id, line) in waits {
             self.log(id, line);
@@ -285,11 +285,10 @@ fn is_unclear(state: &MemberState) -> bool {
 
 /// The members of which nothing more is expected.
 ///
-/// Who is away is waited for as long as others may be stepping with it, which shows in that none of them has ended; if all
-/// are away, as long as workers may step without a coordinator.
-fn overdue(live: &Live, lease_ms: u64, now_ms: u64) -> impl Iterator<Item = (WorkerId, Gone)> {
+/// Who is away is waited for until the membership is known to be `over`; if all are away, as long as workers may step
+/// without a coordinator.
+fn overdue(live: &Live, over: bool, lease_ms: u64, now_ms: u64) -> impl Iterator<Item = (WorkerId, Gone)> {
     let deaf = live.abort_by_ms.is_some_and(|by| by <= now_ms);
-    let over = live.is_fenced() || live.stop == Some(StopMode::Abort);
     let all_away =
         !live.members.iter().any(|m| matches!(m.state, MemberState::Present | MemberState::Forgotten { .. }));
     live.members.iter().filter_map(move |member| {

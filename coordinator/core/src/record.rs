@@ -72,9 +72,13 @@ pub struct JobRecord {
     pub generation: Generation,
     /// The newest membership that workers have been started in.
     pub started: Generation,
-    /// The membership whose outcome that one started from, in its members' memory; 0 if from elsewhere.
+    /// The memberships under whose names its members may keep the state that it started from; none if that was not in
+    /// their memory.
     #[serde(default)]
-    pub resumed_from: Generation,
+    pub resumed_from: Vec<Generation>,
+    /// Whether one of its members was found not to have been told of it: then nobody has stepped in it.
+    #[serde(default)]
+    pub undelivered: bool,
     /// The workers of that membership by rank; empty while it has none.
     pub members: Vec<WorkerId>,
     /// The logical shards that they own; of use only while there are members.
@@ -96,7 +100,8 @@ pub struct JobRecord {
     /// Generations in a row that failed without getting further.
     pub fruitless: u32,
     /// The step at the last failure.
-    pub furthest: u64,
+    #[serde(alias = "furthest")]
+    pub failed_at: u64,
     /// When the first of those failures was, in the core's milliseconds.
     #[serde(default)]
     pub fruitless_since_ms: u64,
@@ -124,7 +129,8 @@ impl JobRecord {
             reason: String::new(),
             generation: Generation(0),
             started: Generation(0),
-            resumed_from: Generation(0),
+            resumed_from: Vec::new(),
+            undelivered: false,
             members: Vec::new(),
             placement: None,
             ending: None,
@@ -136,7 +142,7 @@ impl JobRecord {
             checkpoint: None,
             fruitless: 0,
             fruitless_since_ms: 0,
-            furthest: 0,
+            failed_at: 0,
             first_error: String::new(),
         }
     }

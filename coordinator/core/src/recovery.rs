@@ -55,10 +55,8 @@ impl Core {
             live.abort_by_ms.get_or_insert(abort_by_ms);
             for member in &mut live.members {
                 if let MemberState::Away { since_ms, until_ms } = &mut member.state {
-                    let by_ms = match took_over_ms == Some(*since_ms) {
-                        true => rejoin_by_ms.max(return_by_ms),
-                        false => rejoin_by_ms,
-                    };
+                    let unseen = took_over_ms == Some(*since_ms);
+                    let by_ms = if unseen { rejoin_by_ms.max(return_by_ms) } else { rejoin_by_ms };
                     *until_ms = (*until_ms).min(by_ms);
                 }
             }
@@ -134,12 +132,8 @@ impl Core {
 
     /// Nobody need keep or follow the job's state any longer.
     pub(crate) fn let_go(&mut self, id: JobId) {
-        for worker in self.workers.holders(id) {
-            self.workers.set_held(worker, None);
-            self.drop_memory(worker, id);
-        }
-        for (worker, _) in self.workers.followers(id) {
-            self.workers.unfollow(worker);
+        let followers = self.workers.followers(id).into_iter().map(|(worker, _)| worker);
+        for worker in self.workers.holders(id).into_iter().chain(followers) {
             self.drop_memory(worker, id);
         }
     }
@@ -185,11 +179,11 @@ fn paused(record: &JobRecord) -> String {
 
 fn count_failure(job: &mut Job, reason: &str, now_ms: u64) {
     let record = &mut job.record;
-    if record.step > record.furthest {
+    if record.step > record.failed_at {
         record.fruitless = 0;
     }
     // It may have gone back to a checkpoint meanwhile, and get on from there.
-    record.furthest = record.step;
+    record.failed_at = record.step;
     if record.fruitless == 0 {
         record.first_error = reason.to_owned();
         record.fruitless_since_ms = now_ms;

@@ -159,10 +159,17 @@ impl Core {
             ),
         };
         record.members.clone_from(&workers);
-        record.resumed_from = match resume {
-            Resumption::Peers { .. } => started,
-            Resumption::Fresh | Resumption::Checkpoint { .. } => Generation(0),
-        };
+        match resume {
+            Resumption::Peers { .. } => {
+                if !std::mem::take(&mut record.undelivered) {
+                    record.resumed_from.clear();
+                }
+                record.resumed_from.push(started);
+            }
+            Resumption::Fresh | Resumption::Checkpoint { .. } => {
+                (record.undelivered, record.resumed_from) = (false, Vec::new());
+            }
+        }
         record.started = generation;
         record.step = step;
         record.weights_digest = None;

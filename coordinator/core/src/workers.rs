@@ -171,10 +171,11 @@ impl Workers {
         Some(self.0.get_mut(&id)?.following.take()?.job)
     }
 
-    /// The worker does not get ready to join `job` any more, if it did.
-    pub(crate) fn unfollow_job(&mut self, id: WorkerId, job: JobId) {
+    /// The worker neither keeps anything of `job` any more nor gets ready to join it.
+    pub(crate) fn forget(&mut self, id: WorkerId, job: JobId) {
         if let Some(worker) = self.0.get_mut(&id) {
             worker.following.take_if(|f| f.job == job);
+            worker.held.take_if(|held| held.job == job);
         }
     }
 

@@ -2,7 +2,7 @@
 
 use crate::scenarios::{J1, from_peers, lost, running, running_on, starts};
 use crate::world::stopped;
-use lockstep_common::ids::{Generation, Rank, WorkerId};
+use lockstep_common::ids::{Generation, JobId, Rank, WorkerId};
 use lockstep_common::wire::{JobState, Outcome, Position, Resumption, ToWorker};
 use lockstep_core::CommandError;
 
@@ -249,16 +249,46 @@ fn a_membership_that_was_written_down_and_never_told_costs_nothing() {
         world.end_with(worker, J1, 1, lost(0), Position::at(58));
     }
     assert_eq!(world.generation(J1), Generation(2));
-    // Killed before anybody heard of it; what the members have to say, they say again.
-    let mut world = world.restart();
-    for worker in [2, 3] {
-        world.return_holding(worker, J1, 1, 58);
-        world.end_with(worker, J1, 1, lost(0), Position::at(58));
+    // Killed before anybody heard of it, and again; what the members have to say, they say again.
+    for _ in 0..3 {
+        world = world.restart();
+        for worker in [2, 3] {
+            world.return_holding(worker, J1, 1, 58);
+            world.end_with(worker, J1, 1, lost(0), Position::at(58));
+        }
+        assert_eq!(world.inbox(), [], "nothing is dropped");
+        world.pass(1_100);
+        assert_eq!(starts(&mut world), [2, 3].map(|w| (w, from_peers(58, 0, &[0, 1]))));
     }
-    assert_eq!(world.inbox(), [], "nothing is dropped");
-    world.pass(1_100);
-    assert_eq!(starts(&mut world), [2, 3].map(|w| (w, from_peers(58, 0, &[0, 1]))));
     // What one that was no member of it keeps is of the past.
     world.return_holding(1, J1, 1, 58);
     assert!(world.inbox().contains(&(WorkerId(1), ToWorker::Release { job: J1 })));
+}
+
+#[test]
+fn what_a_worker_says_of_another_job_does_not_make_the_first_one_wait() {
+    let mut world = running_on(1, 1).restart();
+    world.connect(1);
+    for _ in 0..5 {
+        world.pass(400);
+        world.step(1, JobId(2), 1, 1);
+    }
+    assert!(world.trace.iter().any(|line| line.contains("came back without its work")), "{:#?}", world.trace);
+}
+
+#[test]
+fn members_that_vanish_in_an_abort_that_nobody_confirms_are_not_waited_for_longer_than_their_lease() {
+    let mut world = running_on(2, 1);
+    world.end_with(2, J1, 1, lost(0), Position::at(5));
+    // The record says that the membership is to end; the one who has ended is forgotten with the coordinator.
+    let mut world = world.restart();
+    world.return_with(1, J1, 1, 0, 5);
+    world.cut(1);
+    world.enroll(1);
+    world.connect(3);
+    world.pass(60_000);
+    assert_eq!(world.generation(J1), Generation(1), "both may be stepping");
+    world.pass(LEASE_MS);
+    world.find(Some(4));
+    assert_eq!(starts(&mut world), [(3, Resumption::Checkpoint { step: 4 })]);
 }

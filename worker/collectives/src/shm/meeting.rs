@@ -43,7 +43,8 @@ pub(crate) async fn share(group: &Group, backend: Backend) -> Result<Option<Vec<
         && let Some(far) = hosts.iter().position(|host| *host != hosts[0])
     {
         return Err(CollectiveError::Config(format!(
-            "`backend = \"shm\"` needs all ranks on one host, in one network namespace and of one user, and {} is apart from rank 0: use \"auto\" or \"quic\"",
+            "`backend = \"shm\"` needs all ranks on one host, in one network namespace and of one user, and {} is apart from \
+             rank 0: use \"auto\" or \"quic\"",
             Rank(far as u32)
         )));
     }
