@@ -118,7 +118,8 @@ impl Account {
         writeln!(
             f,
             "{committed_steps} steps in {memberships} memberships, {recomputed_steps} of them done again"
-        )
+        )?;
+        figures.wasteful.iter().try_for_each(|case| writeln!(f, "  {case}"))
     }
 
     /// What helps to find out why.

@@ -1,7 +1,7 @@
 //! How long it took to get over what happened.
 
 use super::schedule::Kind;
-use super::stage::Stage;
+use super::stage::{History, Stage};
 use super::watch::Seen;
 use super::{Happened, Trial};
 use serde::Serialize;
@@ -45,6 +45,8 @@ pub struct Figures {
     pub committed_steps: u64,
     /// Changes of membership after which there was a step.
     pub memberships: u64,
+    /// Where more was done again than ought to be after what befell one member alone.
+    pub wasteful: Vec<String>,
 }
 
 /// Some values.
@@ -84,6 +86,27 @@ struct Recovery {
     after: Duration,
     recomputed: u64,
     alone: bool,
+    generation: u64,
+}
+
+/// Something that befell somebody.
+struct Trouble<'a> {
+    from: Duration,
+    until: Duration,
+    /// The worker; `None` if it was not one alone.
+    whose: Option<&'a str>,
+}
+
+fn troubles<'a>(happened: &'a [Happened], history: &'a History) -> Vec<Trouble<'a>> {
+    let trouble = |from, lasts, whose| Trouble { from, until: from + lasts, whose };
+    let happened = happened.iter().filter(|h| h.skipped.is_none());
+    let happened = happened.map(|h| trouble(h.at, h.event.kind.lasts(), h.worker.as_deref()));
+    let deaths = history.deaths.iter().map(|d| trouble(d.at, Duration::ZERO, Some(&d.worker[..])));
+    let stopped = history.struck.iter().filter(|(_, fault)| !fault.kills);
+    let stopped = stopped.map(|(at, fault)| trouble(*at, fault.still(), None));
+    let exits = history.exits.iter().filter(|exit| !exit.asked);
+    let exits = exits.map(|exit| trouble(exit.at, Duration::ZERO, Some(&exit.who[..])));
+    happened.chain(deaths).chain(stopped).chain(exits).collect()
 }
 
 /// Measures a run whose ranks wait `timeout` for a silent one.
@@ -91,9 +114,11 @@ pub fn measure(trials: &[Trial], happened: &[Happened], stage: &Stage, timeout: 
     let numbers: BTreeMap<_, _> =
         stage.programs().filter_map(|p| Some((p.name().to_owned(), worker_number(&p.said())?))).collect();
     let courses: Vec<_> = trials.iter().map(Course::new).collect();
+    let troubles = troubles(happened, &stage.history);
     let recover = |at: Duration, worker: &str, role: Role| {
         let course = courses.iter().find(|course| course.spans(at))?;
-        Some((course, course.recovery(at, numbers.get(worker)?, role, happened)?))
+        let others = troubles.iter().filter(|trouble| trouble.from != at || trouble.whose != Some(worker));
+        Some((course, course.recovery(at, numbers.get(worker)?, role, others)?))
     };
     let after = |role: Role, wanted: &dyn Fn(&Kind) -> bool| -> Vec<_> {
         let events = happened.iter().filter(|h| h.skipped.is_none() && wanted(&h.event.kind));
@@ -116,7 +141,12 @@ pub fn measure(trials: &[Trial], happened: &[Happened], stage: &Stage, timeout: 
     let recomputed = |(_, recovery): &(&Course<'_>, Recovery)| recovery.recomputed as f64;
     let alone = |(_, recovery): &&(&Course<'_>, Recovery)| recovery.alone;
     let pause = |(course, recovery): &(&Course<'_>, Recovery)| course.pause_s(recovery.first);
+    let wasteful = |sort: &'static str, recoveries: &[(&Course<'_>, Recovery)], bound: u64| -> Vec<_> {
+        let wasteful = recoveries.iter().filter(alone).filter(|(_, recovery)| recovery.recomputed > bound);
+        wasteful.map(|(course, recovery)| course.describe(sort, recovery)).collect()
+    };
     Figures {
+        wasteful: [wasteful("a death", &deaths, 1), wasteful("SIGTERM", &leaves, 0)].concat(),
         death_alone_s: Summary::of(deaths.iter().filter(alone).map(time)),
         death_alone_recomputed_steps: Summary::of(deaths.iter().filter(alone).map(recomputed)),
         death_s: Summary::of(deaths.iter().map(time)),
@@ -167,28 +197,50 @@ impl<'a> Course<'a> {
 
     /// How the job got over what happened to a worker at that time; `None` if the worker had no part in it or there was
     /// no step any more.
-    fn recovery(&self, at: Duration, number: &String, role: Role, happened: &[Happened]) -> Option<Recovery> {
+    fn recovery<'t>(
+        &self,
+        at: Duration,
+        number: &String,
+        role: Role,
+        mut others: impl Iterator<Item = &'t Trouble<'t>>,
+    ) -> Option<Recovery> {
         let generation = self.seen().generation(at);
-        if role == Role::Member && !self.seen().members(generation).contains(number) {
+        let members = self.seen().members(generation);
+        if role == Role::Member && !members.contains(number) {
             return None;
         }
+        let leaves_nobody = role == Role::Member && members.len() == 1;
         let with = |generation: u64| role == Role::Member || self.seen().members(generation).contains(number);
         let mut steps = self.seen().lines.iter().zip(&self.committed);
         let first = steps
             .position(|(line, when)| line.generation > generation && *when > at && with(line.generation))?;
         let until = self.committed[first];
         let before = self.seen().lines[..first].iter().map(|line| line.step).max().unwrap_or(0);
-        let undisturbed = !happened.iter().any(|other| {
-            let ends = other.at + other.event.kind.lasts();
-            other.skipped.is_none() && other.at != at && other.at <= until && ends >= at
-        });
+        let undisturbed = !others.any(|other| other.from <= until && other.until >= at);
         let going_on = self.committed.iter().any(|when| *when <= at && *when + GOING_ON >= at);
         Some(Recovery {
             first,
             after: until - at,
             recomputed: (before + 1).saturating_sub(self.seen().lines[first].step),
-            alone: undisturbed && going_on,
+            alone: undisturbed && going_on && !leaves_nobody,
+            generation,
         })
+    }
+
+    /// What was done again, and where.
+    fn describe(&self, sort: &str, recovery: &Recovery) -> String {
+        let Recovery { first, after, recomputed, generation, .. } = *recovery;
+        let line = &self.seen().lines[first];
+        let when = (self.committed[first] - after).as_secs_f64();
+        let members = |generation: u64| self.seen().members(generation).join(", ");
+        format!(
+            "{when:.2} s: {sort} in generation {generation} of {} ({}): {recomputed} steps again, from step {} in generation {} ({})",
+            self.trial.id,
+            members(generation),
+            line.step,
+            line.generation,
+            members(line.generation),
+        )
     }
 
     /// How long the job stood still before that line, in seconds.
@@ -277,7 +329,8 @@ mod tests {
     fn a_death_is_over_with_the_first_step_of_the_next_membership() {
         let trial = trial();
         let course = Course::new(&trial);
-        let recovery = |at, number: &str, role| course.recovery(ms(at), &number.to_owned(), role, &[]);
+        let recovery =
+            |at, number: &str, role| course.recovery(ms(at), &number.to_owned(), role, [].into_iter());
         let death = recovery(1000, "w2", Role::Member).expect("a member died");
         assert_eq!((death.after, death.recomputed, death.alone), (ms(500), 1, true));
         let join = recovery(3000, "w3", Role::Newcomer).expect("a worker joined");
@@ -286,6 +339,21 @@ mod tests {
         assert!(recovery(1000, "w3", Role::Member).is_none(), "it was no member");
         assert!(recovery(3600, "w1", Role::Member).is_none(), "no step came after it");
         assert_eq!((course.recomputed(), course.memberships()), (1, 3));
+    }
+
+    #[test]
+    fn a_death_was_not_alone_where_nobody_was_left_or_others_were_in_trouble() {
+        let trial = trial();
+        let course = Course::new(&trial);
+        let is_alone = |at, number: &str, others: &[Trouble<'_>]| {
+            let number = number.to_owned();
+            course.recovery(ms(at), &number, Role::Member, others.iter()).expect("a step came after it").alone
+        };
+        let trouble = |from, until| Trouble { from: ms(from), until: ms(until), whose: Some("w1") };
+        assert!(is_alone(1000, "w2", &[trouble(0, 900), trouble(1600, 2000)]));
+        assert!(!is_alone(1000, "w2", &[trouble(0, 1100)]));
+        assert!(!is_alone(1000, "w2", &[trouble(1000, 1000)]), "it died together with another");
+        assert!(!is_alone(1700, "w1", &[]), "it was the only member");
     }
 
     #[test]

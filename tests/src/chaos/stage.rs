@@ -448,7 +448,7 @@ impl Fault {
     }
 
     /// How long a worker that has stopped itself stands still.
-    fn still(&self) -> Duration {
+    pub(super) fn still(&self) -> Duration {
         Duration::from_millis(100 * self.steps_ahead)
     }
 }
