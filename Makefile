@@ -2,12 +2,15 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help libtorch data nextest build demo test lint sim bench-step bench-allreduce bench-overlap chaos parity parity-fixtures deny clean
+.PHONY: help libtorch tools data nextest build demo test lint sim bench-step bench-allreduce bench-overlap bench-loader chaos parity parity-fixtures deny clean
 
 # An empty LIBTORCH would hide the folder that .cargo/config.toml names.
 ifeq ($(LIBTORCH),)
 unexport LIBTORCH
 endif
+
+# What the set-up scripts fetch is found behind what the system has.
+export PATH := $(PATH):$(or $(LOCKSTEP_DEPS),$(CURDIR)/.deps)/tools/bin
 
 WORKERS ?= 2
 SEEDS ?= 2000
@@ -21,13 +24,16 @@ help: ## This list
 libtorch: ## Fetch libtorch 2.11.0 (unless LIBTORCH names one)
 	@deploy/setup/libtorch.sh > /dev/null
 
+tools: ## Fetch cmake and nasm (unless they are here), which build libjpeg-turbo
+	@deploy/setup/build-tools.sh > /dev/null
+
 data: ## Fetch Fashion-MNIST and print its folder
 	@deploy/setup/fashion-mnist.sh
 
 nextest:
 	@deploy/setup/nextest.sh > /dev/null
 
-build: libtorch ## Build target/release/coordinator and target/release/worker
+build: libtorch tools ## Build target/release/coordinator and target/release/worker
 	@cargo build --release --locked
 
 demo: build ## Train a network on Fashion-MNIST with 2 workers (WORKERS=N for more)
@@ -35,18 +41,18 @@ demo: build ## Train a network on Fashion-MNIST with 2 workers (WORKERS=N for mo
 	$(coordinator) dataset add fashion-mnist --format idx "$$folder"
 	$(coordinator) run jobs/fashion-nin.toml --workers $(WORKERS)
 
-test: libtorch nextest ## Run every test, from nothing
+test: libtorch tools nextest ## Run every test, from nothing
 	@started=$$SECONDS
 	FASHION_MNIST=$$(deploy/setup/fashion-mnist.sh)
 	export FASHION_MNIST
 	deploy/setup/promtool.sh
 	# The tests in tests/ drive these programs.
 	cargo build --release --locked --bins
-	PATH="$$PATH:$${LOCKSTEP_DEPS:-$$PWD/.deps}/tools/bin" cargo nextest run --release --locked --workspace
+	cargo nextest run --release --locked --workspace
 	cargo test --quiet --release --locked --workspace --doc
 	echo "make test: $$((SECONDS - started)) s"
 
-lint: libtorch ## Format, clippy, dependency rules, scripts, dashboards
+lint: libtorch tools ## Format, clippy, dependency rules, scripts, dashboards
 	@deploy/setup/lint.sh
 
 sim: ## Simulated days of a cluster, each drawn from a seed (SEEDS=N for more than 2000)
@@ -60,6 +66,9 @@ bench-allreduce: build ## All-reduce side by side with Gloo (CASES="shm2 wan" fo
 
 bench-overlap: build ## What part of a step waits for other workers
 	@tests/bench/run_overlap.sh
+
+bench-loader: tools ## JPEG decoding and cropping side by side with torchvision (PHOTOS=folder for your own)
+	@tests/bench/run_loader.sh
 
 chaos: build ## Kill, stop and cut off real processes in the midst of jobs (SEED=n, EVENTS=n or MINUTES=m, JOBS=small; as root for all)
 	@export FASHION_MNIST

@@ -163,6 +163,16 @@ pub(crate) enum TokenCommand {
 pub(crate) enum DatasetFormat {
     /// IDX files of images and labels, as of MNIST and Fashion-MNIST, also gzipped.
     Idx,
+    /// CIFAR-10's binary version: `data_batch_1.bin` to `data_batch_5.bin`, `test_batch.bin`.
+    #[value(name = "cifar-10")]
+    Cifar10,
+    /// CIFAR-100's binary version, `train.bin` and `test.bin`, with its fine labels.
+    #[value(name = "cifar-100")]
+    Cifar100,
+    /// JPEG and PNG files, a sub-folder per class; in `train` and `val` (or `test`) if there are splits.
+    Folder,
+    /// Tar files, or a folder of them: samples are members of one name, an image and `.cls` or `.json`.
+    Webdataset,
 }
 
 #[derive(Debug, Subcommand)]
@@ -174,8 +184,11 @@ pub(crate) enum DatasetCommand {
         /// The format of the source.
         #[arg(long, value_enum)]
         format: DatasetFormat,
-        /// The folder of the source files.
+        /// The folder or file of the source.
         path: PathBuf,
+        /// Leave corrupt images out, and say how many, instead of refusing the whole.
+        #[arg(long)]
+        skip_corrupt: bool,
     },
     /// List the datasets.
     Ls {

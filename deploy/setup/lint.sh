@@ -14,7 +14,7 @@ say "lint: documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --quiet --release --workspace --no-deps --locked
 
 say "lint: the crates that must not know libtorch"
-for crate in lockstep-common lockstep-core lockstep-coordinator lockstep-member lockstep-sim; do
+for crate in lockstep-common lockstep-images lockstep-core lockstep-coordinator lockstep-member lockstep-sim; do
     tree=$(cargo tree --quiet --locked --edges normal,build,dev --package "$crate" --prefix none)
     if grep -qE '^(tch|torch-sys) ' <<<"$tree"; then
         fail "$crate depends on libtorch" "move the code to worker/; invariant 9 in ARCHITECTURE.md"

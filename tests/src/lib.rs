@@ -8,6 +8,7 @@ pub mod chaos;
 pub mod cluster;
 pub mod data;
 pub mod hosts;
+pub mod images;
 pub mod job;
 pub mod place;
 pub mod process;

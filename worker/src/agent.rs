@@ -2,6 +2,7 @@
 
 use crate::cli::{DeviceArg, JoinArgs};
 use crate::control::{self, ControlFeed};
+use crate::data::pool::Pool;
 use crate::data::source;
 use crate::identity::{self, Home};
 use crate::kept::Kept;
@@ -166,6 +167,7 @@ impl Agent {
             shards,
             device: args.device,
             threads: threads.max(1) as usize,
+            decoders: Arc::new(Pool::new(args.decode_threads.unwrap_or(threads) as usize)?),
             worker,
             kept: Arc::new(Kept::default()),
         };

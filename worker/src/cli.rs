@@ -86,6 +86,9 @@ pub(crate) struct JoinArgs {
     /// Threads that compute at a time; all cores by default.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) threads: Option<u32>,
+    /// Threads that decode and augment samples ahead of training; as many as `--threads` by default.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) decode_threads: Option<u32>,
     /// The UDP address that other workers connect to; port 0 takes a free one.
     #[arg(long, default_value = "0.0.0.0:0")]
     pub(crate) listen: SocketAddr,

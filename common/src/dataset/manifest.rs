@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 const FORMAT: u32 = 1;
 
 /// Everything about a dataset but its samples.
+///
+/// Fields that came after the first release are left out where they say nothing, so that ids stay what they were.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// The version of this structure.
@@ -18,8 +20,11 @@ pub struct Manifest {
     pub name: DatasetName,
     /// How many samples there are.
     pub samples: u64,
-    /// The shape of every sample.
+    /// The shape of every sample, or the largest height and width if they differ.
     pub shape: SampleShape,
+    /// The smallest height and width, if the samples differ in size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub smallest: Option<SampleSize>,
     /// The type of a sample's elements.
     pub dtype: DType,
     /// How many classes there are: one more than the highest label.
@@ -32,6 +37,9 @@ pub struct Manifest {
     pub mean: Vec<f64>,
     /// The standard deviation of each channel over all pixels, scaled to [0, 1].
     pub std: Vec<f64>,
+    /// Corrupt images that were left out when the dataset was imported.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub skipped: u64,
     /// The shards in the order of their samples.
     pub shards: Vec<ShardEntry>,
 }
@@ -54,6 +62,27 @@ impl SampleShape {
     }
 }
 
+/// Height and width of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SampleSize {
+    /// Rows of pixels.
+    pub height: u32,
+    /// Columns of pixels.
+    pub width: u32,
+}
+
+impl SampleSize {
+    /// The smaller of the heights and the smaller of the widths.
+    pub fn min(self, other: Self) -> Self {
+        Self { height: self.height.min(other.height), width: self.width.min(other.width) }
+    }
+
+    /// The larger of the heights and the larger of the widths.
+    pub fn max(self, other: Self) -> Self {
+        Self { height: self.height.max(other.height), width: self.width.max(other.width) }
+    }
+}
+
 /// The type of a sample's elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -68,6 +97,8 @@ pub enum DType {
 pub enum Encoding {
     /// The elements themselves, channel by channel, row by row.
     RawU8,
+    /// A JPEG or PNG file. Whatever its colours are, its shape has three channels: red, green and blue.
+    Image,
 }
 
 /// One shard of a dataset.
@@ -148,6 +179,19 @@ impl Manifest {
             self.class_names.as_ref().is_some_and(|names| names.len() != self.classes as usize),
             "it does not have one name per class",
         )?;
+        inconsistent(
+            self.smallest.is_some_and(|s| {
+                s.height == 0 || s.width == 0 || s.height > self.shape.height || s.width > self.shape.width
+            }),
+            "its smallest sample is empty or larger than its largest",
+        )?;
+        inconsistent(
+            match self.encoding {
+                Encoding::RawU8 => self.smallest.is_some(),
+                Encoding::Image => channels != 3,
+            },
+            "its shape does not fit its encoding",
+        )?;
         let mut next = 0u64;
         for shard in &self.shards {
             inconsistent(!is_blake3_hex(&shard.hash), "a shard's name is not a hash")?;
@@ -174,6 +218,12 @@ impl Manifest {
         (index - shard.first_sample < shard.samples).then_some(shard)
     }
 
+    /// Height and width of every sample, or `None` if they differ.
+    pub fn fixed_size(&self) -> Option<SampleSize> {
+        let SampleShape { height, width, .. } = self.shape;
+        self.smallest.is_none().then_some(SampleSize { height, width })
+    }
+
     /// The size of all shards.
     pub fn bytes(&self) -> u64 {
         self.shards.iter().map(|s| s.bytes).sum()
@@ -183,6 +233,10 @@ impl Manifest {
         json_digest(&Self { id: String::new(), ..self.clone() })
             .map_err(|e| ManifestProblem::Syntax(e.to_string()))
     }
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 #[cfg(test)]
@@ -201,12 +255,14 @@ mod tests {
             name: "a/b".parse().unwrap(),
             samples: 5,
             shape: SampleShape { channels: 1, height: 2, width: 2 },
+            smallest: None,
             dtype: DType::U8,
             classes: 2,
             class_names: None,
             encoding: Encoding::RawU8,
             mean: vec![0.1 + 0.2],
             std: vec![1.0 / 3.0],
+            skipped: 0,
             shards: vec![entry(0, 3), entry(3, 2)],
         };
         draft.with_id().unwrap()
@@ -247,7 +303,7 @@ mod tests {
 
     #[test]
     fn contradictions_are_refused_even_with_a_matching_id() {
-        let bad: [fn(&mut Manifest); 8] = [
+        let bad: [fn(&mut Manifest); 11] = [
             |m| m.samples = 6,
             |m| m.shards[1].first_sample = 4,
             |m| m.shards[0].samples = 0,
@@ -255,6 +311,9 @@ mod tests {
             |m| m.shape.width = 0,
             |m| m.shape = SampleShape { channels: u32::MAX, height: u32::MAX, width: u32::MAX },
             |m| m.mean.clear(),
+            |m| m.encoding = Encoding::Image,
+            |m| m.smallest = Some(SampleSize { height: 1, width: 1 }),
+            |m| m.smallest = Some(SampleSize { height: 3, width: 1 }),
             |m| m.class_names = Some(vec!["only".into()]),
         ];
         for (i, damage) in bad.into_iter().enumerate() {

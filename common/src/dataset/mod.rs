@@ -16,8 +16,11 @@ mod store;
 
 pub use cache::{CacheError, FetchError, ShardCache, ShardFetch};
 pub use idx::IdxProblem;
-pub use import::{ImportOutcome, ImportProgress};
-pub use manifest::{DType, Encoding, Manifest, ManifestProblem, SampleShape, ShardEntry};
+pub use import::{
+    ChannelSums, Corrupt, ImageFacts, ImageImport, ImportOutcome, ImportProgress, Imported, InspectImage,
+    SourceFormat,
+};
+pub use manifest::{DType, Encoding, Manifest, ManifestProblem, SampleShape, SampleSize, ShardEntry};
 pub use name::{DatasetName, InvalidName};
 pub use reader::{DatasetReader, ReadError, Sample};
 pub use shard::{Record, ShardFile, ShardProblem};
@@ -73,6 +76,29 @@ pub enum DatasetError {
         path: PathBuf,
         /// What is wrong with it.
         problem: IdxProblem,
+    },
+    /// A source file or folder that is not what its format says.
+    #[error("`{}` cannot be imported: {problem}", path.display())]
+    Source {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong with it and what to do.
+        problem: String,
+    },
+    /// Images that cannot be decoded.
+    #[error(
+        "{corrupt} of the {total} images for `{dataset}` are corrupt: {names}; repair or remove them, or leave them \
+         out with `--skip-corrupt`"
+    )]
+    Corrupt {
+        /// The dataset that was to be made.
+        dataset: DatasetName,
+        /// The first of them, each with what is wrong with it.
+        names: String,
+        /// How many there are.
+        corrupt: u64,
+        /// How many images there are in all.
+        total: u64,
     },
     /// No source files at the path given.
     #[error(

@@ -56,14 +56,14 @@ pub struct DatasetReader {
 pub struct Sample {
     /// The class.
     pub label: u32,
-    /// The shape of [`Sample::bytes`].
+    /// The shape of the samples: of [`Sample::bytes`] itself where those are not encoded.
     pub shape: SampleShape,
     shard: Arc<ShardFile>,
     payload: Range<usize>,
 }
 
 impl Sample {
-    /// The elements, channel by channel, row by row.
+    /// The elements, channel by channel, row by row; or the encoded image, as the manifest's encoding says.
     pub fn bytes(&self) -> &[u8] {
         &self.shard.bytes()[self.payload.clone()]
     }
@@ -124,7 +124,9 @@ impl DatasetReader {
             Encoding::RawU8 if record.payload.len() != self.sample_bytes => {
                 Err(malformed("its size does not match the shape"))
             }
-            Encoding::RawU8 => Ok(Sample { label, shape: manifest.shape, shard, payload: record.payload }),
+            Encoding::RawU8 | Encoding::Image => {
+                Ok(Sample { label, shape: manifest.shape, shard, payload: record.payload })
+            }
         }
     }
 }

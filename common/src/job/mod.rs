@@ -3,11 +3,13 @@
 //! [`JobSpec::parse`] turns TOML into a checked value or into one error that names the file, the line and the
 //! nearest known name. Peers exchange the file's text and parse it again, so that there is one truth.
 
+mod augment;
 mod error;
 mod models;
 mod optimizer;
 mod validate;
 
+pub use augment::{Augment, shorter_side};
 pub use error::JobError;
 pub use models::{ModelEntry, ModelOption, ModelRole, OptionKind, catalogue};
 pub use optimizer::{AverageSpec, OptimizerSpec, ParameterGroup, RmspropForm, ScheduleSpec};
@@ -162,12 +164,24 @@ pub struct DataSpec {
     pub train: String,
     /// The test set's name; no evaluation without it.
     pub test: Option<String>,
+    /// Makes every image grey (1) or coloured (3), before all else; without it they stay as they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub channels: Option<u32>,
     /// Applied to every training sample, in this order.
     #[serde(default)]
     pub augment: Vec<Augment>,
+    /// Applied to every test sample, in this order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub evaluate: Vec<Augment>,
     /// How raw pixels become numbers.
     #[serde(default)]
     pub scale: PixelScale,
+    /// What `standardize` subtracts from each channel of pixels from 0 to 1, instead of the training set's mean.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mean: Option<Vec<f64>>,
+    /// What it divides by, instead of the training set's standard deviation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub std: Option<Vec<f64>>,
 }
 
 /// How raw pixels 0..=255 become numbers.
@@ -179,19 +193,6 @@ pub enum PixelScale {
     Standardize,
     /// 0 to 1.
     Unit,
-}
-
-/// One augmentation of a training sample, keyed by (seed, epoch, sample).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "name", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum Augment {
-    /// Zero-pads each side by `pixels` and crops the original size at a random place.
-    PadCrop {
-        /// Padding on each side.
-        pixels: u32,
-    },
-    /// Mirrors left and right with probability one half.
-    Flip {},
 }
 
 /// The loss of a `classify` job.

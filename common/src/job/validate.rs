@@ -67,12 +67,8 @@ pub(super) fn check(job: &JobSpec) -> Result<(), Fault> {
     })?;
     check_wire(job)?;
     require(job.checkpoint.keep >= 1, &["checkpoint", "keep"], || "`keep` must be at least 1".to_owned())?;
-    for (i, augment) in job.data.augment.iter().enumerate() {
-        if let super::Augment::PadCrop { pixels } = augment {
-            require((1..=1024).contains(pixels), &["data", "augment"], || {
-                format!("augmentation {} pads by {pixels}; `pixels` must be 1 to 1024", i + 1)
-            })?;
-        }
+    if let Some((key, what)) = job.data.problem() {
+        return Err(Fault::at(&["data", key], what));
     }
     Ok(())
 }

@@ -5,41 +5,74 @@ use crate::data_dir::DataDir;
 use crate::output::{hint, note, say, say_json, table};
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
-use lockstep_common::dataset::{ImportOutcome, Manifest, Store};
+use lockstep_common::dataset::{
+    ImageImport, ImportOutcome, Imported, Manifest, SampleShape, SampleSize, SourceFormat, Store,
+};
+use lockstep_images::Inspector;
 use serde_json::json;
 use std::path::Path;
 use std::process::ExitCode;
 
+/// How many of the corrupt images that were left out are named.
+const NAMED: usize = 20;
+
 pub(super) fn run(dir: &DataDir, command: DatasetCommand) -> Result<ExitCode> {
     let store = Store::open(&dir.datasets())?;
     match command {
-        DatasetCommand::Add { name, format: DatasetFormat::Idx, path } => add(&store, &name, &path),
+        DatasetCommand::Add { name, format, path, skip_corrupt } => {
+            add(&store, &name, source_format(format), &path, skip_corrupt)
+        }
         DatasetCommand::Ls { json } => ls(&store, json.json),
         DatasetCommand::Verify { name } => verify(&store, name.as_deref()),
     }
 }
 
-fn add(store: &Store, name: &str, path: &Path) -> Result<ExitCode> {
-    let bar = ProgressBar::new(0);
+fn source_format(format: DatasetFormat) -> SourceFormat {
+    match format {
+        DatasetFormat::Idx => SourceFormat::Idx,
+        DatasetFormat::Cifar10 => SourceFormat::Cifar10,
+        DatasetFormat::Cifar100 => SourceFormat::Cifar100,
+        DatasetFormat::Folder => SourceFormat::Folder,
+        DatasetFormat::Webdataset => SourceFormat::WebDataset,
+    }
+}
+
+fn add(store: &Store, name: &str, format: SourceFormat, path: &Path, skip_corrupt: bool) -> Result<ExitCode> {
+    let bar = ProgressBar::no_length();
     if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}") {
         bar.set_style(style);
     }
-    let outcomes = store.import_idx(name, path, |progress| {
+    let images = ImageImport { inspect: &Inspector, skip_corrupt };
+    let imported = store.import(name, format, path, images, |progress| {
         bar.set_message(progress.dataset.to_string());
-        bar.set_length(progress.total);
+        progress.total.map_or_else(|| bar.unset_length(), |total| bar.set_length(total));
         bar.set_position(progress.done);
     });
     bar.finish_and_clear();
-    for outcome in outcomes? {
+    let imported = imported?;
+    for Imported { outcome, left_out } in &imported {
         let manifest = outcome.manifest();
         let what = match outcome {
             ImportOutcome::Added(_) => "added",
             ImportOutcome::Unchanged(_) => "is there already:",
         };
         let (samples, shards) = (manifest.samples, manifest.shards.len());
-        say(format_args!("{what} `{}`, {samples} samples in {shards} shards", manifest.name));
+        let skipped = match left_out.len() {
+            0 => String::new(),
+            n => format!(", {n} corrupt images left out"),
+        };
+        say(format_args!("{what} `{}`, {samples} samples in {shards} shards{skipped}", manifest.name));
+        for corrupt in left_out.iter().take(NAMED) {
+            note(format_args!("left out: `{}`: {}", corrupt.name, corrupt.why));
+        }
+        if left_out.len() > NAMED {
+            note(format_args!("left out: {} more", left_out.len() - NAMED));
+        }
     }
-    hint(format_args!("name it in a job file: train = \"{name}/train\"; `coordinator dataset ls` lists all"));
+    if let Some(first) = imported.first() {
+        let name = &first.outcome.manifest().name;
+        hint(format_args!("name it in a job file: train = \"{name}\"; `coordinator dataset ls` lists all"));
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -55,6 +88,9 @@ fn ls(store: &Store, json: bool) -> Result<ExitCode> {
                 "channels": m.shape.channels,
                 "height": m.shape.height,
                 "width": m.shape.width,
+                "same_size": m.fixed_size().is_some(),
+                "class_names": m.class_names,
+                "skipped": m.skipped,
                 "shards": m.shards.len(),
                 "bytes": m.bytes(),
             })
@@ -67,7 +103,7 @@ fn ls(store: &Store, json: bool) -> Result<ExitCode> {
         vec![
             m.name.to_string(),
             m.samples.to_string(),
-            format!("{}x{}x{}", m.shape.channels, m.shape.height, m.shape.width),
+            shape(m),
             m.classes.to_string(),
             m.shards.len().to_string(),
             format!("{:.1}", m.bytes() as f64 / 1e6),
@@ -75,11 +111,20 @@ fn ls(store: &Store, json: bool) -> Result<ExitCode> {
     };
     table(&std::iter::once(head).chain(datasets.iter().map(row)).collect::<Vec<_>>());
     hint(if datasets.is_empty() {
-        "`coordinator dataset add NAME --format idx FOLDER` imports one"
+        "`coordinator dataset add NAME --format FORMAT FOLDER` imports one"
     } else {
         "`coordinator dataset verify` checks every byte"
     });
     Ok(ExitCode::SUCCESS)
+}
+
+/// Channels, height and width; from the smallest to the largest where they differ.
+fn shape(m: &Manifest) -> String {
+    let SampleShape { channels, height, width } = m.shape;
+    let side =
+        |least: u32, most: u32| if least == most { most.to_string() } else { format!("{least}-{most}") };
+    let smallest = m.smallest.unwrap_or(SampleSize { height, width });
+    format!("{channels}x{}x{}", side(smallest.height, height), side(smallest.width, width))
 }
 
 fn verify(store: &Store, name: Option<&str>) -> Result<ExitCode> {

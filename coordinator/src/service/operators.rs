@@ -5,7 +5,7 @@ use super::requests::{Call, Stop};
 use super::shards::blocking;
 use super::{Shared, enroll, refuse};
 use crate::jobs_dir::LogReader;
-use lockstep_common::dataset::{DatasetError, Manifest};
+use lockstep_common::dataset::{DatasetError, Manifest, SampleShape};
 use lockstep_common::ids::JobId;
 use lockstep_common::job::{JobSpec, WireFormat};
 use lockstep_common::wire::{DatasetBrief, Refusal, Request, Response, encode};
@@ -129,8 +129,15 @@ pub(crate) fn check_job(shared: &Shared, file: &str, toml: &str) -> Result<NewJo
             };
             refuse("job_file", JobSpec::fault(&file, toml, &["data", key], what))
         })?;
-        if let Some((option, what)) = misfit(&spec, &manifest) {
-            return Err(refuse("job_file", JobSpec::fault(&file, toml, &["model", option], what)));
+        let refuse_key =
+            |section, key, what| refuse("job_file", JobSpec::fault(&file, toml, &[section, key], what));
+        let shape = match key {
+            "train" => spec.data.training_shape(&manifest),
+            _ => spec.data.test_shape(&manifest),
+        };
+        let shape = shape.map_err(|(key, what)| refuse_key("data", key, what))?;
+        if let Some((option, what)) = misfit(&spec, &manifest, shape) {
+            return Err(refuse_key("model", option, what));
         }
         datasets.push(DatasetBrief { name: name.clone(), digest: manifest.id });
     }
@@ -151,10 +158,10 @@ pub(crate) fn check_job(shared: &Shared, file: &str, toml: &str) -> Result<NewJo
 }
 
 /// The option with which a classifier does not fit a dataset, and what is wrong with it.
-fn misfit(spec: &JobSpec, data: &Manifest) -> Option<(&'static str, String)> {
+fn misfit(spec: &JobSpec, data: &Manifest, shape: SampleShape) -> Option<(&'static str, String)> {
     let model = spec.model.as_ref()?;
     let option = |name| model.options.get(name).and_then(serde_json::Value::as_u64);
-    let Manifest { name, classes, shape, .. } = data;
+    let Manifest { name, classes, .. } = data;
     if let Some(given) = option("classes")
         && given < u64::from(*classes)
     {
@@ -167,7 +174,8 @@ fn misfit(spec: &JobSpec, data: &Manifest) -> Option<(&'static str, String)> {
         && given != u64::from(channels)
     {
         let what = format!(
-            "`in_channels` is {given} and the images of dataset `{name}` have {channels}; make it {channels}"
+            "`in_channels` is {given} and the images of dataset `{name}` have {channels}; make it {channels}, or set \
+             `channels = {given}` in `[data]`"
         );
         return Some(("in_channels", what));
     }

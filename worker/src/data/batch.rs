@@ -1,37 +1,58 @@
 //! Decoding samples into tensors.
 
-use super::augment::{self, Pixels};
+use super::pool::Pool;
 use crate::train::Number;
 use crate::train::error::TrainError;
 use crate::train::phase::ShardBatch;
-use lockstep_common::dataset::DatasetReader;
-use lockstep_common::job::{Augment, PixelScale};
+use lockstep_common::dataset::{DatasetReader, Encoding, Manifest, SampleShape};
+use lockstep_common::job::{DataSpec, PixelScale};
+use lockstep_common::rng::Stream;
+use lockstep_images::{Picture, Pipeline, Source, Workbench};
+use rayon::prelude::*;
 use std::ops::Range;
+use std::sync::Arc;
 use tch::{Device, Tensor};
 
-/// Reads, augments and scales samples of one dataset.
+/// What samples are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Use {
+    /// Training: augmented.
+    Train,
+    /// Evaluation: the same every time.
+    Evaluate,
+}
+
+/// Reads, augments and scales samples of one dataset, in parallel.
 pub(crate) struct Decoder<T> {
     reader: DatasetReader,
+    pipeline: Pipeline,
+    /// Of every sample when it is prepared.
+    shape: SampleShape,
     /// Per channel: the number for each raw value.
     table: Vec<[T; 256]>,
-    augments: Vec<Augment>,
     seed: u64,
     device: Device,
+    pool: Arc<Pool>,
 }
 
 impl<T: Number> Decoder<T> {
-    /// `statistics` are those of the training set (mean and standard deviation per channel, pixels 0 to 1), by
-    /// which the test set is scaled too.
+    /// `train` is the training set, by whose statistics the test set is scaled too.
     pub(crate) fn new(
         reader: DatasetReader,
-        scale: PixelScale,
-        statistics: (&[f64], &[f64]),
-        augments: Vec<Augment>,
+        data: &DataSpec,
+        purpose: Use,
+        train: &Manifest,
         seed: u64,
         device: Device,
+        pool: Arc<Pool>,
     ) -> Result<Self, TrainError> {
-        let channels = reader.manifest().shape.channels as usize;
-        let (mean, std) = statistics;
+        let (steps, shape) = match purpose {
+            Use::Train => (&data.augment, data.training_shape(reader.manifest())),
+            Use::Evaluate => (&data.evaluate, data.test_shape(reader.manifest())),
+        };
+        let shape = shape.map_err(|(_, what)| TrainError::Fatal(what))?;
+        let (mean, std) = data.statistics(train);
+        let channels = shape.channels as usize;
         if mean.len() != channels || std.len() != channels {
             return Err(TrainError::Fatal(format!(
                 "dataset `{}` has {channels} channels, the training set {}",
@@ -43,7 +64,7 @@ impl<T: Number> Decoder<T> {
             .map(|c| {
                 std::array::from_fn(|raw| {
                     let unit = raw as f64 / 255.0;
-                    T::from_f64(match scale {
+                    T::from_f64(match data.scale {
                         PixelScale::Unit => unit,
                         // A constant channel carries nothing; it becomes zero.
                         PixelScale::Standardize if std[c] > 0.0 => (unit - mean[c]) / std[c],
@@ -52,7 +73,8 @@ impl<T: Number> Decoder<T> {
                 })
             })
             .collect();
-        Ok(Self { reader, table, augments, seed, device })
+        let pipeline = Pipeline::new(data.channels, steps.clone());
+        Ok(Self { reader, pipeline, shape, table, seed, device, pool })
     }
 
     /// How many samples the dataset has.
@@ -67,40 +89,30 @@ impl<T: Number> Decoder<T> {
         samples: Vec<u64>,
         global: u64,
     ) -> Result<ShardBatch, TrainError> {
-        self.batch(samples, global, |sample, pixels| {
-            augment::apply(&self.augments, self.seed, epoch, sample, pixels);
-        })
+        self.batch(samples, epoch, global)
     }
 
-    /// Test samples as they are.
+    /// Test samples.
     pub(crate) fn plain(&self, samples: Range<u64>) -> Result<ShardBatch, TrainError> {
         let global = samples.end - samples.start;
-        self.batch(samples.collect(), global, |_, _| {})
+        self.batch(samples.collect(), 0, global)
     }
 
-    fn batch(
-        &self,
-        samples: Vec<u64>,
-        global: u64,
-        change: impl Fn(u64, &mut Pixels),
-    ) -> Result<ShardBatch, TrainError> {
-        let shape = self.reader.manifest().shape;
-        let (channels, height, width) =
-            (shape.channels as usize, shape.height as usize, shape.width as usize);
-        let mut values = Vec::with_capacity(samples.len() * channels * height * width);
-        let mut labels = Vec::with_capacity(samples.len());
-        for &sample in &samples {
-            let raw = self.reader.sample(sample).map_err(|e| TrainError::Fatal(e.to_string()))?;
-            let mut pixels = Pixels { channels, height, width, values: raw.bytes().to_vec() };
-            change(sample, &mut pixels);
-            for (plane, table) in pixels.values.chunks_exact(height * width).zip(&self.table) {
-                values.extend(plane.iter().map(|&p| table[usize::from(p)]));
-            }
-            labels.push(i64::from(raw.label));
-        }
+    fn batch(&self, samples: Vec<u64>, epoch: u64, global: u64) -> Result<ShardBatch, TrainError> {
+        let [channels, height, width] = [self.shape.channels, self.shape.height, self.shape.width];
+        let length = channels as usize * height as usize * width as usize;
+        let mut values = vec![T::default(); samples.len() * length];
+        let mut labels = vec![0i64; samples.len()];
+        let work = values.par_chunks_exact_mut(length).zip(&mut labels).zip(&samples);
+        self.pool.install(|| {
+            work.try_for_each(|((values, label), &sample)| -> Result<(), TrainError> {
+                *label = super::pool::with_bench(|bench| self.prepare(bench, epoch, sample, values))?;
+                Ok(())
+            })
+        })?;
         let n = samples.len() as i64;
         let images =
-            Tensor::f_from_slice(&values)?.f_view([n, channels as i64, height as i64, width as i64])?;
+            Tensor::f_from_slice(&values)?.f_view([n, channels.into(), height.into(), width.into()])?;
         let labels = Tensor::f_from_slice(&labels)?;
         Ok(ShardBatch {
             samples,
@@ -108,5 +120,44 @@ impl<T: Number> Decoder<T> {
             labels: labels.f_to_device(self.device)?,
             global,
         })
+    }
+
+    /// Writes one sample's numbers and returns its label. They depend on seed, epoch and sample alone.
+    fn prepare(
+        &self,
+        bench: &mut Workbench,
+        epoch: u64,
+        sample: u64,
+        values: &mut [T],
+    ) -> Result<i64, TrainError> {
+        let raw = self.reader.sample(sample).map_err(|e| TrainError::Fatal(e.to_string()))?;
+        let source = match self.reader.manifest().encoding {
+            Encoding::RawU8 => Source::Planes(raw.shape, raw.bytes()),
+            Encoding::Image => Source::Encoded(raw.bytes()),
+        };
+        let mut stream = Stream::new(self.seed, "augment", &[epoch, sample]);
+        let malformed = |what: String| {
+            let name = &self.reader.manifest().name;
+            TrainError::Fatal(format!("sample {sample} of dataset `{name}` cannot be prepared: {what}"))
+        };
+        let picture = self.pipeline.run(bench, source, &mut stream).map_err(|e| malformed(e.to_string()))?;
+        let found = [picture.channels(), picture.height(), picture.width()];
+        let expected = [self.shape.channels, self.shape.height, self.shape.width].map(|n| n as usize);
+        if found != expected {
+            return Err(malformed(format!("it is {found:?} where {expected:?} is expected")));
+        }
+        self.scale(&picture, values);
+        Ok(i64::from(raw.label))
+    }
+
+    fn scale(&self, picture: &Picture, values: &mut [T]) {
+        let plane = picture.height() * picture.width();
+        let channels = picture.channels();
+        for ((c, table), values) in self.table.iter().enumerate().zip(values.chunks_exact_mut(plane)) {
+            let raw = picture.values().iter().skip(c).step_by(channels);
+            for (value, raw) in values.iter_mut().zip(raw) {
+                *value = table[usize::from(*raw)];
+            }
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! A job's datasets, ready to be read.
 
 use super::Environment;
-use crate::data::batch::Decoder;
+use crate::data::batch::{Decoder, Use};
 use crate::data::loader::{Loader, Timetable};
 use crate::data::source;
 use crate::tasks::TaskPlan;
@@ -34,13 +34,13 @@ impl<T: Number> Data<T> {
         let open = |name: &str| source::open(name, datasets, &environment.shards, control);
         let train = open(&job.data.train)?;
         check_classes(job, &train)?;
-        let statistics = (train.manifest().mean.clone(), train.manifest().std.clone());
-        let decoder = |reader, augments| {
-            let statistics = (statistics.0.as_slice(), statistics.1.as_slice());
-            Decoder::<T>::new(reader, job.data.scale, statistics, augments, job.seed, device)
+        let manifest = train.manifest().clone();
+        let decoder = |reader, purpose| {
+            let pool = environment.decoders.clone();
+            Decoder::<T>::new(reader, &job.data, purpose, &manifest, job.seed, device, pool)
         };
         let test = match &job.data.test {
-            Some(name) => Some(Arc::new(decoder(open(name)?, Vec::new())?)),
+            Some(name) => Some(Arc::new(decoder(open(name)?, Use::Evaluate)?)),
             None => None,
         };
         let sampler =
@@ -49,7 +49,7 @@ impl<T: Number> Data<T> {
             sampler: Arc::new(sampler.map_err(|e| TrainError::Fatal(e.to_string()))?),
             per_step: plan.minibatches as u64,
         };
-        Ok(Self { train: decoder(train, job.data.augment.clone())?, test, timetable })
+        Ok(Self { train: decoder(train, Use::Train)?, test, timetable })
     }
 }
 

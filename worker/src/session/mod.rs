@@ -7,6 +7,7 @@ mod run;
 
 use crate::cli::DeviceArg;
 use crate::control::Control;
+use crate::data::pool::Pool;
 use crate::fault;
 use crate::flight::{SharedGroup, Watch};
 use crate::kept::{Kept, State};
@@ -48,6 +49,8 @@ pub(crate) struct Environment {
     pub(crate) shards: Arc<ShardCache>,
     pub(crate) device: DeviceArg,
     pub(crate) threads: usize,
+    /// The threads that prepare samples.
+    pub(crate) decoders: Arc<Pool>,
     /// This worker.
     pub(crate) worker: WorkerId,
     /// What is left of the last session.

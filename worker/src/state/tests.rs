@@ -8,6 +8,7 @@ use super::pack::{Copied, Packed};
 use super::station::OpenDesk;
 use crate::cli::DeviceArg;
 use crate::control;
+use crate::data::pool::Pool;
 use crate::data::source;
 use crate::kept::{Kept, State};
 use crate::ledger::Ledger;
@@ -69,6 +70,7 @@ fn worker(authority: &Authority, id: WorkerId) -> Worker {
         control,
         device: DeviceArg::Cpu,
         threads: 1,
+        decoders: Arc::new(Pool::new(1).unwrap()),
         worker: id,
         kept: Arc::new(Kept::default()),
     };

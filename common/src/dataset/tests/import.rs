@@ -16,8 +16,8 @@ fn a_folder_gives_both_splits_and_every_sample_comes_back() {
     let outcomes =
         f.store.import_idx("d", &source, |p| reports.push((p.dataset.to_string(), p.done, p.total))).unwrap();
     assert!(outcomes.iter().all(|o| matches!(o, ImportOutcome::Added(_))));
-    assert_eq!(reports.last().unwrap(), &("d/test".to_owned(), 20, 20));
-    assert!(reports.contains(&("d/train".to_owned(), 150, 150)));
+    assert_eq!(reports.last().unwrap(), &("d/test".to_owned(), 20, Some(20)));
+    assert!(reports.contains(&("d/train".to_owned(), 150, Some(150))));
 
     let names: Vec<_> = f.store.list().unwrap().iter().map(|m| m.name.to_string()).collect();
     assert_eq!(names, ["d/test", "d/train"]);

@@ -10,8 +10,9 @@ use super::evaluate::evaluate;
 use super::replica::{PhaseUpdate, RawTensors, Replica};
 use super::trainer::{StepDone, Trainer};
 use super::wishes::Wishes;
-use crate::data::batch::Decoder;
+use crate::data::batch::{Decoder, Use};
 use crate::data::loader::{Loader, Timetable};
+use crate::data::pool::Pool;
 use crate::tasks::TaskPlan;
 use lockstep_collectives::{CollectiveError, Group};
 use lockstep_common::dataset::{DatasetReader, ShardCache, Store};
@@ -142,13 +143,12 @@ impl<T: Number> Bench<T> {
         threads: usize,
         replica: Replica,
     ) -> Self {
-        let decoder = || {
-            let manifest = store.manifest("tiny/train").unwrap();
-            let statistics = (manifest.mean.clone(), manifest.std.clone());
-            let reader = DatasetReader::new(Arc::new(manifest), cache.clone()).unwrap();
-            let statistics = (statistics.0.as_slice(), statistics.1.as_slice());
-            let augments = job.data.augment.clone();
-            Decoder::<T>::new(reader, job.data.scale, statistics, augments, job.seed, Device::Cpu).unwrap()
+        let pool = Arc::new(Pool::new(2).unwrap());
+        let decoder = |purpose| {
+            let manifest = Arc::new(store.manifest("tiny/train").unwrap());
+            let reader = DatasetReader::new(manifest.clone(), cache.clone()).unwrap();
+            let pool = pool.clone();
+            Decoder::<T>::new(reader, &job.data, purpose, &manifest, job.seed, Device::Cpu, pool).unwrap()
         };
         let sampler =
             Sampler::new(job.seed, 70, u64::from(job.global_batch), job.logical_shards, true).unwrap();
@@ -157,8 +157,8 @@ impl<T: Number> Bench<T> {
         let shards = group.placement().range(group.rank());
         let next = replica.step;
         let trainer = Trainer::<T>::new(job.clone(), Arc::new(plan), group, replica, threads).unwrap();
-        let loader = Loader::start(decoder(), timetable, shards, next..total).unwrap();
-        Self { trainer, loader, test: Arc::new(decoder()), total, per_epoch }
+        let loader = Loader::start(decoder(Use::Train), timetable, shards, next..total).unwrap();
+        Self { trainer, loader, test: Arc::new(decoder(Use::Evaluate)), total, per_epoch }
     }
 
     /// One step.

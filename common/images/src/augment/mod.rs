@@ -1,0 +1,5 @@
+//! What is done to single pictures.
+
+pub(crate) mod color;
+pub(crate) mod crop;
+pub(crate) mod flip;

@@ -1,0 +1,190 @@
+//! Import: from source files to shards and a manifest.
+
+mod cifar;
+mod folder;
+mod idx;
+mod images;
+mod shards;
+mod statistics;
+mod tar;
+
+pub use images::{Corrupt, ImageFacts, InspectImage};
+pub use statistics::ChannelSums;
+
+use super::manifest::{DType, Encoding, Manifest, SampleShape, SampleSize};
+use super::{DatasetError, DatasetName, Store};
+use crate::durable::FileError;
+use shards::ShardWriter;
+use statistics::Statistics;
+use std::path::{Path, PathBuf};
+
+/// What the source files of an import are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceFormat {
+    /// IDX files of images and labels, also gzipped.
+    Idx,
+    /// The binary version of CIFAR-10.
+    Cifar10,
+    /// The binary version of CIFAR-100, with its fine labels.
+    Cifar100,
+    /// A folder of JPEG and PNG files with a sub-folder per class.
+    Folder,
+    /// Tar files whose members belong together by their names, as WebDataset writes them.
+    WebDataset,
+}
+
+/// How images are looked at while they are imported, and what follows when one is corrupt.
+#[derive(Clone, Copy)]
+pub struct ImageImport<'a> {
+    /// Decodes every image.
+    pub inspect: &'a dyn InspectImage,
+    /// Leaves corrupt images out instead of refusing the whole.
+    pub skip_corrupt: bool,
+}
+
+/// How far an import is.
+#[derive(Clone, Copy, Debug)]
+pub struct ImportProgress<'a> {
+    /// The dataset being imported.
+    pub dataset: &'a DatasetName,
+    /// Samples written so far.
+    pub done: u64,
+    /// Samples in the source, where that is known before the end.
+    pub total: Option<u64>,
+}
+
+/// What an import did.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ImportOutcome {
+    /// The dataset is new.
+    Added(Manifest),
+    /// The dataset was there already with the same content; missing or damaged shards have been replaced.
+    Unchanged(Manifest),
+}
+
+impl ImportOutcome {
+    /// The dataset's manifest.
+    pub fn manifest(&self) -> &Manifest {
+        match self {
+            Self::Added(manifest) | Self::Unchanged(manifest) => manifest,
+        }
+    }
+}
+
+/// One imported dataset.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Imported {
+    /// The dataset.
+    pub outcome: ImportOutcome,
+    /// The corrupt images that were left out, in the order of the source.
+    pub left_out: Vec<Corrupt>,
+}
+
+/// Called from time to time while an import goes on.
+type Progress<'a> = &'a mut dyn FnMut(ImportProgress<'_>);
+
+impl Store {
+    /// Imports `source` under `name`.
+    ///
+    /// A source with splits gives one dataset per split: `NAME/train` and `NAME/test`. Each becomes visible only when
+    /// it is complete. `images` is for sources of encoded images.
+    pub fn import(
+        &self,
+        name: &str,
+        format: SourceFormat,
+        source: &Path,
+        images: ImageImport<'_>,
+        mut progress: impl FnMut(ImportProgress<'_>),
+    ) -> Result<Vec<Imported>, DatasetError> {
+        let name: DatasetName = name.parse()?;
+        let whole = |outcomes: Vec<ImportOutcome>| {
+            outcomes.into_iter().map(|outcome| Imported { outcome, left_out: Vec::new() }).collect()
+        };
+        match format {
+            SourceFormat::Idx => idx::import(self, &name, source, &mut progress).map(whole),
+            SourceFormat::Cifar10 => {
+                cifar::import(self, &name, &cifar::TEN, source, &mut progress).map(whole)
+            }
+            SourceFormat::Cifar100 => {
+                cifar::import(self, &name, &cifar::HUNDRED, source, &mut progress).map(whole)
+            }
+            SourceFormat::Folder => folder::import(self, &name, source, images, &mut progress),
+            SourceFormat::WebDataset => tar::import(self, &name, source, images, &mut progress),
+        }
+    }
+
+    /// Imports IDX files from `source` under `name`.
+    ///
+    /// A folder gives one dataset per split that it holds: `NAME/train` from `train-*`, `NAME/test` from
+    /// `t10k-*` or `test-*`. The path of one pair of files up to `-images` gives the dataset `NAME`.
+    pub fn import_idx(
+        &self,
+        name: &str,
+        source: &Path,
+        mut progress: impl FnMut(ImportProgress<'_>),
+    ) -> Result<Vec<ImportOutcome>, DatasetError> {
+        idx::import(self, &name.parse()?, source, &mut progress)
+    }
+}
+
+/// What a finished import knows of its samples besides the samples.
+struct Finished {
+    name: DatasetName,
+    shape: SampleShape,
+    smallest: Option<SampleSize>,
+    encoding: Encoding,
+    classes: u32,
+    class_names: Option<Vec<String>>,
+    statistics: Statistics,
+    skipped: u64,
+}
+
+/// Completes the manifest and makes the dataset visible.
+fn publish(store: &Store, shards: ShardWriter, finished: Finished) -> Result<ImportOutcome, DatasetError> {
+    let (staging, entries) = shards.finish()?;
+    let manifest = Manifest {
+        format: 0,
+        id: String::new(),
+        name: finished.name.clone(),
+        samples: entries.iter().map(|e| e.samples).sum(),
+        shape: finished.shape,
+        smallest: finished.smallest,
+        dtype: DType::U8,
+        classes: finished.classes,
+        class_names: finished.class_names,
+        encoding: finished.encoding,
+        mean: finished.statistics.mean(),
+        std: finished.statistics.std(),
+        skipped: finished.skipped,
+        shards: entries,
+    };
+    let manifest = manifest.with_id().map_err(|problem| store.manifest_error(&finished.name, problem))?;
+    store.publish(manifest, staging)
+}
+
+/// The splits of a source: a folder's name, or the beginning of a file's, and the segment added to the dataset's name.
+const SPLITS: [(&str, &str); 4] =
+    [("train", "train"), ("test", "test"), ("val", "test"), ("validation", "test")];
+
+/// The entries of a folder, by name.
+fn sorted_entries(folder: &Path) -> Result<Vec<PathBuf>, DatasetError> {
+    let entries = std::fs::read_dir(folder).map_err(FileError::on("list", folder))?;
+    let mut paths = Vec::new();
+    for entry in entries {
+        paths.push(entry.map_err(FileError::on("list", folder))?.path());
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+/// The error of a source file.
+fn source_error(path: &Path, problem: impl Into<String>) -> DatasetError {
+    DatasetError::Source { path: path.to_path_buf(), problem: problem.into() }
+}
+
+/// A file with one class name a line; empty lines do not count.
+fn read_class_names(path: &Path) -> Result<Vec<String>, DatasetError> {
+    let text = String::from_utf8(crate::durable::read(path)?)
+        .map_err(|_| source_error(path, "it is not a text of class names, one a line"))?;
+    Ok(text.lines().map(str::trim).filter(|name| !name.is_empty()).map(str::to_owned).collect())
+}

@@ -1,0 +1,274 @@
+//! WebDataset: tar files in which members with the same name up to the first dot are one sample.
+//!
+//! A sample is an image (`.jpg`, `.jpeg`, `.png`) with its label: a number in `.cls`, or `label` in `.json`. Other members
+//! are left out. `classes.txt` beside the files, one name a line, names the classes.
+
+use super::images::{ImageWriter, MAX_IMAGE_BYTES, Origin, too_large};
+use super::{ImageImport, Imported, Progress, SPLITS, read_class_names, sorted_entries, source_error};
+use crate::dataset::{DatasetError, DatasetName, Store};
+use crate::durable::FileError;
+use std::fs::File;
+use std::io::{self, BufReader, Read};
+use std::path::{Path, PathBuf};
+
+/// A label of more bytes is not a number, and not a sample's JSON either.
+const MAX_LABEL_BYTES: u64 = 1 << 20;
+/// No dataset has more classes; a damaged label must not make the network's last layer larger than memory.
+const MAX_CLASSES: u32 = 1 << 20;
+/// The unit of a tar file. Two of zeros end it.
+const BLOCK_BYTES: u64 = 512;
+
+/// Imports one tar file, a folder of them, or a folder of splits.
+pub(super) fn import(
+    store: &Store,
+    name: &DatasetName,
+    source: &Path,
+    images: ImageImport<'_>,
+    progress: Progress<'_>,
+) -> Result<Vec<Imported>, DatasetError> {
+    let names_file = source.join("classes.txt");
+    let class_names = if names_file.exists() { Some(read_class_names(&names_file)?) } else { None };
+    let mut imported = Vec::new();
+    for (name, files) in splits(name, source)? {
+        let mut writer = ImageWriter::new(store, name, images, None)?;
+        let mut classes = class_names.as_ref().map_or(0, |names| names.len() as u32);
+        for path in &files {
+            read(path, &mut |key, bytes, label| {
+                match &class_names {
+                    Some(names) if label as usize >= names.len() => {
+                        let count = names.len();
+                        let problem = format!(
+                            "sample `{key}` has label {label} and `classes.txt` names {count} classes"
+                        );
+                        return Err(source_error(path, problem));
+                    }
+                    _ => classes = classes.max(label + 1),
+                }
+                let origin = Origin::Bytes(format!("{}: {key}", path.display()), bytes);
+                writer.push(label, origin, progress)
+            })?;
+        }
+        imported.push(writer.finish(store, classes, class_names.clone(), source, progress)?);
+    }
+    Ok(imported)
+}
+
+/// The tar files of each split, in order.
+fn splits(name: &DatasetName, source: &Path) -> Result<Vec<(DatasetName, Vec<PathBuf>)>, DatasetError> {
+    if !source.is_dir() {
+        return Ok(vec![(name.clone(), vec![source.to_path_buf()])]);
+    }
+    let tars = tars_in(source)?;
+    let mut splits: Vec<(DatasetName, Vec<PathBuf>)> = Vec::new();
+    let mut taken = 0;
+    for (split, segment) in SPLITS {
+        let folder = source.join(split);
+        let mut files = if folder.is_dir() { tars_in(&folder)? } else { Vec::new() };
+        let of_split = |path: &&PathBuf| {
+            let stem = path.file_stem().and_then(|s| s.to_str()).unwrap_or_default();
+            stem.strip_prefix(split).is_some_and(|rest| !rest.starts_with(|c: char| c.is_ascii_alphabetic()))
+        };
+        let beside: Vec<_> = tars.iter().filter(of_split).cloned().collect();
+        taken += beside.len();
+        files.extend(beside);
+        if files.is_empty() {
+            continue;
+        }
+        let name = name.join(segment)?;
+        match splits.iter_mut().find(|(n, _)| *n == name) {
+            Some((_, others)) => others.extend(files),
+            None => splits.push((name, files)),
+        }
+    }
+    if splits.is_empty() && !tars.is_empty() {
+        return Ok(vec![(name.clone(), tars)]);
+    }
+    if splits.is_empty() {
+        let problem = "it has no `.tar` files; expected some, or `train` and `val` folders with such";
+        return Err(source_error(source, problem));
+    }
+    if taken < tars.len() {
+        let problem = "some of its tar files begin with `train`, `val` or `test` and others do not; move those elsewhere";
+        return Err(source_error(source, problem));
+    }
+    Ok(splits)
+}
+
+fn tars_in(folder: &Path) -> Result<Vec<PathBuf>, DatasetError> {
+    let is_tar =
+        |path: &PathBuf| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("tar")) && path.is_file();
+    Ok(sorted_entries(folder)?.into_iter().filter(is_tar).collect())
+}
+
+/// The members of one sample that have been read.
+#[derive(Default)]
+struct Parts {
+    key: String,
+    image: Option<Vec<u8>>,
+    label: Option<u32>,
+}
+
+/// Receives a sample: its key, the encoded image and the label.
+type Receive<'a> = &'a mut dyn FnMut(&str, Vec<u8>, u32) -> Result<(), DatasetError>;
+
+/// Hands every sample of the tar file `path` to `receive`.
+fn read(path: &Path, receive: Receive<'_>) -> Result<(), DatasetError> {
+    let file = File::open(path).map_err(FileError::on("read", path))?;
+    let mut archive = tar::Archive::new(Ending { reader: BufReader::new(file), zeros: 0 });
+    let damaged = |e: io::Error| {
+        source_error(path, format!("it is damaged or not a tar file ({e}); download or copy it again"))
+    };
+    let mut parts = Parts::default();
+    for entry in archive.entries().map_err(damaged)? {
+        let mut entry = entry.map_err(damaged)?;
+        if !entry.header().entry_type().is_file() {
+            continue;
+        }
+        let member = entry.path().map_err(damaged)?.to_string_lossy().into_owned();
+        let Some((key, kind)) = split_name(&member) else { continue };
+        if key != parts.key {
+            std::mem::replace(&mut parts, Parts { key: key.to_owned(), ..Parts::default() })
+                .finish(path, receive)?;
+        }
+        let wrong = |problem: String| source_error(path, format!("its member `{member}` {problem}"));
+        let limit = if kind == Kind::Image { MAX_IMAGE_BYTES } else { MAX_LABEL_BYTES };
+        let size = entry.size();
+        if size > limit {
+            return Err(wrong(too_large(size, limit)));
+        }
+        let mut bytes = Vec::new();
+        entry.read_to_end(&mut bytes).map_err(damaged)?;
+        if bytes.len() as u64 != size {
+            return Err(wrong(format!(
+                "is truncated: {} of {size} bytes; download or copy the file again",
+                bytes.len()
+            )));
+        }
+        let label = match kind {
+            Kind::Image => {
+                if parts.image.replace(bytes).is_some() {
+                    let problem = "is the second image with this name; each sample needs a name of its own";
+                    return Err(wrong(problem.to_owned()));
+                }
+                None
+            }
+            Kind::Class => Some(class_of(&bytes).map_err(wrong)?),
+            Kind::Json => json_label(&bytes).map_err(wrong)?,
+        };
+        if let Some(label) = label
+            && let Some(other) = parts.label.replace(label)
+            && other != label
+        {
+            return Err(wrong(format!("has label {label} and another member of its sample has {other}")));
+        }
+    }
+    parts.finish(path, receive)?;
+    if archive.into_inner().zeros < BLOCK_BYTES {
+        let problem =
+            "it is truncated: it ends without the mark at the end of a tar file; download or copy it again";
+        return Err(source_error(path, problem));
+    }
+    Ok(())
+}
+
+impl Parts {
+    fn finish(self, path: &Path, receive: Receive<'_>) -> Result<(), DatasetError> {
+        let Self { key, image, label } = self;
+        let lacks = |what: &str| source_error(path, format!("sample `{key}` has no {what}"));
+        match (image, label) {
+            (Some(image), Some(label)) => receive(&key, image, label),
+            (Some(_), None) => Err(lacks("label: add a member `.cls`, or `.json` with `label`")),
+            (None, Some(_)) => Err(lacks("image: add a member `.jpg`, `.jpeg` or `.png`")),
+            (None, None) => Ok(()),
+        }
+    }
+}
+
+/// What a member holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Image,
+    Class,
+    Json,
+}
+
+/// The key of a member and its kind, or `None` for members that are of no use here.
+fn split_name(member: &str) -> Option<(&str, Kind)> {
+    let folder = member.rfind('/').map_or(0, |slash| slash + 1);
+    let dot = folder + member[folder..].find('.')?;
+    let kind = match member[dot + 1..].to_ascii_lowercase().as_str() {
+        "jpg" | "jpeg" | "png" => Kind::Image,
+        "cls" => Kind::Class,
+        "json" => Kind::Json,
+        _ => return None,
+    };
+    // A hidden file, such as `._a.jpg`, has no key.
+    (dot > folder).then_some((&member[..dot], kind))
+}
+
+fn class_of(bytes: &[u8]) -> Result<u32, String> {
+    let text = std::str::from_utf8(bytes).unwrap_or("").trim();
+    match text.parse() {
+        Ok(label) if label < MAX_CLASSES => Ok(label),
+        _ => Err(not_a_label(text)),
+    }
+}
+
+/// `label` of a sample's JSON; `None` if there is none.
+fn json_label(bytes: &[u8]) -> Result<Option<u32>, String> {
+    let json: serde_json::Value = serde_json::from_slice(bytes).map_err(|e| format!("is not JSON ({e})"))?;
+    let Some(value) = json.get("label") else { return Ok(None) };
+    match value.as_u64().and_then(|n| u32::try_from(n).ok()) {
+        Some(label) if label < MAX_CLASSES => Ok(Some(label)),
+        _ => Err(not_a_label(&value.to_string())),
+    }
+}
+
+fn not_a_label(text: &str) -> String {
+    let shown: String = text.chars().take(40).collect();
+    format!("has label {shown:?}; a label is a whole number from 0 to {}", MAX_CLASSES - 1)
+}
+
+/// Knows how many zeros the bytes read so far end with.
+struct Ending<R> {
+    reader: R,
+    zeros: u64,
+}
+
+impl<R: Read> Read for Ending<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.reader.read(buffer)?;
+        let zeros = buffer[..read].iter().rev().take_while(|b| **b == 0).count();
+        self.zeros = if zeros == read { self.zeros + zeros as u64 } else { zeros as u64 };
+        Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_members_key_ends_at_the_first_dot_of_its_file_name() {
+        assert_eq!(split_name("a/b.c/0001.jpg"), Some(("a/b.c/0001", Kind::Image)));
+        assert_eq!(split_name("0001.PNG"), Some(("0001", Kind::Image)));
+        assert_eq!(split_name("0001.cls"), Some(("0001", Kind::Class)));
+        assert_eq!(split_name("x/0001.json"), Some(("x/0001", Kind::Json)));
+        for unused in ["0001.seg.png", "0001.txt", "0001", "._0001.jpg", ".jpg", "a.b/c"] {
+            assert_eq!(split_name(unused), None, "{unused}");
+        }
+    }
+
+    #[test]
+    fn labels_are_whole_numbers_within_bounds() {
+        assert_eq!(class_of(b" 7\n"), Ok(7));
+        assert_eq!(json_label(br#"{"label": 3, "x": []}"#), Ok(Some(3)));
+        assert_eq!(json_label(br#"{"caption": "a cat"}"#), Ok(None));
+        for bad in [&b"-1"[..], b"cat", b"", b"1048576", b"\xff", b"1.5"] {
+            assert!(class_of(bad).unwrap_err().contains("whole number"), "{bad:?}");
+        }
+        for bad in [&br#"{"label": -1}"#[..], br#"{"label": "cat"}"#, br#"{"label": 1.5}"#, b"{"] {
+            assert!(json_label(bad).is_err(), "{bad:?}");
+        }
+    }
+}
