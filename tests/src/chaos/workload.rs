@@ -81,7 +81,7 @@ impl Workload {
             }
             (Self::Demo, Task::Gan) => {
                 let job = set(include_str!("../../../jobs/fashion-gan.toml"), "epochs", "steps = 300");
-                set(&job, "every_steps", "every_steps = 50") + &format!("\n{collective}\n{workers}\n")
+                set(&job, "every_steps", "every_steps = 20") + &format!("\n{collective}\n{workers}\n")
             }
         }
     }
