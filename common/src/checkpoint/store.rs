@@ -2,10 +2,11 @@
 
 use super::manifest::{CheckpointInfo, CheckpointManifest, FileEntry, ManifestProblem};
 use super::tensors::{TensorsError, decode_tensors, encode_for_others};
-use super::{CheckpointError, MANIFEST_FILE, WEIGHTS_FILE};
+use super::{AVERAGE_PREFIX, CheckpointError, MANIFEST_FILE, OPTIMIZER_FILE, WEIGHTS_FILE};
 use crate::digest::{blake3_hex, weights_digest};
 use crate::durable::{self, FileError};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Seek};
 use std::path::{Path, PathBuf};
@@ -194,16 +195,34 @@ impl CheckpointStore {
         Ok(old.into_iter().map(|e| e.step).collect())
     }
 
-    /// Writes the weights and buffers of the checkpoint of `step` to one safetensors file that other programs
-    /// read; an existing file is left alone.
-    pub fn export(&self, step: u64, path: &Path) -> Result<CheckpointManifest, CheckpointError> {
+    /// Writes the weights and buffers of the checkpoint of `step`, or their averages, to one safetensors file that other
+    /// programs read; an existing file is left alone.
+    pub fn export(
+        &self,
+        step: u64,
+        average: bool,
+        path: &Path,
+    ) -> Result<CheckpointManifest, CheckpointError> {
         let checkpoint = self.load(step)?;
-        let source = self.step_dir(step).join(WEIGHTS_FILE);
-        let weights =
-            checkpoint.file(WEIGHTS_FILE).ok_or_else(|| CheckpointError::Missing(source.clone()))?;
-        let file = decode_tensors(weights)
-            .and_then(|tensors| encode_for_others(tensors, checkpoint.manifest.info.step))
-            .map_err(|problem| CheckpointError::Tensors { path: source, problem })?;
+        let tensors = |name: &str| {
+            let source = self.step_dir(step).join(name);
+            let bytes = checkpoint.file(name).ok_or_else(|| CheckpointError::Missing(source.clone()))?;
+            decode_tensors(bytes).map_err(|problem| CheckpointError::Tensors { path: source, problem })
+        };
+        let mut weights = tensors(WEIGHTS_FILE)?;
+        if average {
+            let mut averages: BTreeMap<_, _> = tensors(OPTIMIZER_FILE)?
+                .into_iter()
+                .map(|tensor| (tensor.name.to_string(), tensor))
+                .collect();
+            for weight in &mut weights {
+                // A job that keeps averages has one network.
+                let average = averages.remove(&format!("{AVERAGE_PREFIX}{}", weight.name));
+                weight.bytes = average.ok_or(CheckpointError::NoAverage(step))?.bytes;
+            }
+        }
+        let file = encode_for_others(weights, step)
+            .map_err(|problem| CheckpointError::Tensors { path: path.to_path_buf(), problem })?;
         durable::create_atomic(path, &file).map_err(|e| match e.source.kind() {
             io::ErrorKind::AlreadyExists => CheckpointError::Exists(path.to_path_buf()),
             _ => e.into(),
