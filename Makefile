@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help libtorch tools data nextest build demo test lint sim bench-step bench-allreduce bench-overlap bench-loader chaos parity parity-fixtures deny clean
+.PHONY: help libtorch tools data nextest build demo test lint sim bench-step bench-allreduce bench-overlap bench-loader bench-accuracy chaos parity parity-fixtures deny clean
 
 # An empty LIBTORCH would hide the folder that .cargo/config.toml names.
 ifeq ($(LIBTORCH),)
@@ -69,6 +69,9 @@ bench-overlap: build ## What part of a step waits for other workers
 
 bench-loader: tools ## JPEG decoding and cropping side by side with torchvision (PHOTOS=folder for your own)
 	@tests/bench/run_loader.sh
+
+bench-accuracy: build ## Train the small recipes and tell what they reach (CASES="nin googlenet" for some)
+	@tests/bench/run_accuracy.sh $(CASES)
 
 chaos: build ## Kill, stop and cut off real processes in the midst of jobs (SEED=n, EVENTS=n or MINUTES=m, JOBS=small; as root for all)
 	@export FASHION_MNIST
