@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help libtorch tools data nextest build demo test lint sim bench-step bench-allreduce bench-overlap bench-loader bench-accuracy chaos parity parity-fixtures deny clean
+.PHONY: help libtorch tools data nextest build demo test lint sim bench-step bench-train bench-allreduce bench-overlap bench-loader bench-accuracy chaos parity parity-fixtures deny clean
 
 # An empty LIBTORCH would hide the folder that .cargo/config.toml names.
 ifeq ($(LIBTORCH),)
@@ -61,6 +61,9 @@ sim: ## Simulated days of a cluster, each drawn from a seed (SEEDS=N for more th
 bench-step: build ## Images/s side by side with PyTorch DistributedDataParallel
 	@tests/bench/run_step.sh
 
+bench-train: build ## Training images/s of three networks side by side with PyTorch (CASES="nin googlenet" for some)
+	@tests/bench/run_train.sh $(CASES)
+
 bench-allreduce: build ## All-reduce side by side with Gloo (CASES="shm2 wan" for some; as root for all)
 	@tests/bench/run_allreduce.sh
 
@@ -83,10 +86,12 @@ chaos: build ## Kill, stop and cut off real processes in the midst of jobs (SEED
 	((EUID)) || chaos=("$${isolated[@]}" "$${chaos[@]}")
 	exec "$${chaos[@]}"
 
-parity: build ## Every network beside torchvision, timm and others: outputs, gradients, exports (CASES="inception-v4" for some)
+parity: build ## Every network beside torchvision, timm and others: outputs, gradients, exports, ten steps (CASES="inception-v4" for some)
 	@python=$$(deploy/setup/python-parity.sh)
 	cargo build --quiet --release --locked --package lockstep-nn --example parity
-	"$$python" worker/nn/parity/compare.py --programs "$$PWD/target/release" --data "$$(deploy/setup/fashion-mnist.sh)" $(CASES)
+	data=$$(deploy/setup/fashion-mnist.sh)
+	"$$python" worker/nn/parity/compare.py --programs "$$PWD/target/release" --data "$$data" $(CASES)
+	"$$python" worker/nn/parity/training.py --programs "$$PWD/target/release" --data "$$data" $(CASES)
 
 parity-fixtures: libtorch ## Compute the reference values of the parity tests again, with PyTorch and the libraries
 	@python=$$(deploy/setup/python-parity.sh)

@@ -100,6 +100,9 @@ pub(crate) enum Command {
     Audit {
         /// The job, such as `j1`.
         job: JobId,
+        /// Also print the samples of each proven step, by logical shard: a JSON object a line.
+        #[arg(long)]
+        samples: bool,
         #[command(flatten)]
         json: Json,
     },

@@ -1,10 +1,10 @@
-"""The peer: NIN on Fashion-MNIST with PyTorch DistributedDataParallel over Gloo, on CPU.
+"""The peer: PyTorch on Fashion-MNIST, on CPU; on several workers with DistributedDataParallel over Gloo.
 
 Prints one JSON object: images_per_second, final_loss, warmup_steps, steps.
 
-The same network, global batch, optimizer and augmentations as tests/bench/step.toml. Two differences, both in
-PyTorch's favour: its batch norm is local (nn.SyncBatchNorm has no CPU implementation, so PyTorch pays for no
-synchronization), and its clock starts after the warm-up steps.
+The same network, global batch, optimizer and augmentations as tests/bench/step.toml or those that train.py writes. Three
+differences, all in PyTorch's favour: its batch norm is local (nn.SyncBatchNorm has no CPU implementation, so PyTorch pays
+for no synchronization), its images are enlarged before its clock starts, and that starts after the warm-up steps.
 """
 
 import argparse
@@ -59,6 +59,37 @@ def nin(classes=10):
     return network
 
 
+def googlenet(classes=10):
+    import torchvision
+
+    return torchvision.models.GoogLeNet(classes, aux_logits=True, init_weights=False, dropout=0.2)
+
+
+def inception_v3(classes=10):
+    import torchvision
+
+    return torchvision.models.Inception3(classes, aux_logits=False, init_weights=False, dropout=0.2)
+
+
+NETWORKS = {"nin": nin, "googlenet": googlenet, "inception-v3": inception_v3}
+
+
+def loss_of(outputs, labels):
+    """With the auxiliary losses of GoogLeNet."""
+    if isinstance(outputs, torch.Tensor):
+        return F.cross_entropy(outputs, labels)
+    heads = F.cross_entropy(outputs.aux_logits1, labels) + F.cross_entropy(outputs.aux_logits2, labels)
+    return F.cross_entropy(outputs.logits, labels) + 0.3 * heads
+
+
+def enlarge(images, side):
+    """[N, 1, 28, 28] bytes to [N, 1, side, side]."""
+    if side == images.shape[-1]:
+        return images
+    larger = [F.interpolate(part.float(), size=side, mode="bilinear").round().byte() for part in images.split(1000)]
+    return torch.cat(larger)
+
+
 def augment(images, generator):
     """Mirrors half of the images. [N, 1, H, W] in and out."""
     mirrored = torch.rand(len(images), generator=generator) < 0.5
@@ -66,15 +97,19 @@ def augment(images, generator):
 
 
 def train(rank, arguments, rendezvous):
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     torch.manual_seed(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=arguments.workers)
 
     images = torch.from_numpy(read_idx(arguments.data, "train-images-idx3-ubyte").copy()).unsqueeze(1)
     labels = torch.from_numpy(read_idx(arguments.data, "train-labels-idx1-ubyte").astype(np.int64))
+    needed = (arguments.warmup + arguments.steps) * arguments.global_batch
+    images, labels = enlarge(images[:needed], arguments.side), labels[:needed]
     mean, deviation = 0.2860, 0.3530  # of Fashion-MNIST's training pixels, scaled to [0, 1]
 
-    model = DistributedDataParallel(nin())
+    model = NETWORKS[arguments.network]()
+    if arguments.workers > 1:
+        model = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     local_batch = arguments.global_batch // arguments.workers
     generator = torch.Generator().manual_seed(1)
@@ -89,7 +124,9 @@ def train(rank, arguments, rendezvous):
         begin = (step * arguments.global_batch + rank * local_batch) % (len(order) - local_batch)
         batch = order[begin : begin + local_batch]
         inputs = augment((images[batch].float() / 255 - mean) / deviation, flip_generator)
-        loss = F.cross_entropy(model(inputs), labels[batch])
+        if arguments.network != "nin":
+            inputs = inputs.expand(-1, 3, -1, -1)
+        loss = loss_of(model(inputs), labels[batch])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -108,7 +145,10 @@ def train(rank, arguments, rendezvous):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the four IDX files")
+    parser.add_argument("--network", choices=NETWORKS, default="nin")
+    parser.add_argument("--side", type=int, default=28, help="height and width of the images")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of each worker")
     parser.add_argument("--global-batch", type=int, default=128)
     parser.add_argument("--warmup", type=int, default=20, help="steps before the clock starts")
     parser.add_argument("--steps", type=int, default=280, help="steps timed")

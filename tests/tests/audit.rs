@@ -16,6 +16,19 @@ fn lines(path: &PathBuf) -> Vec<String> {
     fs::read_to_string(path).expect("an audit").lines().map(str::to_owned).collect()
 }
 
+/// All numbers of samples in what `--samples` says of a step.
+fn numbers(step: &Value) -> Vec<u64> {
+    fn collect(value: &Value, into: &mut Vec<u64>) {
+        match value.as_array() {
+            Some(values) => values.iter().for_each(|value| collect(value, into)),
+            None => into.extend(value.as_u64()),
+        }
+    }
+    let mut numbers = Vec::new();
+    collect(&step["samples"], &mut numbers);
+    numbers
+}
+
 #[test]
 fn a_run_is_proven_and_every_fault_in_its_audit_is_named_with_step_and_shard() {
     let place = Place::new();
@@ -24,6 +37,13 @@ fn a_run_is_proven_and_every_fault_in_its_audit_is_named_with_step_and_shard() {
     assert_eq!((&proof["steps"], &proof["epochs"], &proof["samples"]), (&40.into(), &2.into(), &1264.into()));
     let said = place.coordinator(["audit", "j1"]).ok();
     assert!(said.stdout.contains("steps 1 to 40 of 40 counted exactly once"), "{}", said.stdout);
+
+    let said = place.coordinator(["audit", "j1", "--samples"]).ok();
+    let steps: Vec<Value> = said.stdout.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    assert_eq!(steps.len(), 40);
+    let mut epoch: Vec<u64> = steps.iter().filter(|step| step["epoch"] == 1).flat_map(numbers).collect();
+    epoch.sort_unstable();
+    assert!(epoch.iter().copied().eq(0..TRAIN.into()), "an epoch's steps have each sample once");
 
     let path = place.job_dir("j1").join("audit.jsonl");
     let whole = lines(&path);

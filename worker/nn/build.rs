@@ -48,6 +48,7 @@ impl Libtorch {
                 "shim/hooks.cpp",
                 "shim/batch_norm.cpp",
                 "shim/cuda.cpp",
+                "shim/layout.cpp",
                 "shim/streams.cpp",
             ])
             .compile("lockstep_shim");
@@ -98,7 +99,7 @@ fn base() -> cc::Build {
 fn kernels(isa: &str, flags: &[&str]) {
     let mut build = base();
     // The wide vector types never cross a call, so the calling convention that GCC notes does not matter.
-    build.file("shim/kernels.cpp").define("LOCKSTEP_ISA", isa).flag("-Wno-psabi");
+    build.files(["shim/kernels.cpp", "shim/rows.cpp"]).define("LOCKSTEP_ISA", isa).flag("-Wno-psabi");
     for flag in flags {
         build.flag(flag);
     }

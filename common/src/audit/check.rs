@@ -315,6 +315,15 @@ impl Checker {
         (epoch, (first..batches.min(first + self.per_step)).collect())
     }
 
+    /// The samples that `step`, from 1, has been given or should be: its epoch, from 1, and for each of its minibatches, for
+    /// each logical shard, their numbers in the dataset.
+    pub fn samples(&self, step: u64) -> (u64, Vec<Vec<Vec<u64>>>) {
+        let (epoch, places) = self.places(step.max(1));
+        let shard = |place, shard| self.sampler.shard_samples(epoch, place, LogicalShard(shard));
+        let minibatch = |place: &u64| (0..self.shards).map(|s| shard(*place, s)).collect();
+        (epoch + 1, places.iter().map(minibatch).collect())
+    }
+
     fn expected(&self, epoch: u64, places: &[u64], shard: LogicalShard) -> ShardSamples {
         let mut step = StepAudit::default();
         let mut seen = 0;

@@ -44,6 +44,9 @@ pub struct JobSpec {
     /// The number type of weights and arithmetic.
     #[serde(default)]
     pub precision: Precision,
+    /// How images lie in memory while the network computes. Weights, checkpoints and digests do not change with it.
+    #[serde(default)]
+    pub memory_format: MemoryFormat,
     /// The network of a `classify` job.
     pub model: Option<ModelSpec>,
     /// The generator of a `gan` job.
@@ -118,6 +121,18 @@ pub enum Precision {
     F32,
     /// Convolutions and matrix products in bfloat16, all else, the weights among it, in 32 bits.
     Bf16,
+}
+
+/// How images, and what a network makes of them, lie in memory. It decides which of libtorch's kernels compute, and so
+/// about the last bits of the result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MemoryFormat {
+    /// One channel after the other.
+    #[default]
+    Contiguous,
+    /// The channels of a pixel beside each other.
+    ChannelsLast,
 }
 
 /// How batch normalization sees the batch.

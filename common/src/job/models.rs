@@ -122,7 +122,7 @@ pub fn catalogue() -> &'static [ModelEntry] {
         BN_MOMENTUM,
     ];
     const NIN: &[ModelOption] = &[
-        choice("widths", &["cifar", "mnist"]),
+        choice("widths", &["cifar", "mnist", "imagenet"]),
         count("classes"),
         count("in_channels"),
         ModelOption { name: "final_relu", kind: OptionKind::Switch },

@@ -31,6 +31,9 @@ fn check(from: &str, to: &str) -> String {
 fn a_good_file_parses_with_its_defaults() {
     let job = JobSpec::parse("tiny.toml", GOOD).unwrap();
     assert_eq!(job.reduction, Reduction::Exact);
+    assert_eq!(job.memory_format, MemoryFormat::Contiguous);
+    let channels_last = GOOD.replace("seed = 1", "seed = 1\nmemory_format = \"channels-last\"");
+    assert_eq!(JobSpec::parse("x", &channels_last).unwrap().memory_format, MemoryFormat::ChannelsLast);
     assert_eq!(job.model.as_ref().unwrap().batch_norm, BatchNorm::Sync);
     assert_eq!(job.max_workers(), 8);
     assert_eq!(job.workers.orphan_timeout_s, 3600);
@@ -47,6 +50,12 @@ fn errors_name_file_line_and_nearest_name() {
             "momentm = 0.9",
             "tiny.toml:19: unknown field `momentm`",
             "did you mean `momentum`?",
+        ),
+        (
+            "seed = 1",
+            "seed = 1\nmemory_format = \"channel-last\"",
+            "tiny.toml:4",
+            "did you mean `channels-last`?",
         ),
         ("pixels = 2", "pixel = 2", "tiny.toml:14: unknown field `pixel`", "did you mean `pixels`?"),
         ("\"sgd\"", "\"sdg\"", "tiny.toml:17", "did you mean `sgd`?"),

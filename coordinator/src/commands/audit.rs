@@ -12,7 +12,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::process::ExitCode;
 
-pub(super) fn run(dir: &DataDir, id: JobId, json: bool) -> Result<ExitCode> {
+pub(super) fn run(dir: &DataDir, id: JobId, samples: bool, json: bool) -> Result<ExitCode> {
     let folder = dir.job(id);
     if !folder.root().is_dir() {
         bail!("there is no job {id} in `{}`; `coordinator jobs` lists them", dir.root().display());
@@ -53,13 +53,26 @@ pub(super) fn run(dir: &DataDir, id: JobId, json: bool) -> Result<ExitCode> {
         }
     }
     match violation.map_or_else(|| checker.finish(), Err) {
-        Ok(proof) => tell_proof(id, &proof, json),
+        Ok(proof) => {
+            if samples {
+                list_samples(&checker, &proof);
+            }
+            tell_proof(id, &proof, json);
+        }
         Err(violation) => {
             tell_violation(id, &violation, json);
             return Ok(ExitCode::FAILURE);
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The samples of each proven step: of each of its minibatches, of each logical shard, by their number in the dataset.
+fn list_samples(checker: &Checker, proof: &Proof) {
+    for step in 1..=proof.steps {
+        let (epoch, samples) = checker.samples(step);
+        say_json(&json!({ "step": step, "epoch": epoch, "samples": samples }));
+    }
 }
 
 fn tell_proof(id: JobId, proof: &Proof, json: bool) {

@@ -50,7 +50,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         }
         Command::Dataset(command) => dataset::run(&dir, command),
         Command::Checkpoint(command) => checkpoint::run(&dir, command),
-        Command::Audit { job, json } => audit::run(&dir, job, json.json),
+        Command::Audit { job, samples, json } => audit::run(&dir, job, samples, json.json),
         Command::Submit { job, json } => runtime.block_on(queue::submit(&dir, &job, json.json)).map(done),
         Command::Jobs { json } => runtime.block_on(queue::jobs(&dir, json.json)).map(done),
         Command::Status { job, json } => runtime.block_on(queue::status(&dir, job, json.json)).map(done),

@@ -1,8 +1,8 @@
 """The networks of the parity tests as others have them.
 
-From torchvision, timm, pretrainedmodels and facenet-pytorch where those have the network. The papers' own forms of
-GoogLeNet (as in Caffe's bvlc_googlenet) and Inception-ResNet v2 have no such source; they are written here, from the
-papers' tables and figures.
+From torchvision, timm, pretrainedmodels and facenet-pytorch where those have the network. Network in Network and the papers'
+own forms of GoogLeNet (as in Caffe's bvlc_googlenet) and Inception-ResNet v2 have no such source; they are written here,
+from the definitions, tables and figures.
 """
 
 import importlib.util
@@ -68,6 +68,26 @@ def inception_resnet_v1(classes):
             return self.logits(x.mean(dim=(2, 3)))
 
     return Paper()
+
+
+class Nin(nn.Module):
+    """cuda-convnet's NIN/cifar-10_def, with a ReLU behind the last layer too."""
+
+    def __init__(self, classes):
+        super().__init__()
+        blocks = [(3, 5, (192, 160, 96)), (96, 5, (192, 192, 192)), (192, 3, (192, 192, classes))]
+        for b, (inputs, kernel, (one, two, three)) in enumerate(blocks, 1):
+            self.add_module(f"conv{b}", nn.Conv2d(inputs, one, kernel, padding=kernel // 2))
+            self.add_module(f"cccp{2 * b - 1}", nn.Conv2d(one, two, 1))
+            self.add_module(f"cccp{2 * b}", nn.Conv2d(two, three, 1))
+
+    def forward(self, x):
+        for b in 1, 2, 3:
+            if b > 1:
+                x = F.max_pool2d(x, 3, 2, ceil_mode=True)
+            for name in f"conv{b}", f"cccp{2 * b - 1}", f"cccp{2 * b}":
+                x = F.relu(self.get_submodule(name)(x))
+        return x.mean(dim=(2, 3))
 
 
 class GoogLeNetPaper(nn.Module):
@@ -228,6 +248,7 @@ NO_DROPOUTS = {"dropout": 0.0, "aux_dropout": 0.0}
 # 299 is the least side for the head of Inception v3, and 224 gives Caffe's heads the map that they are made for. At 107
 # the last map is 2 x 2: a batch norm over fewer values loses too many digits to compare them.
 CASES = {
+    "nin": Case("nin", Nin, 4, 32, NO_DROPOUT, "none"),
     "googlenet": Case("googlenet", googlenet, 4, 64, NO_DROPOUTS, aux_weight=0.3),
     "googlenet-paper": Case("googlenet", GoogLeNetPaper, 2, 224, NO_DROPOUTS | {"variant": "paper"}, "none", 0.3),
     "bn-inception": Case("bn-inception", bn_inception, 4, 64, NO_DROPOUT),

@@ -48,21 +48,21 @@ class Merger : public torch::CustomClassHolder {
   MergeCallback callback_;
 };
 
-const lockstep::KernelTable& kernel_table() {
+const lockstep::KernelTable& kernel_table(bool rows) {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) return lockstep::avx512::table;
-  if (__builtin_cpu_supports("avx2")) return lockstep::avx2::table;
+  static const bool avx512 = __builtin_cpu_supports("avx512f"), avx2 = __builtin_cpu_supports("avx2");
+  if (avx512) return rows ? lockstep::avx512::row_table : lockstep::avx512::table;
+  if (avx2) return rows ? lockstep::avx2::row_table : lockstep::avx2::table;
 #endif
-  return lockstep::generic::table;
+  return rows ? lockstep::generic::row_table : lockstep::generic::table;
 }
 
 template <class T>
-const lockstep::Kernels<T>& kernels() {
-  static const lockstep::KernelTable& table = kernel_table();
+const lockstep::Kernels<T>& kernels(bool rows) {
   if constexpr (std::is_same_v<T, float>) {
-    return table.f32;
+    return kernel_table(rows).f32;
   } else {
-    return table.f64;
+    return kernel_table(rows).f64;
   }
 }
 
@@ -151,6 +151,11 @@ Extent extent_of(const Tensor& x) {
   return {x.size(0), x.size(1), length};
 }
 
+// Whether x lies in memory as rows [N * L, C].
+bool is_rows(const Tensor& x) {
+  return x.dim() == 4 && !x.is_contiguous() && x.is_contiguous(torch::MemoryFormat::ChannelsLast);
+}
+
 // What normalization needs beside x.
 struct Parameters {
   const Moments* moments = nullptr;
@@ -159,12 +164,17 @@ struct Parameters {
   bool relu = false;
 };
 
-// Contiguous f32 or f64 on a CPU: the fused kernels.
+// f32 or f64 on a CPU, contiguous or channels-last: the fused kernels.
 template <class T>
 class HostPasses : public Passes {
  public:
   HostPasses(const Tensor& x, const Parameters& parameters)
-      : x_(x), extent_(extent_of(x)), moments_(parameters.moments), relu_(parameters.relu) {
+      : x_(x),
+        extent_(extent_of(x)),
+        kernels_(kernels<T>(is_rows(x))),
+        moments_(parameters.moments),
+        relu_(parameters.relu) {
+    if (is_rows(x)) extent_ = {extent_.samples * extent_.length, extent_.channels, 1};
     if (moments_ != nullptr) {
       mean_.assign(moments_->mean.begin(), moments_->mean.end());
       scale_.assign(parameters.scale.begin(), parameters.scale.end());
@@ -175,19 +185,19 @@ class HostPasses : public Passes {
 
   std::vector<double> moments() override {
     std::vector<double> out(2 * extent_.channels);
-    kernels<T>().moments(data(x_), extent_, out.data(), out.data() + extent_.channels);
+    kernels_.moments(data(x_), extent_, out.data(), out.data() + extent_.channels);
     return out;
   }
 
   Tensor normalize() override {
     Tensor y = torch::empty_like(x_);
-    kernels<T>().normalize(data(x_), y.template mutable_data_ptr<T>(), extent_, affine());
+    kernels_.normalize(data(x_), y.template mutable_data_ptr<T>(), extent_, affine());
     return y;
   }
 
   std::vector<double> gradient_sums(const Tensor& dy) override {
     std::vector<double> out(2 * extent_.channels);
-    kernels<T>().gradient_sums(
+    kernels_.gradient_sums(
         data(x_), data(dy), extent_, affine(), moments_->mean.data(), out.data(), out.data() + extent_.channels);
     return out;
   }
@@ -196,7 +206,7 @@ class HostPasses : public Passes {
     const std::vector<T> slope(gradient.slope.begin(), gradient.slope.end());
     const std::vector<T> offset(gradient.offset.begin(), gradient.offset.end());
     Tensor dx = torch::empty_like(x_);
-    kernels<T>().input_gradient(
+    kernels_.input_gradient(
         data(x_), data(dy), dx.template mutable_data_ptr<T>(), extent_, affine(), slope.data(), offset.data());
     return dx;
   }
@@ -207,6 +217,7 @@ class HostPasses : public Passes {
 
   Tensor x_;
   Extent extent_;
+  const lockstep::Kernels<T>& kernels_;
   const Moments* moments_;
   bool relu_;
   std::vector<T> mean_, scale_, beta_;
@@ -270,11 +281,9 @@ class AtenPasses : public Passes {
 };
 
 std::unique_ptr<Passes> passes(const Tensor& x, const Parameters& parameters) {
-  if (x.is_cpu() && x.is_contiguous() && x.scalar_type() == torch::kFloat) {
-    return std::make_unique<HostPasses<float>>(x, parameters);
-  }
-  if (x.is_cpu() && x.is_contiguous() && x.scalar_type() == torch::kDouble) {
-    return std::make_unique<HostPasses<double>>(x, parameters);
+  if (x.is_cpu() && (x.is_contiguous() || is_rows(x))) {
+    if (x.scalar_type() == torch::kFloat) return std::make_unique<HostPasses<float>>(x, parameters);
+    if (x.scalar_type() == torch::kDouble) return std::make_unique<HostPasses<double>>(x, parameters);
   }
   return std::make_unique<AtenPasses>(x, parameters);
 }
@@ -306,7 +315,9 @@ class GlobalBatchNorm : public torch::autograd::Function<GlobalBatchNorm> {
     const Tensor &x = saved[0], &gamma = saved[1], &beta = saved[2];
     const Moments moments(saved[3]);
     const auto merger = c10::static_intrusive_pointer_cast<Merger>(ctx->saved_data["merger"].toCapsule());
-    const Tensor dy = x.is_contiguous() ? gradients[0].contiguous() : gradients[0];
+    Tensor dy = gradients[0];
+    if (x.is_contiguous()) dy = dy.contiguous();
+    if (is_rows(x)) dy = dy.contiguous(torch::MemoryFormat::ChannelsLast);
     const std::vector<double> scale = scales(gamma, moments);
     const auto pass = passes(x, {&moments, scale, beta, ctx->saved_data["relu"].toBool()});
 

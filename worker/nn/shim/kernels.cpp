@@ -1,45 +1,11 @@
-// Compiled once per instruction set, into the namespace LOCKSTEP_ISA. It includes no C++ library header: an
-// inline function of one, compiled here for a wider set, could be the copy that the linker keeps for everyone.
+// The kernels over contiguous [N, C, L] data.
 
 #include "kernels.h"
-
-#include <string.h>
+#include "packs.h"
 
 namespace lockstep {
 namespace LOCKSTEP_ISA {
 namespace {
-
-constexpr int64_t kLanes = 8;
-typedef double Doubles __attribute__((vector_size(64)));
-typedef float Floats __attribute__((vector_size(32)));
-
-template <class T>
-struct PackOf;
-template <>
-struct PackOf<float> {
-  using type = Floats;
-};
-template <>
-struct PackOf<double> {
-  using type = Doubles;
-};
-template <class T>
-using Pack = typename PackOf<T>::type;
-
-template <class T>
-inline Pack<T> load(const T* from) {
-  Pack<T> pack;
-  memcpy(&pack, from, sizeof pack);
-  return pack;
-}
-
-template <class T>
-inline void store(T* to, Pack<T> pack) {
-  memcpy(to, &pack, sizeof pack);
-}
-
-inline Doubles widen(Floats pack) { return __builtin_convertvector(pack, Doubles); }
-inline Doubles widen(Doubles pack) { return pack; }
 
 inline double total(Doubles a) { return ((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7])); }
 
@@ -49,16 +15,6 @@ struct Sum {
   Doubles odd = {};
   double value() const { return total(even + odd); }
 };
-
-// A NaN passes through both, as in libtorch: a diverged run must not look alive.
-template <class V, class Zero>
-inline V relu(V value, Zero zero) {
-  return value < zero ? zero : value;
-}
-template <class V, class G, class Zero>
-inline G relu_gradient(V value, G gradient, Zero zero) {
-  return value <= zero ? zero : gradient;
-}
 
 template <class T>
 void moments(const T* x, Extent e, double* mean, double* m2) {

@@ -1,7 +1,8 @@
-// The passes of batch normalization over contiguous [N, C, L] data on a CPU.
+// The passes of batch normalization on a CPU, over contiguous [N, C, L] data and over rows [N * L, C], which is what
+// channels-last data are.
 //
-// Sums have eight double-precision lanes and a fixed order, so their bits depend on the data's shape alone:
-// neither on the instruction set nor on the number of threads.
+// Sums are in double precision and have a fixed order, so their bits depend on the data's shape and layout alone: neither
+// on the instruction set nor on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -36,15 +37,16 @@ struct Kernels {
       const T* x, const T* dy, T* dx, Extent extent, Affine<T> affine, const T* slope, const T* offset);
 };
 
+// `table` is for [N, C, L], `row_table` for rows: there each row counts as a sample of length 1.
 struct KernelTable {
   Kernels<float> f32;
   Kernels<double> f64;
 };
 
-namespace generic { extern const KernelTable table; }
+namespace generic { extern const KernelTable table, row_table; }
 #if defined(__x86_64__)
-namespace avx2 { extern const KernelTable table; }
-namespace avx512 { extern const KernelTable table; }
+namespace avx2 { extern const KernelTable table, row_table; }
+namespace avx512 { extern const KernelTable table, row_table; }
 #endif
 
 }  // namespace lockstep

@@ -111,7 +111,12 @@ fn adapted(mut spec: ModelSpec, outline: &Vars, shapes: &Shapes<'_>) -> Option<M
 fn forms(info: &ModelInfo) -> Vec<ModelSpec> {
     let base = |batch_norm| ModelSpec { name: info.name.to_owned(), batch_norm, ..ModelSpec::default() };
     let mut forms = vec![base(BatchNorm::Sync), base(BatchNorm::None)];
-    let alternatives = [("variant", "paper".into()), ("widths", "mnist".into()), ("aux", false.into())];
+    let alternatives = [
+        ("variant", "paper".into()),
+        ("widths", "mnist".into()),
+        ("widths", "imagenet".into()),
+        ("aux", false.into()),
+    ];
     for (option, value) in alternatives {
         if info.options.iter().any(|o| o.name == option) {
             let others: Vec<_> = forms.iter().cloned().map(|form| with(form, option, &value)).collect();
@@ -210,6 +215,7 @@ mod tests {
             ("inception-v4", json!({ "in_channels": 1 })),
             ("inception-resnet-v2", json!({ "variant": "paper" })),
             ("nin", json!({ "widths": "mnist" })),
+            ("nin", json!({ "widths": "imagenet" })),
         ];
         let wanted = spec("bn-inception", json!({}));
         for (name, options) in files {

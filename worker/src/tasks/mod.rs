@@ -8,9 +8,11 @@ use crate::train::error::TrainError;
 use crate::train::phase::{PhasePlan, ShardBatch, ShardLoss};
 use crate::weights;
 use autocast::Autocast;
-use lockstep_common::job::{AverageSpec, JobSpec, ModelSpec, OnMismatch, OptimizerSpec, Precision, Task};
+use lockstep_common::job::{
+    AverageSpec, JobSpec, MemoryFormat, ModelSpec, OnMismatch, OptimizerSpec, Precision, Task,
+};
 use lockstep_nn::forward::Forward;
-use lockstep_nn::models::{self, Model};
+use lockstep_nn::models::{self, ChannelsLast, Model};
 use lockstep_nn::vars::Vars;
 use tch::Tensor;
 
@@ -107,6 +109,15 @@ impl TaskPlan {
         Ok(vars)
     }
 
+    /// The network over `vars`, as the job lays out its images.
+    fn model(&self, plan: &NetworkPlan, vars: &mut Vars) -> Result<Box<dyn Model>, TrainError> {
+        let model = models::build(&plan.model, &mut vars.root())?;
+        Ok(match self.job.memory_format {
+            MemoryFormat::Contiguous => model,
+            MemoryFormat::ChannelsLast => Box::new(ChannelsLast(model)),
+        })
+    }
+
     /// A lane's networks: over `learning` replicas, and over frozen ones for when another network learns.
     pub(crate) fn lane(
         &self,
@@ -118,8 +129,8 @@ impl TaskPlan {
             let kind = learning.kind();
             let device = learning.device();
             modules.push(Modules {
-                learning: models::build(&plan.model, &mut learning.root())?,
-                frozen: models::build(&plan.model, &mut frozen.root())?,
+                learning: self.model(plan, learning)?,
+                frozen: self.model(plan, frozen)?,
                 kind,
                 device,
             });

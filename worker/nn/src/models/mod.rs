@@ -2,6 +2,7 @@
 
 mod blocks;
 mod bn_inception;
+mod channels_last;
 pub mod gan;
 mod googlenet;
 mod image;
@@ -16,6 +17,7 @@ mod options;
 mod output;
 mod small_cnn;
 
+pub use channels_last::ChannelsLast;
 pub use output::{Auxiliary, Output};
 
 use crate::error::NnError;

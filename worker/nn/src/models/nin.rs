@@ -1,8 +1,9 @@
-//! Network in Network (Lin, Chen and Yan 2014), after the definitions in `mavenlin/cuda-convnet`, `NIN/*_def`.
+//! Network in Network (Lin, Chen and Yan 2014), after the definitions in `mavenlin/cuda-convnet`, `NIN/*_def`, and for
+//! ImageNet, which the paper does not try, after its authors' model in Caffe's model zoo.
 //!
-//! Three blocks of a convolution and two cccp layers (1 × 1 convolutions), max pooling and dropout between them,
-//! a global average at the end. Names are the reference's. With batch norm, which the paper does not have, each
-//! convolution is followed by `<name>_bn` and loses its bias, which the normalization would cancel.
+//! Blocks of a convolution and two cccp layers (1 × 1 convolutions), max pooling between them, dropout as well, a global
+//! average at the end. Names are the references'. With batch norm, which the paper does not have, each convolution is
+//! followed by `<name>_bn` and loses its bias, which the normalization would cancel.
 
 use super::image::ImageInput;
 use super::{Model, ModelInfo, OptionInfo, Output, options};
@@ -18,18 +19,18 @@ pub(super) const INFO: ModelInfo = ModelInfo {
     name: "nin",
     summary: "Network in Network: 1x1 convolutions between the others, no fully connected layer",
     role: ModelRole::Classifier,
-    input: "[N, in_channels, H, W]; 28x28 (mnist widths) or 32x32 (cifar widths) in the paper",
+    input: "[N, in_channels, H, W]; 28x28 (mnist widths), 32x32 (cifar) or 224x224 (imagenet); at least 4x4 or 39x39 (imagenet)",
     reference: "Lin, Chen, Yan 2014, arXiv:1312.4400; mavenlin/cuda-convnet",
     options: &[
         OptionInfo {
             name: "widths",
             default: "cifar",
-            meaning: "`cifar` or `mnist`: the paper's layer widths",
+            meaning: "`cifar` or `mnist`: the paper's layer widths; `imagenet`: those of Caffe's model zoo",
         },
         OptionInfo { name: "classes", default: "10", meaning: "logits" },
         OptionInfo {
             name: "in_channels",
-            default: "3 (cifar), 1 (mnist)",
+            default: "3 (cifar, imagenet), 1 (mnist)",
             meaning: "channels of the images",
         },
         OptionInfo {
@@ -42,60 +43,117 @@ pub(super) const INFO: ModelInfo = ModelInfo {
     build,
 };
 
-/// The three blocks' widths (convolution, then two cccp layers; the last is the number of classes) and the third
-/// convolution's kernel.
+/// How weights begin.
+type Weights = fn(&ConvSpec) -> Init;
+
+/// `initW` in the paper's definitions: all weights there.
+const WIDE: Weights = |_| Init::Normal { std: 0.05 };
+/// Some layers of the network for ImageNet.
+const NARROW: Weights = |_| Init::Normal { std: 0.01 };
+
+/// A block: a convolution and its two cccp layers.
 #[derive(Clone, Copy)]
 struct Widths {
-    in_channels: i64,
-    blocks: [[i64; 3]; 3],
-    last_kernel: i64,
+    /// What is appended to the names of its layers.
+    suffix: &'static str,
+    kernel: i64,
+    stride: i64,
+    /// Outputs of the three layers; those of the last block's last are the classes.
+    outputs: [i64; 3],
+    /// How the three layers' weights begin.
+    weights: [Weights; 3],
+    /// Whether dropout comes before it.
+    drops: bool,
 }
 
-const CIFAR: Widths =
-    Widths { in_channels: 3, blocks: [[192, 160, 96], [192, 192, 192], [192, 192, 0]], last_kernel: 3 };
-const MNIST: Widths =
-    Widths { in_channels: 1, blocks: [[96, 64, 48], [128, 96, 48], [128, 96, 0]], last_kernel: 5 };
+/// A block of the paper's networks.
+const fn block(kernel: i64, outputs: [i64; 3], drops: bool) -> Widths {
+    Widths { suffix: "", kernel, stride: 1, outputs, weights: [WIDE; 3], drops }
+}
 
-/// Standard deviation of all initial weights (`initW` in the reference).
-const WEIGHT: Init = Init::Normal { std: 0.05 };
+/// A network: the channels of its images, the least side that leaves something for its last block, its blocks.
+#[derive(Clone, Copy)]
+struct Plan {
+    in_channels: i64,
+    least: i64,
+    blocks: &'static [Widths],
+}
+
+const CIFAR: Plan = Plan {
+    in_channels: 3,
+    least: 4,
+    blocks: &[
+        block(5, [192, 160, 96], false),
+        block(5, [192, 192, 192], true),
+        block(3, [192, 192, 0], true),
+    ],
+};
+const MNIST: Plan = Plan {
+    in_channels: 1,
+    least: 4,
+    blocks: &[block(5, [96, 64, 48], false), block(5, [128, 96, 48], true), block(5, [128, 96, 0], true)],
+};
+/// Its first convolution has no padding.
+const IMAGENET: Plan = Plan {
+    in_channels: 3,
+    least: 39,
+    blocks: &[
+        Widths { stride: 4, weights: [NARROW, WIDE, WIDE], ..block(11, [96, 96, 96], false) },
+        block(5, [256, 256, 256], false),
+        Widths { weights: [NARROW, WIDE, WIDE], ..block(3, [384, 384, 384], false) },
+        Widths { suffix: "-1024", weights: [WIDE, WIDE, NARROW], ..block(3, [1024, 1024, 0], true) },
+    ],
+};
 
 struct Nin {
     input: ImageInput,
-    blocks: Vec<[ConvNorm; 3]>,
+    blocks: Vec<Block>,
     keep: f64,
 }
 
+struct Block {
+    drops: bool,
+    units: [ConvNorm; 3],
+}
+
 fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError> {
-    let widths = options::choice(spec, "widths", &[("cifar", CIFAR), ("mnist", MNIST)])?;
+    let widths = [("cifar", CIFAR), ("mnist", MNIST), ("imagenet", IMAGENET)];
+    let plan = options::choice(spec, "widths", &widths)?;
     let classes = options::count(spec, "classes", 10)?;
     let final_relu = options::switch(spec, "final_relu", true)?;
-    let channels = options::count(spec, "in_channels", widths.in_channels)?;
-    let units = Units {
-        naming: Naming::Suffixed,
-        mode: spec.batch_norm,
-        norm: NormSpec::default(),
-        weight: |_| WEIGHT,
-        bias: Init::Constant(0.0),
-        bias_before_norm: false,
-    };
+    let channels = options::count(spec, "in_channels", plan.in_channels)?;
     let mut inputs = channels;
     let mut blocks = Vec::new();
-    for (b, [conv, first, second]) in widths.blocks.into_iter().enumerate() {
-        let last = b + 1 == widths.blocks.len();
-        let kernel = if last { widths.last_kernel } else { 5 };
+    for (b, Widths { suffix, kernel, stride, outputs: [conv, first, second], weights, drops }) in
+        plan.blocks.iter().copied().enumerate()
+    {
+        let last = b + 1 == plan.blocks.len();
         let second = if last { classes } else { second };
-        let mut unit = |name: String, inputs, outputs, kernel, relu| {
-            ConvNorm::with(scope, &name, ConvSpec::same(inputs, outputs, [kernel; 2]), &units, relu)
+        let mut unit = |name: String, conv: ConvSpec, weight, relu| {
+            let units = Units {
+                naming: Naming::Suffixed,
+                mode: spec.batch_norm,
+                norm: NormSpec::default(),
+                weight,
+                bias: Init::Constant(0.0),
+                bias_before_norm: false,
+            };
+            ConvNorm::with(scope, &(name + suffix), conv, &units, relu)
         };
-        blocks.push([
-            unit(format!("conv{}", b + 1), inputs, conv, kernel, true)?,
-            unit(format!("cccp{}", 2 * b + 1), conv, first, 1, true)?,
-            unit(format!("cccp{}", 2 * b + 2), first, second, 1, !last || final_relu)?,
-        ]);
+        let spatial = match stride {
+            1 => ConvSpec::same(inputs, conv, [kernel; 2]),
+            stride => ConvSpec::valid(inputs, conv, [kernel; 2]).stride(stride),
+        };
+        let (cccp1, cccp2) = (ConvSpec::same(conv, first, [1; 2]), ConvSpec::same(first, second, [1; 2]));
+        let units = [
+            unit(format!("conv{}", b + 1), spatial, weights[0], true)?,
+            unit(format!("cccp{}", 2 * b + 1), cccp1, weights[1], true)?,
+            unit(format!("cccp{}", 2 * b + 2), cccp2, weights[2], !last || final_relu)?,
+        ];
+        blocks.push(Block { drops, units });
         inputs = second;
     }
-    // Two poolings halve the image, and a window needs two positions.
-    let input = ImageInput { model: INFO.name, channels, least: 4 };
+    let input = ImageInput { model: INFO.name, channels, least: plan.least };
     Ok(Box::new(Nin { input, blocks, keep: 1.0 - options::drop_rate(spec, "dropout", 0.5)? }))
 }
 
@@ -105,10 +163,13 @@ impl Model for Nin {
         let mut x = x.shallow_clone();
         for (b, block) in self.blocks.iter().enumerate() {
             if b > 0 {
-                x = max_pool_ceil(&x, 3, 2)?; // [N, C, 28, 28] -> [N, C, 14, 14] -> [N, C, 7, 7]
+                // [N, C, 28, 28] -> [N, C, 14, 14] -> [N, C, 7, 7]; imagenet: 54, 27, 13, 6
+                x = max_pool_ceil(&x, 3, 2)?;
+            }
+            if block.drops {
                 x = dropout(&x, self.keep, &format!("dropout{b}"), fwd)?;
             }
-            for unit in block {
+            for unit in &block.units {
                 x = unit.forward(&x, fwd)?;
             }
         }

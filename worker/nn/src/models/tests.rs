@@ -23,6 +23,7 @@ fn parameter_counts_are_those_of_the_references() {
     assert_eq!(parameters("nin", json!({})), 966_986);
     assert_eq!(parameters("nin", json!({ "classes": 100 })), 984_356);
     assert_eq!(parameters("nin", json!({ "widths": "mnist" })), 349_674);
+    assert_eq!(parameters("nin", json!({ "widths": "imagenet", "classes": 1000 })), 7_595_176);
     assert_eq!(parameters("googlenet", json!({})), 13_004_888);
     assert_eq!(parameters("googlenet", json!({ "aux": false })), 6_624_904);
     assert_eq!(parameters("googlenet", json!({ "variant": "paper" })), 13_378_280);
@@ -89,6 +90,7 @@ fn outlined(spec: &ModelSpec) -> (Vars, Box<dyn Model>) {
 fn images_down_to_the_documented_size_are_taken_and_smaller_ones_refused_in_one_line() {
     let cases = [
         ("nin", json!({}), 4),
+        ("nin", json!({ "widths": "imagenet" }), 39),
         ("googlenet", json!({}), 15),
         ("googlenet", json!({ "variant": "paper" }), 31),
         ("bn-inception", json!({}), 7),

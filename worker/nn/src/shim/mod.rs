@@ -1,5 +1,5 @@
-//! What tch lacks, from a C++ file over libtorch: gradient hooks, batch norm over the global batch, autocast, CUDA on demand and
-//! beside the default stream. And a tensor's memory without a copy.
+//! What tch lacks, from a C++ file over libtorch: gradient hooks, batch norm over the global batch, autocast, channels-last memory,
+//! CUDA on demand and beside the default stream. And a tensor's memory without a copy.
 //!
 //! The only unsafe code of this crate. Rust closures enter C++ as a context pointer with three functions (call,
 //! drop, drop an error); neither a panic nor an exception crosses the border.
@@ -9,6 +9,7 @@ mod autocast;
 mod batch_norm;
 mod cuda;
 mod hooks;
+mod layout;
 mod memory;
 mod streams;
 
@@ -16,6 +17,7 @@ pub use autocast::autocast;
 pub(crate) use batch_norm::batch_norm;
 pub use cuda::load_cuda;
 pub use hooks::{GradientHook, backward, on_gradient};
+pub use layout::channels_last;
 pub use memory::with_bytes;
 pub use streams::{SideStream, copy_async, pinned};
 

@@ -3,6 +3,7 @@
 mod audit;
 mod recipes;
 pub(crate) mod recovery;
+mod systems;
 
 use super::Number;
 use super::error::TrainError;

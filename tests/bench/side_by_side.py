@@ -1,0 +1,50 @@
+"""Lockstep and PyTorch in turn on the same work.
+
+In turn (A, B, A, B, ...), because the speed of a machine drifts; medians, because one run may be disturbed.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def last_json(command, environment):
+    """The JSON object that ends the standard output of `command`."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    if result.returncode != 0:
+        sys.exit(f"error: `{' '.join(map(str, command))}` ended with exit code {result.returncode}")
+    text = result.stdout.strip()
+    for begin in (0, text.rfind("\n{") + 1):
+        try:
+            return json.loads(text[begin:])
+        except json.JSONDecodeError:
+            continue
+    sys.exit(f"error: `{' '.join(map(str, command))}` printed no JSON object at its end")
+
+
+def alternate(coordinator, job, peer, workers, threads, rounds):
+    """Images per second of Lockstep on `workers` with `threads` each, and of the Python program `peer`, round by round."""
+    # Both sides are told how many intra-op threads a process has.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    run = [coordinator, "run", job, "--fresh", "--workers", str(workers), "--threads", str(threads)]
+    lockstep, others = [], []
+    for round_number in range(1, rounds + 1):
+        lockstep.append(last_json(run, environment)["metrics"]["images_per_second"])
+        others.append(last_json([sys.executable, *peer], environment)["images_per_second"])
+        print(f"round {round_number}: Lockstep {lockstep[-1]:.0f}, PyTorch {others[-1]:.0f} images/s", file=sys.stderr)
+    return lockstep, others
+
+
+def report(title, sides):
+    """Prints a table of (name, rates) of Lockstep and PyTorch. Returns the ratio of their medians."""
+    print(f"{title:<44} {'median':>8} {'lowest':>8} {'highest':>8}  images/s")
+    for name, rates in sides:
+        print(f"{name:<44} {statistics.median(rates):>8.0f} {min(rates):>8.0f} {max(rates):>8.0f}")
+    ratio = statistics.median(sides[0][1]) / statistics.median(sides[1][1])
+    print(f"{'ratio':<44} {ratio:>7.2f}x", flush=True)
+    return ratio

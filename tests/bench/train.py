@@ -1,0 +1,95 @@
+"""Training images/s of three networks, Lockstep beside PyTorch: one process of two threads, and two of one.
+
+Exit code 1 when Lockstep is slower than --at-least times PyTorch in any of the six.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from side_by_side import HERE, alternate, report
+
+JOB = """name = "bench-train"
+task = "classify"
+seed = 1
+steps = {steps}
+global_batch = {batch}
+logical_shards = {shards}
+
+[model]
+name = "{network}"
+classes = 10
+batch_norm = "sync"
+{options}
+
+[data]
+train = "fashion-mnist/train"
+{data}
+
+[optimizer]
+name = "sgd"
+lr = 0.05
+momentum = 0.9
+weight_decay = 5e-4
+
+[checks]
+digest_every_steps = 0
+"""
+
+LARGER = """channels = 3
+augment = [{{ name = "resize", size = {side} }}, {{ name = "flip" }}]"""
+
+
+@dataclass
+class Case:
+    side: int
+    batch: int
+    steps: int
+    options: str
+
+
+# Of about ten seconds on two cores. At 75 x 75 Inception v3 has no auxiliary head.
+CASES = {
+    "nin": Case(28, 128, 60, 'widths = "mnist"\ndropout = 0.2\nfinal_relu = false'),
+    "googlenet": Case(32, 64, 60, "dropout = 0.2"),
+    "inception-v3": Case(75, 32, 30, "aux = false\ndropout = 0.2"),
+}
+WARMUP = 5
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--coordinator", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four IDX files")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shards", type=int, default=4, help="logical shards of Lockstep's jobs")
+    parser.add_argument("--at-least", type=float, default=0.0, help="least ratio that is not a failure")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(CASES)}")
+    arguments = parser.parse_args()
+
+    job = Path(os.environ["LOCKSTEP_DATA_DIR"], "bench-train.toml")
+    slow = []
+    for network in arguments.cases or CASES:
+        case = CASES[network]
+        data = 'augment = [{ name = "flip" }]' if case.side == 28 else LARGER.format(side=case.side)
+        job.write_text(JOB.format(network=network, options=case.options, batch=case.batch, steps=case.steps,
+                                  shards=arguments.shards, data=data))
+        for workers, threads in (1, 2), (2, 1):
+            peer = [HERE / "step_ddp.py", "--data", arguments.data, "--network", network, "--side", case.side,
+                    "--workers", workers, "--threads", threads, "--global-batch", case.batch,
+                    "--warmup", WARMUP, "--steps", case.steps - WARMUP]
+            peer = [str(argument) for argument in peer]
+            rates = alternate(arguments.coordinator, job, peer, workers, threads, arguments.rounds)
+            title = f"{network} at {case.side}, batch {case.batch}, {workers} x {threads} threads"
+            name = "PyTorch DDP, Gloo, local batch norm" if workers > 1 else "PyTorch"
+            ratio = report(title, [("Lockstep, synchronized batch norm", rates[0]), (name, rates[1])])
+            if ratio < arguments.at_least:
+                slow.append(f"{title}: {ratio:.2f}x")
+    if slow:
+        sys.exit(f"error: less than the {arguments.at_least:.2f}x asked for: {'; '.join(slow)}")
+
+
+if __name__ == "__main__":
+    main()
