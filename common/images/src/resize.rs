@@ -3,6 +3,7 @@
 //! `fast_image_resize` works in fixed point on bytes, with coefficients from IEEE operations, so that SSE4.1, AVX2, NEON
 //! and plain code give the same bytes; a test here holds it to that.
 
+use crate::decode::MAX_PIXELS;
 use crate::error::ImageError;
 use crate::picture::Picture;
 use fast_image_resize::images::{Image, ImageRef};
@@ -51,6 +52,12 @@ impl Resizer {
         };
         let refused =
             |what: &dyn std::fmt::Display| ImageError::Shape(format!("it cannot be resized: {what}"));
+        if height.saturating_mul(width) > MAX_PIXELS {
+            let what = format!(
+                "it would have {height} x {width} pixels, more than the {MAX_PIXELS} that are handled"
+            );
+            return Err(refused(&what));
+        }
         let sizes = [picture.width(), picture.height(), width, height].map(u32::try_from);
         let [Ok(from_width), Ok(from_height), Ok(to_width), Ok(to_height)] = sizes else {
             return Err(refused(&"it is too large"));
