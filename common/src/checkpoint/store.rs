@@ -41,6 +41,13 @@ pub struct CheckpointFiles {
 }
 
 impl CheckpointFiles {
+    /// The checkpoint in the folder `dir`, every byte of it checked.
+    pub fn read(dir: &Path) -> Result<Self, CheckpointError> {
+        let mut files = Vec::new();
+        let manifest = read(dir, |name, bytes| files.push((name.to_owned(), bytes)))?;
+        Ok(Self { manifest, files })
+    }
+
     /// The bytes of the file `name`.
     pub fn file(&self, name: &str) -> Option<&[u8]> {
         self.files.iter().find(|(n, _)| n == name).map(|(_, bytes)| bytes.as_slice())
@@ -116,14 +123,14 @@ impl CheckpointStore {
 
     /// Checks every file of the checkpoint of `step`.
     pub fn verify(&self, step: u64) -> Result<CheckpointManifest, CheckpointError> {
-        self.read(step, |_, _| ())
+        self.manifest(step)?;
+        read(&self.step_dir(step), |_, _| ())
     }
 
     /// The checkpoint of `step` in memory, every byte of it checked.
     pub fn load(&self, step: u64) -> Result<CheckpointFiles, CheckpointError> {
-        let mut files = Vec::new();
-        let manifest = self.read(step, |name, bytes| files.push((name.to_owned(), bytes)))?;
-        Ok(CheckpointFiles { manifest, files })
+        self.manifest(step)?;
+        CheckpointFiles::read(&self.step_dir(step))
     }
 
     /// The newest checkpoint that is whole, with the reasons for which newer ones were passed over.
@@ -230,33 +237,18 @@ impl CheckpointStore {
         Ok(checkpoint.manifest)
     }
 
-    /// Reads the checkpoint of `step` file by file, handing on what has been checked.
-    fn read(
-        &self,
-        step: u64,
-        mut checked: impl FnMut(&str, Vec<u8>),
-    ) -> Result<CheckpointManifest, CheckpointError> {
-        let (manifest, _) = self.manifest(step)?;
-        for entry in &manifest.files {
-            let path = self.step_dir(step).join(&entry.name);
-            let bytes = read_file(&path)?;
-            check_file(&path, entry, &bytes, &manifest.weights_digest)?;
-            checked(&entry.name, bytes);
-        }
-        Ok(manifest)
-    }
-
     /// The manifest of the checkpoint of `step` and its path.
     fn manifest(&self, step: u64) -> Result<(CheckpointManifest, PathBuf), CheckpointError> {
         let dir = self.step_dir(step);
         if !dir.is_dir() {
             return Err(self.no_such_step(step)?);
         }
-        let path = dir.join(MANIFEST_FILE);
-        let refused = |problem| CheckpointError::Manifest { path: path.clone(), problem };
-        let manifest = CheckpointManifest::from_json(&read_file(&path)?).map_err(refused)?;
+        let (manifest, path) = manifest(&dir)?;
         if manifest.info.step != step {
-            return Err(refused(ManifestProblem::Step(manifest.info.step)));
+            return Err(CheckpointError::Manifest {
+                path,
+                problem: ManifestProblem::Step(manifest.info.step),
+            });
         }
         Ok((manifest, path))
     }
@@ -269,6 +261,26 @@ impl CheckpointStore {
         };
         Ok(CheckpointError::NoSuchStep { step, dir: self.dir.clone(), hint })
     }
+}
+
+/// Reads the checkpoint in `dir` file by file, handing on what has been checked.
+fn read(dir: &Path, mut checked: impl FnMut(&str, Vec<u8>)) -> Result<CheckpointManifest, CheckpointError> {
+    let (manifest, _) = manifest(dir)?;
+    for entry in &manifest.files {
+        let path = dir.join(&entry.name);
+        let bytes = read_file(&path)?;
+        check_file(&path, entry, &bytes, &manifest.weights_digest)?;
+        checked(&entry.name, bytes);
+    }
+    Ok(manifest)
+}
+
+/// The manifest of the checkpoint in `dir`, and its path.
+fn manifest(dir: &Path) -> Result<(CheckpointManifest, PathBuf), CheckpointError> {
+    let path = dir.join(MANIFEST_FILE);
+    let manifest = CheckpointManifest::from_json(&read_file(&path)?)
+        .map_err(|problem| CheckpointError::Manifest { path: path.clone(), problem })?;
+    Ok((manifest, path))
 }
 
 fn read_file(path: &Path) -> Result<Vec<u8>, CheckpointError> {

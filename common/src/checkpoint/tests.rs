@@ -332,7 +332,7 @@ fn prune_takes_the_word_for_a_checkpoint_that_was_just_checked() {
 
 #[test]
 fn averages_are_exported_in_the_place_of_the_weights() {
-    let f = Fixture::new(&[100]);
+    let f = Fixture::new([100]);
     let path = f.dir.path().join("average.safetensors");
     let error = f.store.export(100, true, &path).unwrap_err();
     assert!(matches!(error, CheckpointError::NoAverage(100)), "{error}");
