@@ -67,6 +67,13 @@ pub fn blake3_hex(bytes: &[u8]) -> String {
     blake3::hash(bytes).to_hex().to_string()
 }
 
+/// The first 8 bytes of the BLAKE3 of `bytes`, as a little-endian number.
+pub fn blake3_prefix(bytes: &[u8]) -> u64 {
+    let mut prefix = [0; 8];
+    blake3::Hasher::new().update(bytes).finalize_xof().fill(&mut prefix);
+    u64::from_le_bytes(prefix)
+}
+
 /// Whether `text` is what [`blake3_hex`] returns: 64 lower-case hex digits. Such a text is safe as a file name.
 pub fn is_blake3_hex(text: &str) -> bool {
     text.len() == 2 * blake3::OUT_LEN && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))

@@ -192,6 +192,9 @@ pub(crate) enum DatasetCommand {
         /// Leave corrupt images out, and say how many, instead of refusing the whole.
         #[arg(long)]
         skip_corrupt: bool,
+        /// Number the classes as that dataset does, by their names: for a split that is imported by itself.
+        #[arg(long, value_name = "DATASET")]
+        classes_of: Option<String>,
     },
     /// List the datasets.
     Ls {

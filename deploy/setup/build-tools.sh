@@ -1,24 +1,29 @@
 #!/usr/bin/env bash
 # Makes cmake and nasm available, with which libjpeg-turbo is built, and prints the folder of those that are not on the path.
 #
-# cmake comes from a wheel that has all it needs, nasm from Debian's package, both unpacked into .deps/tools: no root needed.
+# cmake comes from a wheel that has all it needs, checked by its hash, nasm from Debian's package, whose list is signed. Both
+# are unpacked into .deps/tools: no root needed.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-cmake_version=3.31.10
+requirements=$repo/deploy/setup/cmake-requirements.txt
 tools=$deps/tools
 bin=$tools/bin
 mkdir -p "$bin"
 
-if ! command -v cmake >/dev/null && [[ ! -x $bin/cmake ]]; then
-    say "fetching cmake $cmake_version (once)"
+# A cmake that this script did not fetch is left alone; the one that it fetched is replaced when the pin changes.
+stamp=$tools/cmake/.complete
+system_cmake=$(command -v cmake || true)
+if [[ -z $system_cmake || $system_cmake -ef $bin/cmake ]] && ! cmp -s "$requirements" "$stamp"; then
+    say "fetching $(grep -o '^cmake==[0-9.]*' "$requirements") (once)"
     python3 -m pip --version >/dev/null 2>&1 || fail "neither cmake nor pip is here" "apt-get install cmake"
     rm -rf "$tools/cmake"
     PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --disable-pip-version-check --no-input --only-binary=:all: \
-        --target "$tools/cmake" "cmake==$cmake_version" >&2 ||
+        --no-deps --require-hashes --target "$tools/cmake" --requirement "$requirements" >&2 ||
         fail "pip could not fetch cmake; its message is above" "apt-get install cmake"
     ln -sf ../cmake/cmake/data/bin/cmake "$bin/cmake"
     "$bin/cmake" --version >/dev/null || fail "the cmake that pip fetched does not start" "apt-get install cmake"
+    cp "$requirements" "$stamp"
 fi
 
 if [[ $(uname -m) == x86_64 ]] && ! command -v nasm >/dev/null && [[ ! -x $bin/nasm ]]; then

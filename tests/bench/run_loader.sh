@@ -12,5 +12,8 @@ if [[ -z $photos ]]; then
     photos=target/bench-photos
     if [[ ! -e $photos/0399.jpg ]]; then "$python" tests/bench/photos.py "$photos" 400; fi
 fi
-cargo build --quiet --release --locked --package lockstep-images --example throughput
-exec "$python" tests/bench/loader.py target/release/examples/throughput "$photos"
+# What cargo says of the build names the folder in which libjpeg-turbo was configured.
+built=$(mktemp)
+trap 'rm -f "$built"' EXIT
+cargo build --quiet --release --locked --package lockstep-images --example throughput --message-format=json-render-diagnostics >"$built"
+"$python" tests/bench/loader.py target/release/examples/throughput "$photos" "$built"

@@ -1,23 +1,31 @@
 //! The worker's view of shards: local stores first, then a cache on disk, then a fetch from the coordinator.
 //!
-//! Wherever a shard comes from, its hash is checked before anyone sees it.
+//! Wherever a shard comes from, its hash is checked before anyone sees it, once per process. From then on single records
+//! are read from its file, each checked by a hash of its own, so that samples in random order cost what they weigh
+//! and not a shard each.
 
 use super::manifest::ShardEntry;
-use super::shard::{ShardFile, ShardProblem};
+use super::shard::{Record, RecordTable, ShardFile, ShardProblem};
 use crate::digest::{blake3_hex, is_blake3_hex};
 use crate::durable::{self, FileError};
 use parking_lot::{Condvar, Mutex};
 use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
 
 /// How often a shard is fetched before giving up: a flipped bit on the way is gone the second time, a damaged
 /// source never is.
 const FETCH_ATTEMPTS: u32 = 3;
 
-/// The memory that shards may take unless [`ShardCache::with_memory_bytes`] says otherwise.
-const DEFAULT_MEMORY_BYTES: u64 = 1 << 30;
+/// The memory that shards may take unless [`ShardCache::with_memory_bytes`] says otherwise. CIFAR (184 MB) and MNIST (47 MB)
+/// fit, whose samples are so small that a system call each would count. Of larger ones the system keeps the files in what
+/// memory there is, for all workers of a host together.
+const DEFAULT_MEMORY_BYTES: u64 = 256 << 20;
 
 /// Gets shards from somewhere else, such as the coordinator.
 pub trait ShardFetch: Send + Sync {
@@ -75,7 +83,7 @@ pub enum CacheError {
     NotAHash(String),
 }
 
-/// Shards by hash, bounded on disk and in memory; the least recently used go first.
+/// Records of shards by hash. Shards are bounded on disk and in memory; the least recently used go first.
 pub struct ShardCache {
     /// Where fetched shards are kept; there are none without.
     dir: Option<PathBuf>,
@@ -93,8 +101,10 @@ pub struct ShardCache {
 struct State {
     /// Grows by one with every use; the order of uses.
     clock: u64,
-    /// Shards in memory, and those that only a sample still holds.
-    shards: HashMap<String, InMemory>,
+    /// Shards in memory.
+    memory: HashMap<String, InMemory>,
+    /// Shards whose file had the right hash in this process.
+    verified: HashMap<String, Verified>,
     /// Shards that a thread is loading right now.
     loading: HashSet<String>,
     /// Files in the cache's folder.
@@ -102,14 +112,56 @@ struct State {
 }
 
 struct InMemory {
-    shard: Weak<ShardFile>,
-    kept: Option<Arc<ShardFile>>,
+    shard: Arc<ShardFile>,
     used: u64,
+}
+
+#[derive(Clone)]
+struct Verified {
+    table: Arc<RecordTable>,
+    path: PathBuf,
 }
 
 struct OnDisk {
     bytes: u64,
     used: u64,
+}
+
+/// One record of a shard.
+#[derive(Clone, Debug)]
+pub struct RecordBytes {
+    labels: Vec<u32>,
+    memory: Memory,
+    payload: Range<usize>,
+}
+
+/// Where a record's bytes are.
+#[derive(Clone, Debug)]
+enum Memory {
+    /// In a shard that stays in memory as long as the record.
+    Shard(Arc<ShardFile>),
+    /// Read by themselves.
+    Own(Vec<u8>),
+}
+
+impl RecordBytes {
+    /// The labels: one for classification.
+    pub fn labels(&self) -> &[u32] {
+        &self.labels
+    }
+
+    /// What the record holds besides its labels.
+    pub fn payload(&self) -> &[u8] {
+        let bytes = match &self.memory {
+            Memory::Shard(shard) => shard.bytes(),
+            Memory::Own(bytes) => bytes,
+        };
+        &bytes[self.payload.clone()]
+    }
+
+    fn new(Record { labels, payload }: Record, memory: Memory) -> Self {
+        Self { labels, memory, payload }
+    }
 }
 
 impl ShardCache {
@@ -152,7 +204,7 @@ impl ShardCache {
         self
     }
 
-    /// Keeps at most `bytes` of shards in memory, beyond those that samples hold.
+    /// Keeps at most `bytes` of shards in memory, beyond those that records hold.
     pub fn with_memory_bytes(mut self, bytes: u64) -> Self {
         self.memory_bytes = bytes;
         self
@@ -169,16 +221,40 @@ impl ShardCache {
         self.fetches.load(Ordering::Relaxed)
     }
 
-    /// The shard `entry` of `dataset`. Blocks while it is read or fetched; threads that ask for the same shard
-    /// wait for one load.
-    pub fn get(&self, dataset: &str, entry: &ShardEntry) -> Result<Arc<ShardFile>, CacheError> {
+    /// Record `index` of the shard `entry` of `dataset`; `None` if the shard has no such record or another number of them
+    /// than the entry says. Blocks while the shard is read or fetched; threads that ask for the same one wait for one load.
+    pub fn record(
+        &self,
+        dataset: &str,
+        entry: &ShardEntry,
+        index: usize,
+    ) -> Result<Option<RecordBytes>, CacheError> {
         if !is_blake3_hex(&entry.hash) {
             return Err(CacheError::NotAHash(entry.hash.chars().take(100).collect()));
         }
         let mut state = self.state.lock();
         loop {
             if let Some(shard) = state.in_memory(&entry.hash) {
-                return Ok(shard);
+                drop(state);
+                return Ok(of_shard(shard, entry, index));
+            }
+            if let Some(verified) = state.verified(&entry.hash) {
+                drop(state);
+                if verified.table.len() as u64 != entry.samples || index >= verified.table.len() {
+                    return Ok(None);
+                }
+                match verified.read(index) {
+                    Ok(record) => return Ok(Some(record)),
+                    // Evicted by another thread or process.
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                    Err(e) => {
+                        let path = verified.path.display();
+                        tracing::warn!(%path, error = %e, index, "record cannot be read; loading its shard again");
+                    }
+                }
+                state = self.state.lock();
+                state.forget(&entry.hash, &verified);
+                continue;
             }
             if state.loading.insert(entry.hash.clone()) {
                 break;
@@ -187,49 +263,56 @@ impl ShardCache {
         }
         drop(state);
         let loading = Loading { cache: self, hash: &entry.hash };
-        let shard = Arc::new(self.load(dataset, entry)?);
-        self.keep_in_memory(&entry.hash, &shard);
+        let shard = self.load(dataset, entry)?;
         drop(loading);
-        Ok(shard)
+        Ok(of_shard(shard, entry, index))
     }
 
-    fn load(&self, dataset: &str, entry: &ShardEntry) -> Result<ShardFile, CacheError> {
-        let bytes = match self.find_here(entry) {
-            Some(bytes) => bytes,
+    fn load(&self, dataset: &str, entry: &ShardEntry) -> Result<Arc<ShardFile>, CacheError> {
+        let (bytes, path) = match self.find_here(entry) {
+            Some((bytes, path)) => (bytes, Some(path)),
             None => {
                 let bytes = self.fetch_checked(dataset, entry)?;
-                self.keep_on_disk(&entry.hash, &bytes);
-                bytes
+                let path = self.keep_on_disk(&entry.hash, &bytes);
+                (bytes, path)
             }
         };
-        ShardFile::parse(bytes).map_err(|problem| CacheError::Format {
+        let shard = ShardFile::parse(bytes).map_err(|problem| CacheError::Format {
             dataset: dataset.to_owned(),
             hash: entry.hash.clone(),
             problem,
-        })
+        })?;
+        let shard = Arc::new(shard);
+        let verified = path.map(|path| Verified { table: Arc::new(shard.table()), path });
+        let mut state = self.state.lock();
+        state.verified.extend(verified.map(|verified| (entry.hash.clone(), verified)));
+        let used = state.tick();
+        state.memory.insert(entry.hash.clone(), InMemory { shard: shard.clone(), used });
+        state.trim_memory(self.memory_bytes);
+        Ok(shard)
     }
 
-    /// The shard from a local store or from the cache's folder, whichever has it intact.
-    fn find_here(&self, entry: &ShardEntry) -> Option<Vec<u8>> {
-        if let Some(bytes) = self.local.iter().find_map(|dir| self.read_checked(dir, entry)) {
-            return Some(bytes);
+    /// The shard and its file from a local store or from the cache's folder, whichever has it intact.
+    fn find_here(&self, entry: &ShardEntry) -> Option<(Vec<u8>, PathBuf)> {
+        if let Some(found) = self.local.iter().find_map(|dir| self.read_checked(dir, entry)) {
+            return Some(found);
         }
         let dir = self.dir.as_ref()?;
-        let bytes = self.read_checked(dir, entry);
+        let found = self.read_checked(dir, entry);
         let mut state = self.state.lock();
-        if bytes.is_some() {
+        if found.is_some() {
             let used = state.tick();
             state.files.insert(entry.hash.clone(), OnDisk { bytes: entry.bytes, used });
         } else if state.files.remove(&entry.hash).is_some() {
             let _damaged = std::fs::remove_file(dir.join(&entry.hash));
         }
-        bytes
+        found
     }
 
-    fn read_checked(&self, dir: &Path, entry: &ShardEntry) -> Option<Vec<u8>> {
+    fn read_checked(&self, dir: &Path, entry: &ShardEntry) -> Option<(Vec<u8>, PathBuf)> {
         let path = dir.join(&entry.hash);
         match durable::read(&path) {
-            Ok(bytes) if self.is_intact(&bytes, entry) => Some(bytes),
+            Ok(bytes) if self.is_intact(&bytes, entry) => Some((bytes, path)),
             Ok(_) => {
                 tracing::warn!(path = %path.display(), "shard does not match its hash; looking elsewhere");
                 None
@@ -269,20 +352,21 @@ impl ShardCache {
         Err(CacheError::Fetch { dataset: dataset_owned, hash, last })
     }
 
-    /// Writes a fetched shard into the cache's folder. A full disk costs later fetches, not the job.
-    fn keep_on_disk(&self, hash: &str, bytes: &[u8]) {
-        let Some(dir) = self.dir.as_ref().filter(|_| bytes.len() as u64 <= self.max_bytes) else { return };
-        if let Err(e) = durable::write_atomic(&dir.join(hash), bytes) {
+    /// Writes a fetched shard into the cache's folder and returns its file. A full disk costs later fetches, not the job.
+    fn keep_on_disk(&self, hash: &str, bytes: &[u8]) -> Option<PathBuf> {
+        let path = self.dir.as_ref().filter(|_| bytes.len() as u64 <= self.max_bytes)?.join(hash);
+        if let Err(e) = durable::write_atomic(&path, bytes) {
             tracing::warn!(error = %e, "shard not cached; it will be fetched again when it is needed again");
-            return;
+            return None;
         }
         let mut state = self.state.lock();
         let used = state.tick();
         state.files.insert(hash.to_owned(), OnDisk { bytes: bytes.len() as u64, used });
         self.evict_files(&mut state);
+        Some(path)
     }
 
-    /// Removes the least recently used files until the rest fit. A shard that is in use stays.
+    /// Removes the least recently used files until the rest fit. A shard that is being loaded stays.
     fn evict_files(&self, state: &mut State) {
         let Some(dir) = &self.dir else { return };
         let mut total: u64 = state.files.values().map(|f| f.bytes).sum();
@@ -292,7 +376,7 @@ impl ShardCache {
         let mut by_age: Vec<_> = state
             .files
             .iter()
-            .filter(|(hash, _)| !state.is_in_use(hash))
+            .filter(|(hash, _)| !state.loading.contains(*hash))
             .map(|(hash, file)| (file.used, file.bytes, hash.clone()))
             .collect();
         by_age.sort_unstable();
@@ -301,24 +385,37 @@ impl ShardCache {
                 return;
             }
             match std::fs::remove_file(dir.join(&hash)) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
                     tracing::warn!(error = %e, hash, "cached shard cannot be removed");
                 }
                 _ => {
                     state.files.remove(&hash);
+                    if state.verified.get(&hash).is_some_and(|v| v.path.starts_with(dir)) {
+                        state.verified.remove(&hash);
+                    }
                     total -= bytes;
                 }
             }
         }
     }
+}
 
-    fn keep_in_memory(&self, hash: &str, shard: &Arc<ShardFile>) {
-        let mut state = self.state.lock();
-        let used = state.tick();
-        let entry = InMemory { shard: Arc::downgrade(shard), kept: Some(shard.clone()), used };
-        state.shards.insert(hash.to_owned(), entry);
-        state.trim_memory(self.memory_bytes);
+impl Verified {
+    /// Record `index` from the file. Fails where that cannot be read or has other bytes than it had.
+    fn read(&self, index: usize) -> io::Result<RecordBytes> {
+        let changed = || io::Error::new(io::ErrorKind::InvalidData, "its bytes have changed");
+        let (start, bytes) = self.table.place(index).ok_or_else(changed)?;
+        let mut buffer = vec![0; bytes];
+        File::open(&self.path)?.read_exact_at(&mut buffer, start)?;
+        let record = self.table.parse(index, &buffer).ok_or_else(changed)?;
+        Ok(RecordBytes::new(record, Memory::Own(buffer)))
     }
+}
+
+/// Record `index` of a whole shard.
+fn of_shard(shard: Arc<ShardFile>, entry: &ShardEntry, index: usize) -> Option<RecordBytes> {
+    let record = if shard.len() as u64 == entry.samples { shard.record(index)? } else { return None };
+    Some(RecordBytes::new(record, Memory::Shard(shard)))
 }
 
 impl State {
@@ -329,30 +426,35 @@ impl State {
 
     fn in_memory(&mut self, hash: &str) -> Option<Arc<ShardFile>> {
         let used = self.tick();
-        let entry = self.shards.get_mut(hash)?;
+        let entry = self.memory.get_mut(hash)?;
         entry.used = used;
-        let shard = entry.shard.upgrade();
-        if shard.is_none() {
-            self.shards.remove(hash);
-        }
-        shard
+        Some(entry.shard.clone())
     }
 
-    /// Whether a thread is loading the shard or holds it (or a sample of it) beyond what the cache keeps.
-    fn is_in_use(&self, hash: &str) -> bool {
-        self.loading.contains(hash)
-            || self.shards.get(hash).is_some_and(|e| e.shard.strong_count() > usize::from(e.kept.is_some()))
+    /// How to read records of the shard from its file.
+    fn verified(&mut self, hash: &str) -> Option<Verified> {
+        let used = self.tick();
+        let verified = self.verified.get(hash)?.clone();
+        if let Some(file) = self.files.get_mut(hash) {
+            file.used = used;
+        }
+        Some(verified)
+    }
+
+    /// Lets the shard be loaded again, unless another thread has done so meanwhile.
+    fn forget(&mut self, hash: &str, verified: &Verified) {
+        if self.verified.get(hash).is_some_and(|now| Arc::ptr_eq(&now.table, &verified.table)) {
+            self.verified.remove(hash);
+        }
     }
 
     fn trim_memory(&mut self, limit: u64) {
-        self.shards.retain(|_, e| e.shard.strong_count() > 0);
-        let size = |e: &InMemory| e.kept.as_ref().map_or(0, |s| s.bytes().len() as u64);
-        let mut total: u64 = self.shards.values().map(size).sum();
+        let size = |e: &InMemory| e.shard.bytes().len() as u64;
+        let mut total: u64 = self.memory.values().map(size).sum();
         while total > limit {
-            let oldest = self.shards.values_mut().filter(|e| e.kept.is_some()).min_by_key(|e| e.used);
-            let Some(oldest) = oldest else { return };
-            total -= size(oldest);
-            oldest.kept = None;
+            let oldest = self.memory.iter().min_by_key(|(_, e)| e.used).map(|(hash, _)| hash.clone());
+            let Some(oldest) = oldest.and_then(|hash| self.memory.remove(&hash)) else { return };
+            total -= size(&oldest);
         }
     }
 }

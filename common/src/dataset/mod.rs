@@ -14,7 +14,7 @@ mod reader;
 mod shard;
 mod store;
 
-pub use cache::{CacheError, FetchError, ShardCache, ShardFetch};
+pub use cache::{CacheError, FetchError, RecordBytes, ShardCache, ShardFetch};
 pub use idx::IdxProblem;
 pub use import::{
     ChannelSums, Corrupt, ImageFacts, ImageImport, ImportOutcome, ImportProgress, Imported, InspectImage,
@@ -84,6 +84,14 @@ pub enum DatasetError {
         path: PathBuf,
         /// What is wrong with it and what to do.
         problem: String,
+    },
+    /// A dataset whose classes are asked for by name and have none.
+    #[error(
+        "dataset `{name}` has no names of classes; name one that was imported from a folder of classes, or with `classes.txt`"
+    )]
+    NoClassNames {
+        /// The dataset.
+        name: DatasetName,
     },
     /// Images that cannot be decoded.
     #[error(

@@ -1,10 +1,8 @@
 //! Random access to the samples of a dataset.
 
 use super::DatasetName;
-use super::cache::{CacheError, ShardCache};
+use super::cache::{CacheError, RecordBytes, ShardCache};
 use super::manifest::{Encoding, Manifest, ManifestProblem, SampleShape};
-use super::shard::ShardFile;
-use std::ops::Range;
 use std::sync::Arc;
 
 /// Why a sample could not be read.
@@ -51,21 +49,20 @@ pub struct DatasetReader {
     sample_bytes: usize,
 }
 
-/// One sample. It keeps its shard in memory as long as it lives.
+/// One sample. If its shard was in memory, it stays there as long as the sample lives.
 #[derive(Clone, Debug)]
 pub struct Sample {
     /// The class.
     pub label: u32,
     /// The shape of the samples: of [`Sample::bytes`] itself where those are not encoded.
     pub shape: SampleShape,
-    shard: Arc<ShardFile>,
-    payload: Range<usize>,
+    record: RecordBytes,
 }
 
 impl Sample {
     /// The elements, channel by channel, row by row; or the encoded image, as the manifest's encoding says.
     pub fn bytes(&self) -> &[u8] {
-        &self.shard.bytes()[self.payload.clone()]
+        self.record.payload()
     }
 }
 
@@ -107,26 +104,21 @@ impl DatasetReader {
             index,
         })?;
         let malformed = |what| ReadError::Malformed { dataset: manifest.name.clone(), index, what };
-        let shard = self.cache.get(manifest.name.as_str(), entry)?;
-        if shard.len() as u64 != entry.samples {
-            return Err(malformed("its shard has another number of records"));
-        }
-        let record = shard
-            .record((index - entry.first_sample) as usize)
-            .ok_or_else(|| malformed("its shard has no such record"))?;
-        let &[label] = record.labels.as_slice() else {
+        let record = self
+            .cache
+            .record(manifest.name.as_str(), entry, (index - entry.first_sample) as usize)?
+            .ok_or_else(|| malformed("its shard has another number of records"))?;
+        let &[label] = record.labels() else {
             return Err(malformed("it does not have exactly one label"));
         };
         if label >= manifest.classes {
             return Err(malformed("its label is not one of the classes"));
         }
         match manifest.encoding {
-            Encoding::RawU8 if record.payload.len() != self.sample_bytes => {
+            Encoding::RawU8 if record.payload().len() != self.sample_bytes => {
                 Err(malformed("its size does not match the shape"))
             }
-            Encoding::RawU8 | Encoding::Image => {
-                Ok(Sample { label, shape: manifest.shape, shard, payload: record.payload })
-            }
+            Encoding::RawU8 | Encoding::Image => Ok(Sample { label, shape: manifest.shape, record }),
         }
     }
 }

@@ -9,6 +9,7 @@
 //! records  u32 n, then n × u32 labels, then the payload up to the next offset
 //! ```
 
+use crate::digest::blake3_prefix;
 use std::ops::Range;
 
 const MAGIC: &[u8; 8] = b"LKSTSHRD";
@@ -144,6 +145,20 @@ impl ShardFile {
         &self.bytes
     }
 
+    /// What it takes to read single records from the shard's file.
+    pub(super) fn table(&self) -> RecordTable {
+        let ranges = (0..self.count).filter_map(|index| self.range(index));
+        RecordTable {
+            entries: ranges
+                .map(|range| RecordEntry {
+                    start: range.start as u64,
+                    bytes: range.len() as u64,
+                    hash: blake3_prefix(&self.bytes[range]),
+                })
+                .collect(),
+        }
+    }
+
     /// The bytes of record `index`, checked to lie within the file.
     fn range(&self, index: usize) -> Option<Range<usize>> {
         let at = HEADER_BYTES + index * OFFSET_BYTES;
@@ -153,15 +168,52 @@ impl ShardFile {
     }
 
     fn parse_record(&self, range: Range<usize>) -> Option<Record> {
-        let record = &self.bytes[range.clone()];
-        let labels_end = 4usize.checked_add((u32_at(record, 0)? as usize).checked_mul(4)?)?;
-        let labels = record
-            .get(4..labels_end)?
-            .chunks_exact(4)
-            .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-            .collect();
-        Some(Record { labels, payload: range.start + labels_end..range.end })
+        let Record { labels, payload } = parse_record(&self.bytes[range.clone()])?;
+        Some(Record { labels, payload: range.start + payload.start..range.start + payload.end })
     }
+}
+
+/// Where the records of a shard lie whose hash was right, and a hash of each: one read from the file later must be what it was.
+#[derive(Debug)]
+pub(super) struct RecordTable {
+    entries: Vec<RecordEntry>,
+}
+
+#[derive(Debug)]
+struct RecordEntry {
+    start: u64,
+    bytes: u64,
+    /// The first 8 bytes of its BLAKE3: enough to find what a disk does to it.
+    hash: u64,
+}
+
+impl RecordTable {
+    /// How many records there are.
+    pub(super) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Where record `index` begins in the file, and how many bytes it has; `None` past the end.
+    pub(super) fn place(&self, index: usize) -> Option<(u64, usize)> {
+        self.entries.get(index).map(|entry| (entry.start, entry.bytes as usize))
+    }
+
+    /// Record `index` from the bytes at its place, its payload a range of them; `None` if they are not what they were.
+    pub(super) fn parse(&self, index: usize, bytes: &[u8]) -> Option<Record> {
+        let entry = self.entries.get(index)?;
+        (blake3_prefix(bytes) == entry.hash).then(|| parse_record(bytes))?
+    }
+}
+
+/// A record's labels, and the range of its payload within it.
+fn parse_record(record: &[u8]) -> Option<Record> {
+    let labels_end = 4usize.checked_add((u32_at(record, 0)? as usize).checked_mul(4)?)?;
+    let labels = record
+        .get(4..labels_end)?
+        .chunks_exact(4)
+        .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+        .collect();
+    Some(Record { labels, payload: labels_end..record.len() })
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
@@ -201,6 +253,16 @@ mod tests {
                 prop_assert_eq!(&shard.bytes()[record.payload], &payload[..]);
             }
             prop_assert_eq!(shard.record(records.len()), None);
+            let table = shard.table();
+            prop_assert_eq!((table.len(), table.place(records.len())), (records.len(), None));
+            for (i, (labels, payload)) in records.iter().enumerate() {
+                let (start, length) = table.place(i).unwrap();
+                let mut bytes = shard.bytes()[start as usize..][..length].to_vec();
+                let record = table.parse(i, &bytes).unwrap();
+                prop_assert_eq!((&record.labels, &bytes[record.payload]), (labels, &payload[..]));
+                bytes[length / 2] ^= 1;
+                prop_assert_eq!(table.parse(i, &bytes), None);
+            }
         }
 
         #[test]

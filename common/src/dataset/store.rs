@@ -154,39 +154,48 @@ impl Store {
         Ok(VerifyReport { manifest, shards })
     }
 
-    /// Moves the shards in `staging` in place, then makes the manifest visible. Shards first: a manifest never
-    /// names a shard that is not there.
+    /// Moves the shards of all datasets in place, then makes their manifests visible. Shards first: a manifest never
+    /// names a shard that is not there. Nothing is moved if one of them is refused. What a full disk or a kill between two
+    /// manifests leaves out, the same import adds when it is run again.
     pub(super) fn publish(
         &self,
-        manifest: Manifest,
-        staging: TemporaryDir,
-    ) -> Result<ImportOutcome, DatasetError> {
-        let existing = match self.manifest(manifest.name.as_str()) {
-            Ok(existing) if existing.id == manifest.id => true,
-            Ok(existing) => {
-                return Err(DatasetError::Conflict {
-                    name: manifest.name,
-                    existing: existing.id,
-                    new: manifest.id,
-                });
-            }
-            Err(DatasetError::Unknown { .. }) => false,
-            Err(e) => return Err(e),
-        };
-        for hash in manifest.shards.iter().map(|s| &s.hash) {
-            let (from, to) = (staging.path().join(hash), self.shards.join(hash));
-            match std::fs::rename(&from, &to) {
-                Err(e) if e.kind() == io::ErrorKind::NotFound && to.exists() => {}
-                result => result.map_err(FileError::on("write", &to))?,
+        datasets: Vec<(Manifest, TemporaryDir)>,
+    ) -> Result<Vec<ImportOutcome>, DatasetError> {
+        let existing: Vec<bool> =
+            datasets.iter().map(|(manifest, _)| self.holds(manifest)).collect::<Result<_, _>>()?;
+        for (manifest, staging) in &datasets {
+            for hash in manifest.shards.iter().map(|s| &s.hash) {
+                let (from, to) = (staging.path().join(hash), self.shards.join(hash));
+                match std::fs::rename(&from, &to) {
+                    Err(e) if e.kind() == io::ErrorKind::NotFound && to.exists() => {}
+                    result => result.map_err(FileError::on("write", &to))?,
+                }
             }
         }
         durable::sync_dir(&self.shards)?;
-        if existing {
-            return Ok(ImportOutcome::Unchanged(manifest));
+        let outcome = |((manifest, _), existing): ((Manifest, TemporaryDir), bool)| {
+            if existing {
+                return Ok(ImportOutcome::Unchanged(manifest));
+            }
+            let json = manifest.to_json().map_err(|problem| self.manifest_error(&manifest.name, problem))?;
+            durable::write_atomic(&self.manifest_path(&manifest.name), &json)?;
+            Ok(ImportOutcome::Added(manifest))
+        };
+        datasets.into_iter().zip(existing).map(outcome).collect()
+    }
+
+    /// Whether the dataset is here already. Another one of its name is an error.
+    fn holds(&self, manifest: &Manifest) -> Result<bool, DatasetError> {
+        match self.manifest(manifest.name.as_str()) {
+            Ok(existing) if existing.id == manifest.id => Ok(true),
+            Ok(existing) => Err(DatasetError::Conflict {
+                name: manifest.name.clone(),
+                existing: existing.id,
+                new: manifest.id.clone(),
+            }),
+            Err(DatasetError::Unknown { .. }) => Ok(false),
+            Err(e) => Err(e),
         }
-        let json = manifest.to_json().map_err(|problem| self.manifest_error(&manifest.name, problem))?;
-        durable::write_atomic(&self.manifest_path(&manifest.name), &json)?;
-        Ok(ImportOutcome::Added(manifest))
     }
 
     /// The error of a manifest of this store.

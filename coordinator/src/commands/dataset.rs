@@ -19,8 +19,10 @@ const NAMED: usize = 20;
 pub(super) fn run(dir: &DataDir, command: DatasetCommand) -> Result<ExitCode> {
     let store = Store::open(&dir.datasets())?;
     match command {
-        DatasetCommand::Add { name, format, path, skip_corrupt } => {
-            add(&store, &name, source_format(format), &path, skip_corrupt)
+        DatasetCommand::Add { name, format, path, skip_corrupt, classes_of } => {
+            let classes_of = classes_of.as_deref();
+            let images = ImageImport { inspect: &Inspector, skip_corrupt, classes_of };
+            add(&store, &name, source_format(format), &path, images)
         }
         DatasetCommand::Ls { json } => ls(&store, json.json),
         DatasetCommand::Verify { name } => verify(&store, name.as_deref()),
@@ -37,12 +39,17 @@ fn source_format(format: DatasetFormat) -> SourceFormat {
     }
 }
 
-fn add(store: &Store, name: &str, format: SourceFormat, path: &Path, skip_corrupt: bool) -> Result<ExitCode> {
+fn add(
+    store: &Store,
+    name: &str,
+    format: SourceFormat,
+    path: &Path,
+    images: ImageImport<'_>,
+) -> Result<ExitCode> {
     let bar = ProgressBar::no_length();
     if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}") {
         bar.set_style(style);
     }
-    let images = ImageImport { inspect: &Inspector, skip_corrupt };
     let imported = store.import(name, format, path, images, |progress| {
         bar.set_message(progress.dataset.to_string());
         progress.total.map_or_else(|| bar.unset_length(), |total| bar.set_length(total));

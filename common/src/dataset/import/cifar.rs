@@ -4,7 +4,7 @@
 
 use super::shards::ShardWriter;
 use super::statistics::Statistics;
-use super::{Finished, ImportOutcome, ImportProgress, Progress, publish, source_error};
+use super::{Finished, ImportProgress, Progress, Staged, source_error, stage};
 use crate::dataset::manifest::{Encoding, SampleShape};
 use crate::dataset::{DatasetError, DatasetName, Store};
 use crate::durable::{self, TemporaryDir};
@@ -60,24 +60,24 @@ pub(super) fn import(
     layout: &Layout,
     source: &Path,
     progress: Progress<'_>,
-) -> Result<Vec<ImportOutcome>, DatasetError> {
+) -> Result<Vec<Staged>, DatasetError> {
     let class_names = class_names(layout, source)?;
-    let mut outcomes = Vec::new();
+    let mut staged = Vec::new();
     for (split, files) in layout.splits {
         let paths: Vec<PathBuf> = files.iter().map(|file| source.join(file)).collect();
         if paths.iter().all(|path| !path.exists()) {
             continue;
         }
         let name = name.join(split)?;
-        outcomes.push(import_split(store, name, layout, &paths, class_names.clone(), progress)?);
+        staged.push(import_split(store, name, layout, &paths, class_names.clone(), progress)?);
     }
-    if outcomes.is_empty() {
+    if staged.is_empty() {
         let files: Vec<_> =
             layout.splits.iter().flat_map(|(_, files)| files.iter().map(|f| format!("`{f}`"))).collect();
         let problem = format!("no files of {}: expected a folder with {}", layout.title, files.join(", "));
         return Err(source_error(source, problem));
     }
-    Ok(outcomes)
+    Ok(staged)
 }
 
 fn import_split(
@@ -87,7 +87,7 @@ fn import_split(
     files: &[PathBuf],
     class_names: Option<Vec<String>>,
     progress: Progress<'_>,
-) -> Result<ImportOutcome, DatasetError> {
+) -> Result<Staged, DatasetError> {
     let record_bytes = layout.label_bytes + IMAGE_BYTES;
     let mut shards = ShardWriter::new(TemporaryDir::new_in(store.shards_dir())?);
     let mut statistics = Statistics::new(3);
@@ -129,9 +129,9 @@ fn import_split(
         classes: layout.classes,
         class_names,
         statistics,
-        skipped: 0,
+        left_out: Vec::new(),
     };
-    publish(store, shards, finished)
+    stage(store, shards, finished)
 }
 
 /// The classes' names, if their file is there.

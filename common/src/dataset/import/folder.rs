@@ -1,7 +1,7 @@
 //! Folders of images: a sub-folder per class, in folders per split if there are any.
 
 use super::images::{ImageWriter, Origin};
-use super::{ImageImport, Imported, Progress, SPLITS, sorted_entries, source_error};
+use super::{Classes, ImageImport, Progress, SPLITS, Staged, same_name, sorted_entries, source_error};
 use crate::dataset::{DatasetError, DatasetName, Store};
 use std::path::{Path, PathBuf};
 
@@ -14,26 +14,27 @@ pub(super) fn import(
     name: &DatasetName,
     source: &Path,
     images: ImageImport<'_>,
+    mut classes: Option<Classes>,
     progress: Progress<'_>,
-) -> Result<Vec<Imported>, DatasetError> {
+) -> Result<Vec<Staged>, DatasetError> {
     let splits = splits(name, source)?;
     // Every folder is listed before the first image is decoded: that takes long, and a mistake shows at once.
-    let mut classes: Option<Vec<String>> = None;
     let mut listed = Vec::new();
     for (name, folder) in splits {
-        let (names, files) = list(&folder, classes.as_deref())?;
-        classes.get_or_insert_with(|| names.clone());
+        let (names, files) = list(&folder, classes.as_ref())?;
+        classes
+            .get_or_insert_with(|| Classes { names: names.clone(), origin: "the training set".to_owned() });
         listed.push((name, folder, names, files));
     }
-    let mut imported = Vec::new();
+    let mut staged = Vec::new();
     for (name, folder, names, files) in listed {
         let mut writer = ImageWriter::new(store, name, images, Some(files.len() as u64))?;
         for (label, path) in files {
             writer.push(label, Origin::File(path), progress)?;
         }
-        imported.push(writer.finish(store, names.len() as u32, Some(names), &folder, progress)?);
+        staged.push(writer.finish(store, names.len() as u32, Some(names), &folder, progress)?);
     }
-    Ok(imported)
+    Ok(staged)
 }
 
 /// The folder of each split, the training set first: its classes are those of all.
@@ -41,16 +42,21 @@ fn splits(name: &DatasetName, source: &Path) -> Result<Vec<(DatasetName, PathBuf
     let mut splits: Vec<(DatasetName, PathBuf)> = Vec::new();
     for (folder, segment) in SPLITS {
         let path = source.join(folder);
-        if !path.is_dir() || !has_folders(&path)? {
+        if !path.is_dir() {
             continue;
         }
-        let name = name.join(segment)?;
-        if let Some((_, other)) = splits.iter().find(|(n, _)| *n == name) {
-            let problem =
-                format!("both it and `{}` would become `{name}`; import them one by one", other.display());
+        if !has_folders(&path)? {
+            let problem = format!(
+                "`{folder}` is a split, and it has no folders of classes; give it one per class with the images in it, \
+                 remove it, or rename it if it is itself a class"
+            );
             return Err(source_error(&path, problem));
         }
-        splits.push((name, path));
+        let split = name.join(segment)?;
+        if let Some((_, other)) = splits.iter().find(|(n, _)| *n == split) {
+            return Err(same_name(&path, other, name, &split));
+        }
+        splits.push((split, path));
     }
     if splits.is_empty() {
         splits.push((name.clone(), source.to_path_buf()));
@@ -59,14 +65,14 @@ fn splits(name: &DatasetName, source: &Path) -> Result<Vec<(DatasetName, PathBuf
 }
 
 fn has_folders(folder: &Path) -> Result<bool, DatasetError> {
-    Ok(sorted_entries(folder)?.iter().any(|path| path.is_dir()))
+    Ok(sorted_entries(folder)?.iter().any(|path| path.is_dir() && !is_hidden(path)))
 }
 
 /// Class names in order, and labels and files in order.
 type Listed = (Vec<String>, Vec<(u32, PathBuf)>);
 
 /// The classes of a folder and its images. `known` are the classes that it may have, if that is settled.
-fn list(folder: &Path, known: Option<&[String]>) -> Result<Listed, DatasetError> {
+fn list(folder: &Path, known: Option<&Classes>) -> Result<Listed, DatasetError> {
     let mut folders = Vec::new();
     for path in sorted_entries(folder)? {
         if is_hidden(&path) {
@@ -89,16 +95,15 @@ fn list(folder: &Path, known: Option<&[String]>) -> Result<Listed, DatasetError>
         return Err(source_error(folder, problem));
     }
     let names: Vec<String> = match known {
-        Some(known) => known.to_vec(),
+        Some(known) => known.names.clone(),
         None => folders.iter().map(|(name, _)| name.clone()).collect(),
     };
     let mut files = Vec::new();
     for (name, path) in folders {
         let Some(label) = names.iter().position(|n| *n == name) else {
-            let problem = format!(
-                "class `{name}` is not one of the training set's {}; remove or rename it",
-                names.len()
-            );
+            let origin = known.map_or("", |known| &known.origin);
+            let problem =
+                format!("class `{name}` is not one of the {} of {origin}; remove or rename it", names.len());
             return Err(source_error(&path, problem));
         };
         let before = files.len();

@@ -2,7 +2,7 @@
 
 use super::shards::ShardWriter;
 use super::statistics::Statistics;
-use super::{Finished, ImportOutcome, ImportProgress, Progress, publish};
+use super::{Finished, ImportProgress, Progress, Staged, stage};
 use crate::dataset::idx::{IdxProblem, IdxReader};
 use crate::dataset::manifest::{Encoding, SampleShape};
 use crate::dataset::{DatasetError, DatasetName, Store};
@@ -18,11 +18,11 @@ pub(super) fn import(
     name: &DatasetName,
     source: &Path,
     progress: Progress<'_>,
-) -> Result<Vec<ImportOutcome>, DatasetError> {
+) -> Result<Vec<Staged>, DatasetError> {
     find_pairs(name, source)?.iter().map(|pair| import_pair(store, pair, progress)).collect()
 }
 
-fn import_pair(store: &Store, pair: &Pair, progress: Progress<'_>) -> Result<ImportOutcome, DatasetError> {
+fn import_pair(store: &Store, pair: &Pair, progress: Progress<'_>) -> Result<Staged, DatasetError> {
     let mut images = IdxReader::open(&pair.images, 3)?;
     let mut labels = IdxReader::open(&pair.labels, 1)?;
     if labels.records() != images.records() {
@@ -60,9 +60,9 @@ fn import_pair(store: &Store, pair: &Pair, progress: Progress<'_>) -> Result<Imp
         classes,
         class_names: None,
         statistics,
-        skipped: 0,
+        left_out: Vec::new(),
     };
-    publish(store, shards, finished)
+    stage(store, shards, finished)
 }
 
 /// Images and their labels.

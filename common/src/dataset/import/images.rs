@@ -2,7 +2,7 @@
 
 use super::shards::ShardWriter;
 use super::statistics::{ChannelSums, Statistics};
-use super::{Finished, ImageImport, ImportProgress, Imported, Progress, publish};
+use super::{Finished, ImageImport, ImportProgress, Progress, Staged, stage};
 use crate::dataset::manifest::{Encoding, SampleShape, SampleSize};
 use crate::dataset::{DatasetError, DatasetName, Store};
 use crate::durable::{FileError, TemporaryDir};
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 /// Images that are decoded at a time. Enough to keep many cores busy; few enough to be held in memory.
 const BATCH: usize = 256;
 /// The bytes after which a batch is decoded, however few images it has.
-const BATCH_BYTES: usize = 64 << 20;
+const BATCH_BYTES: u64 = 64 << 20;
 /// The largest encoded image. A worker holds the shard that it lies in.
 pub(super) const MAX_IMAGE_BYTES: u64 = 32 << 20;
 /// How many corrupt images an error names.
@@ -57,7 +57,7 @@ pub(super) struct ImageWriter<'a> {
     shards: ShardWriter,
     statistics: Statistics,
     batch: Vec<(u32, Origin)>,
-    batch_bytes: usize,
+    batch_bytes: u64,
     total: Option<u64>,
     done: u64,
     /// Smallest and largest height and width of those written.
@@ -93,9 +93,7 @@ impl<'a> ImageWriter<'a> {
         origin: Origin,
         progress: Progress<'_>,
     ) -> Result<(), DatasetError> {
-        if let Origin::Bytes(_, bytes) = &origin {
-            self.batch_bytes += bytes.len();
-        }
+        self.batch_bytes += origin.bytes()?;
         self.batch.push((label, origin));
         if self.batch.len() < BATCH && self.batch_bytes < BATCH_BYTES {
             return Ok(());
@@ -103,7 +101,7 @@ impl<'a> ImageWriter<'a> {
         self.write_batch(progress)
     }
 
-    /// Publishes what was written, unless an image was corrupt and those are not to be left out.
+    /// Completes the dataset, unless an image was corrupt and those are not to be left out.
     pub(super) fn finish(
         mut self,
         store: &Store,
@@ -111,7 +109,7 @@ impl<'a> ImageWriter<'a> {
         class_names: Option<Vec<String>>,
         source: &Path,
         progress: Progress<'_>,
-    ) -> Result<Imported, DatasetError> {
+    ) -> Result<Staged, DatasetError> {
         self.write_batch(progress)?;
         let total = self.done + self.corrupt.len() as u64;
         if !self.corrupt.is_empty() && !self.images.skip_corrupt {
@@ -134,9 +132,9 @@ impl<'a> ImageWriter<'a> {
             classes,
             class_names,
             statistics: self.statistics,
-            skipped: self.corrupt.len() as u64,
+            left_out: self.corrupt,
         };
-        Ok(Imported { outcome: publish(store, self.shards, finished)?, left_out: self.corrupt })
+        stage(store, self.shards, finished)
     }
 
     fn write_batch(&mut self, progress: Progress<'_>) -> Result<(), DatasetError> {
@@ -168,15 +166,24 @@ impl<'a> ImageWriter<'a> {
 }
 
 impl Origin {
+    /// How many bytes it has.
+    fn bytes(&self) -> Result<u64, DatasetError> {
+        let path = match self {
+            Self::Bytes(_, bytes) => return Ok(bytes.len() as u64),
+            Self::File(path) => path,
+        };
+        let length = std::fs::metadata(path).map_err(FileError::on("read", path))?.len();
+        if length > MAX_IMAGE_BYTES {
+            let problem = format!("it {}", too_large(length, MAX_IMAGE_BYTES));
+            return Err(super::source_error(path, problem));
+        }
+        Ok(length)
+    }
+
     fn read(self) -> Result<(String, Vec<u8>), DatasetError> {
         match self {
             Self::Bytes(name, bytes) => Ok((name, bytes)),
             Self::File(path) => {
-                let length = std::fs::metadata(&path).map_err(FileError::on("read", &path))?.len();
-                if length > MAX_IMAGE_BYTES {
-                    let problem = format!("it {}", too_large(length, MAX_IMAGE_BYTES));
-                    return Err(super::source_error(&path, problem));
-                }
                 let bytes = crate::durable::read(&path)?;
                 Ok((path.display().to_string(), bytes))
             }

@@ -13,7 +13,7 @@ pub use statistics::ChannelSums;
 
 use super::manifest::{DType, Encoding, Manifest, SampleShape, SampleSize};
 use super::{DatasetError, DatasetName, Store};
-use crate::durable::FileError;
+use crate::durable::{FileError, TemporaryDir};
 use shards::ShardWriter;
 use statistics::Statistics;
 use std::path::{Path, PathBuf};
@@ -33,13 +33,15 @@ pub enum SourceFormat {
     WebDataset,
 }
 
-/// How images are looked at while they are imported, and what follows when one is corrupt.
+/// How images are looked at while they are imported, what follows when one is corrupt, and which classes they have.
 #[derive(Clone, Copy)]
 pub struct ImageImport<'a> {
     /// Decodes every image.
     pub inspect: &'a dyn InspectImage,
     /// Leaves corrupt images out instead of refusing the whole.
     pub skip_corrupt: bool,
+    /// The dataset of the store whose classes these images have, so that labels mean the same in both.
+    pub classes_of: Option<&'a str>,
 }
 
 /// How far an import is.
@@ -80,14 +82,22 @@ pub struct Imported {
     pub left_out: Vec<Corrupt>,
 }
 
+/// Names of classes, in the order of their labels, and where they come from.
+#[derive(Clone, Debug)]
+struct Classes {
+    names: Vec<String>,
+    /// As it is said in errors.
+    origin: String,
+}
+
 /// Called from time to time while an import goes on.
 type Progress<'a> = &'a mut dyn FnMut(ImportProgress<'_>);
 
 impl Store {
     /// Imports `source` under `name`.
     ///
-    /// A source with splits gives one dataset per split: `NAME/train` and `NAME/test`. Each becomes visible only when
-    /// it is complete. `images` is for sources of encoded images.
+    /// A source with splits gives one dataset per split: `NAME/train` and `NAME/test`. They become visible when all of
+    /// them are complete: an error leaves the store as it was. `images` is for sources of encoded images.
     pub fn import(
         &self,
         name: &str,
@@ -97,20 +107,18 @@ impl Store {
         mut progress: impl FnMut(ImportProgress<'_>),
     ) -> Result<Vec<Imported>, DatasetError> {
         let name: DatasetName = name.parse()?;
-        let whole = |outcomes: Vec<ImportOutcome>| {
-            outcomes.into_iter().map(|outcome| Imported { outcome, left_out: Vec::new() }).collect()
-        };
-        match format {
-            SourceFormat::Idx => idx::import(self, &name, source, &mut progress).map(whole),
-            SourceFormat::Cifar10 => {
-                cifar::import(self, &name, &cifar::TEN, source, &mut progress).map(whole)
-            }
-            SourceFormat::Cifar100 => {
-                cifar::import(self, &name, &cifar::HUNDRED, source, &mut progress).map(whole)
-            }
-            SourceFormat::Folder => folder::import(self, &name, source, images, &mut progress),
-            SourceFormat::WebDataset => tar::import(self, &name, source, images, &mut progress),
+        let classes = images.classes_of.map(|other| classes_of(self, other)).transpose()?;
+        if classes.is_some() && !matches!(format, SourceFormat::Folder | SourceFormat::WebDataset) {
+            return Err(source_error(source, "its format numbers the classes; leave `--classes-of` out"));
         }
+        let staged = match format {
+            SourceFormat::Idx => idx::import(self, &name, source, &mut progress),
+            SourceFormat::Cifar10 => cifar::import(self, &name, &cifar::TEN, source, &mut progress),
+            SourceFormat::Cifar100 => cifar::import(self, &name, &cifar::HUNDRED, source, &mut progress),
+            SourceFormat::Folder => folder::import(self, &name, source, images, classes, &mut progress),
+            SourceFormat::WebDataset => tar::import(self, &name, source, images, classes, &mut progress),
+        };
+        publish(self, staged?)
     }
 
     /// Imports IDX files from `source` under `name`.
@@ -123,7 +131,8 @@ impl Store {
         source: &Path,
         mut progress: impl FnMut(ImportProgress<'_>),
     ) -> Result<Vec<ImportOutcome>, DatasetError> {
-        idx::import(self, &name.parse()?, source, &mut progress)
+        let staged = idx::import(self, &name.parse()?, source, &mut progress)?;
+        Ok(publish(self, staged)?.into_iter().map(|imported| imported.outcome).collect())
     }
 }
 
@@ -136,11 +145,18 @@ struct Finished {
     classes: u32,
     class_names: Option<Vec<String>>,
     statistics: Statistics,
-    skipped: u64,
+    left_out: Vec<Corrupt>,
 }
 
-/// Completes the manifest and makes the dataset visible.
-fn publish(store: &Store, shards: ShardWriter, finished: Finished) -> Result<ImportOutcome, DatasetError> {
+/// A complete dataset that nobody sees yet.
+struct Staged {
+    manifest: Manifest,
+    shards: TemporaryDir,
+    left_out: Vec<Corrupt>,
+}
+
+/// Completes the manifest.
+fn stage(store: &Store, shards: ShardWriter, finished: Finished) -> Result<Staged, DatasetError> {
     let (staging, entries) = shards.finish()?;
     let manifest = Manifest {
         format: 0,
@@ -155,16 +171,44 @@ fn publish(store: &Store, shards: ShardWriter, finished: Finished) -> Result<Imp
         encoding: finished.encoding,
         mean: finished.statistics.mean(),
         std: finished.statistics.std(),
-        skipped: finished.skipped,
+        skipped: finished.left_out.len() as u64,
         shards: entries,
     };
     let manifest = manifest.with_id().map_err(|problem| store.manifest_error(&finished.name, problem))?;
-    store.publish(manifest, staging)
+    Ok(Staged { manifest, shards: staging, left_out: finished.left_out })
+}
+
+/// Makes all of them visible, or none if one is refused.
+fn publish(store: &Store, staged: Vec<Staged>) -> Result<Vec<Imported>, DatasetError> {
+    let (datasets, left_out): (Vec<_>, Vec<_>) =
+        staged.into_iter().map(|staged| ((staged.manifest, staged.shards), staged.left_out)).unzip();
+    let outcomes = store.publish(datasets)?;
+    Ok(outcomes.into_iter().zip(left_out).map(|(outcome, left_out)| Imported { outcome, left_out }).collect())
+}
+
+/// The classes of a dataset in the store.
+fn classes_of(store: &Store, other: &str) -> Result<Classes, DatasetError> {
+    let manifest = store.manifest(other)?;
+    let origin = format!("dataset `{}`", manifest.name);
+    match manifest.class_names {
+        Some(names) => Ok(Classes { names, origin }),
+        None => Err(DatasetError::NoClassNames { name: manifest.name }),
+    }
 }
 
 /// The splits of a source: a folder's name, or the beginning of a file's, and the segment added to the dataset's name.
 const SPLITS: [(&str, &str); 4] =
     [("train", "train"), ("test", "test"), ("val", "test"), ("validation", "test")];
+
+/// The error of two parts of a source that would become the same dataset.
+fn same_name(path: &Path, other: &Path, whole: &DatasetName, both: &DatasetName) -> DatasetError {
+    let problem = format!(
+        "both it and `{}` would become `{both}`; add each folder by itself under a name of your own, the others with the \
+         classes of the training set: `coordinator dataset add {whole}/val ... --classes-of {whole}/train`",
+        other.display()
+    );
+    source_error(path, problem)
+}
 
 /// The entries of a folder, by name.
 fn sorted_entries(folder: &Path) -> Result<Vec<PathBuf>, DatasetError> {

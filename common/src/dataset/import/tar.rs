@@ -1,15 +1,18 @@
 //! WebDataset: tar files in which members with the same name up to the first dot are one sample.
 //!
 //! A sample is an image (`.jpg`, `.jpeg`, `.png`) with its label: a number in `.cls`, or `label` in `.json`. Other members
-//! are left out. `classes.txt` beside the files, one name a line, names the classes.
+//! are left out. `classes.txt` beside the files (or beside the folders of the splits), one name a line, names the classes.
 
 use super::images::{ImageWriter, MAX_IMAGE_BYTES, Origin, too_large};
-use super::{ImageImport, Imported, Progress, SPLITS, read_class_names, sorted_entries, source_error};
+use super::{
+    Classes, ImageImport, Progress, SPLITS, Staged, read_class_names, same_name, sorted_entries, source_error,
+};
 use crate::dataset::{DatasetError, DatasetName, Store};
 use crate::durable::FileError;
 use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::path::{Path, PathBuf};
+use tar::EntryType;
 
 /// A label of more bytes is not a number, and not a sample's JSON either.
 const MAX_LABEL_BYTES: u64 = 1 << 20;
@@ -24,22 +27,24 @@ pub(super) fn import(
     name: &DatasetName,
     source: &Path,
     images: ImageImport<'_>,
+    classes: Option<Classes>,
     progress: Progress<'_>,
-) -> Result<Vec<Imported>, DatasetError> {
-    let names_file = source.join("classes.txt");
-    let class_names = if names_file.exists() { Some(read_class_names(&names_file)?) } else { None };
-    let mut imported = Vec::new();
-    for (name, files) in splits(name, source)? {
+) -> Result<Vec<Staged>, DatasetError> {
+    let named = match classes {
+        Some(classes) => Some(classes),
+        None => beside(source)?,
+    };
+    let mut staged = Vec::new();
+    for Split { name, files, .. } in splits(name, source)? {
         let mut writer = ImageWriter::new(store, name, images, None)?;
-        let mut classes = class_names.as_ref().map_or(0, |names| names.len() as u32);
+        let mut classes = named.as_ref().map_or(0, |named| named.names.len() as u32);
         for path in &files {
             read(path, &mut |key, bytes, label| {
-                match &class_names {
-                    Some(names) if label as usize >= names.len() => {
+                match &named {
+                    Some(Classes { names, origin }) if label as usize >= names.len() => {
                         let count = names.len();
-                        let problem = format!(
-                            "sample `{key}` has label {label} and `classes.txt` names {count} classes"
-                        );
+                        let problem =
+                            format!("sample `{key}` has label {label} and {origin} names {count} classes");
                         return Err(source_error(path, problem));
                     }
                     _ => classes = classes.max(label + 1),
@@ -48,40 +53,64 @@ pub(super) fn import(
                 writer.push(label, origin, progress)
             })?;
         }
-        imported.push(writer.finish(store, classes, class_names.clone(), source, progress)?);
+        let names = named.as_ref().map(|named| named.names.clone());
+        staged.push(writer.finish(store, classes, names, source, progress)?);
     }
-    Ok(imported)
+    Ok(staged)
+}
+
+/// The classes of `classes.txt` in the folder `source`, or beside the file `source`.
+fn beside(source: &Path) -> Result<Option<Classes>, DatasetError> {
+    let file =
+        if source.is_dir() { source.join("classes.txt") } else { source.with_file_name("classes.txt") };
+    if !file.exists() {
+        return Ok(None);
+    }
+    Ok(Some(Classes { names: read_class_names(&file)?, origin: "`classes.txt`".to_owned() }))
+}
+
+/// The tar files that become one dataset.
+struct Split {
+    name: DatasetName,
+    files: Vec<PathBuf>,
+    /// The folder in which they are, or the first of them.
+    from: PathBuf,
 }
 
 /// The tar files of each split, in order.
-fn splits(name: &DatasetName, source: &Path) -> Result<Vec<(DatasetName, Vec<PathBuf>)>, DatasetError> {
+fn splits(name: &DatasetName, source: &Path) -> Result<Vec<Split>, DatasetError> {
+    let whole = |files| vec![Split { name: name.clone(), files, from: source.to_path_buf() }];
     if !source.is_dir() {
-        return Ok(vec![(name.clone(), vec![source.to_path_buf()])]);
+        return Ok(whole(vec![source.to_path_buf()]));
     }
     let tars = tars_in(source)?;
-    let mut splits: Vec<(DatasetName, Vec<PathBuf>)> = Vec::new();
+    let mut splits: Vec<Split> = Vec::new();
     let mut taken = 0;
     for (split, segment) in SPLITS {
-        let folder = source.join(split);
-        let mut files = if folder.is_dir() { tars_in(&folder)? } else { Vec::new() };
         let of_split = |path: &&PathBuf| {
             let stem = path.file_stem().and_then(|s| s.to_str()).unwrap_or_default();
             stem.strip_prefix(split).is_some_and(|rest| !rest.starts_with(|c: char| c.is_ascii_alphabetic()))
         };
         let beside: Vec<_> = tars.iter().filter(of_split).cloned().collect();
         taken += beside.len();
-        files.extend(beside);
-        if files.is_empty() {
-            continue;
+        let folder = source.join(split);
+        let within = if folder.is_dir() { tars_in(&folder)? } else { Vec::new() };
+        if folder.is_dir() && within.is_empty() {
+            let problem =
+                format!("`{split}` is a split, and it has no `.tar` files; fill, rename or remove it");
+            return Err(source_error(&folder, problem));
         }
-        let name = name.join(segment)?;
-        match splits.iter_mut().find(|(n, _)| *n == name) {
-            Some((_, others)) => others.extend(files),
-            None => splits.push((name, files)),
+        let name_of = name.join(segment)?;
+        for (from, files) in [(Some(folder), within), (beside.first().cloned(), beside)] {
+            let Some(from) = from.filter(|_| !files.is_empty()) else { continue };
+            if let Some(other) = splits.iter().find(|other| other.name == name_of) {
+                return Err(same_name(&from, &other.from, name, &name_of));
+            }
+            splits.push(Split { name: name_of.clone(), files, from });
         }
     }
     if splits.is_empty() && !tars.is_empty() {
-        return Ok(vec![(name.clone(), tars)]);
+        return Ok(whole(tars));
     }
     if splits.is_empty() {
         let problem = "it has no `.tar` files; expected some, or `train` and `val` folders with such";
@@ -121,16 +150,27 @@ fn read(path: &Path, receive: Receive<'_>) -> Result<(), DatasetError> {
     let mut parts = Parts::default();
     for entry in archive.entries().map_err(damaged)? {
         let mut entry = entry.map_err(damaged)?;
-        if !entry.header().entry_type().is_file() {
+        let form = entry.header().entry_type();
+        if form.is_dir() {
             continue;
         }
         let member = entry.path().map_err(damaged)?.to_string_lossy().into_owned();
         let Some((key, kind)) = split_name(&member) else { continue };
+        let wrong = |problem: String| source_error(path, format!("its member `{member}` {problem}"));
+        if !form.is_file() {
+            let what = match form {
+                EntryType::Symlink => "is a symbolic link",
+                EntryType::Link => "is a hard link",
+                _ => "is no regular file",
+            };
+            return Err(wrong(format!(
+                "{what}; make the tar file again with the files themselves (GNU tar: `--dereference --hard-dereference`)"
+            )));
+        }
         if key != parts.key {
             std::mem::replace(&mut parts, Parts { key: key.to_owned(), ..Parts::default() })
                 .finish(path, receive)?;
         }
-        let wrong = |problem: String| source_error(path, format!("its member `{member}` {problem}"));
         let limit = if kind == Kind::Image { MAX_IMAGE_BYTES } else { MAX_LABEL_BYTES };
         let size = entry.size();
         if size > limit {
@@ -174,11 +214,18 @@ fn read(path: &Path, receive: Receive<'_>) -> Result<(), DatasetError> {
 impl Parts {
     fn finish(self, path: &Path, receive: Receive<'_>) -> Result<(), DatasetError> {
         let Self { key, image, label } = self;
-        let lacks = |what: &str| source_error(path, format!("sample `{key}` has no {what}"));
+        let lacks = |what: &str| {
+            let problem = format!(
+                "sample `{key}` has no {what}; the members of a sample must follow one another (`tar --sort=name`)"
+            );
+            source_error(path, problem)
+        };
         match (image, label) {
             (Some(image), Some(label)) => receive(&key, image, label),
-            (Some(_), None) => Err(lacks("label: add a member `.cls`, or `.json` with `label`")),
-            (None, Some(_)) => Err(lacks("image: add a member `.jpg`, `.jpeg` or `.png`")),
+            (Some(_), None) => {
+                Err(lacks("label beside its image: add a member `.cls`, or `.json` with `label`"))
+            }
+            (None, Some(_)) => Err(lacks("image beside its label: add a member `.jpg`, `.jpeg` or `.png`")),
             (None, None) => Ok(()),
         }
     }

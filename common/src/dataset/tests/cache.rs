@@ -64,10 +64,22 @@ impl Worker {
         self.f.dir.path().join("cache").join(&self.shards[i].hash)
     }
 
+    /// Reads every record of shard `i`.
     fn get(&self, cache: &ShardCache, i: usize) -> Result<(), CacheError> {
-        let shard = cache.get("d/train", &self.shards[i])?;
-        let original = std::fs::read(self.f.store.shard_path(&self.shards[i].hash).unwrap()).unwrap();
-        assert_eq!(shard.bytes(), original);
+        for index in 0..self.shards[i].samples {
+            self.record(cache, i, index)?;
+        }
+        Ok(())
+    }
+
+    fn record(&self, cache: &ShardCache, i: usize, index: u64) -> Result<(), CacheError> {
+        let record = cache.record("d/train", &self.shards[i], index as usize)?.unwrap();
+        let sample = (self.shards[i].first_sample + index) as u32;
+        assert_eq!(record.labels(), [sample % 10]);
+        assert!(
+            record.payload().iter().enumerate().all(|(at, &b)| b == pixel(sample, at)),
+            "sample {sample}"
+        );
         Ok(())
     }
 }
@@ -166,15 +178,65 @@ fn the_least_recently_used_shard_leaves_a_full_disk_cache() {
 }
 
 #[test]
-fn a_shard_in_use_is_not_evicted() {
+fn records_of_an_evicted_shard_are_fetched_again() {
     let w = Worker::new(64 * 3, vec![]);
     let cache = w.cache(2 * w.shards[0].bytes);
-    let held = cache.get("d/train", &w.shards[0]).unwrap();
-    for i in [1, 2] {
+    for i in [0, 1, 2, 0] {
         w.get(&cache, i).unwrap();
     }
     assert_eq!([0, 1, 2].map(|i| w.cached(i).exists()), [true, false, true]);
-    assert!(Arc::ptr_eq(&held, &cache.get("d/train", &w.shards[0]).unwrap()));
+    // Also where another process has removed it.
+    std::fs::remove_file(w.cached(0)).unwrap();
+    w.get(&cache, 0).unwrap();
+    assert_eq!((w.source.times_asked(), cache.hash_failures()), (5, 0));
+}
+
+/// A shard was read and hashed again for every sample that was not in memory, 4 MiB for each.
+#[test]
+fn records_are_read_from_a_file_that_was_hashed_once_and_not_its_other_bytes() {
+    let w = Worker::new(10, vec![]);
+    let cache = w.cache(u64::MAX);
+    w.record(&cache, 0, 0).unwrap();
+    // Damage that only who reads the whole file would meet.
+    damage_record(&w.cached(0), 9);
+    for index in 0..9 {
+        w.record(&cache, 0, index).unwrap();
+    }
+    assert_eq!((cache.hash_failures(), cache.fetches()), (0, 1));
+}
+
+#[test]
+fn a_record_damaged_after_its_shard_was_hashed_is_never_seen_and_the_shard_replaced() {
+    let w = Worker::new(10, vec![]);
+    let cache = w.cache(u64::MAX);
+    w.get(&cache, 0).unwrap();
+    damage_record(&w.cached(0), 9);
+    w.get(&cache, 0).unwrap();
+    assert_eq!((cache.hash_failures(), cache.fetches()), (1, 2));
+    truncate(&w.cached(0), 1);
+    w.get(&cache, 0).unwrap();
+    assert_eq!((cache.hash_failures(), cache.fetches()), (2, 3));
+}
+
+/// Flips a bit in the middle of record `index` of a shard of 10.
+fn damage_record(path: &Path, index: usize) {
+    let mut bytes = std::fs::read(path).unwrap();
+    let from_end = (10 - index) * PIXELS - PIXELS / 2;
+    let at = bytes.len() - from_end;
+    bytes[at] ^= 1;
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn a_record_that_is_not_there_is_none_from_memory_and_from_the_file() {
+    let w = Worker::new(10, vec![]);
+    for cache in [w.cache(u64::MAX), w.cache(u64::MAX).with_memory_bytes(u64::MAX)] {
+        for _ in 0..2 {
+            assert!(cache.record("d/train", &w.shards[0], 10).unwrap().is_none());
+        }
+        let other = ShardEntry { samples: 9, ..w.shards[0].clone() };
+        assert!(cache.record("d/train", &other, 0).unwrap().is_none());
+    }
 }
 
 #[test]
@@ -190,7 +252,7 @@ fn a_smaller_limit_is_kept_from_the_start() {
 fn a_shard_larger_than_the_cache_is_served_without_it() {
     let w = Worker::new(10, vec![]);
     let cache = w.cache(10);
-    w.get(&cache, 0).unwrap();
+    w.record(&cache, 0, 3).unwrap();
     assert!(!w.cached(0).exists());
 }
 
@@ -221,7 +283,7 @@ fn a_fetch_that_panics_leaves_no_one_waiting() {
     let w = Worker::new(10, vec![]);
     let cache = ShardCache::new(&w.f.dir.path().join("c"), 0).unwrap().with_fetch(Arc::new(Panics));
     for _ in 0..2 {
-        let attempt = std::panic::AssertUnwindSafe(|| cache.get("d/train", &w.shards[0]));
+        let attempt = std::panic::AssertUnwindSafe(|| cache.record("d/train", &w.shards[0], 0));
         assert!(std::panic::catch_unwind(attempt).is_err());
     }
 }
@@ -230,7 +292,7 @@ fn a_fetch_that_panics_leaves_no_one_waiting() {
 fn a_hash_that_is_a_path_is_refused() {
     let w = Worker::new(10, vec![]);
     let entry = ShardEntry { hash: "../store/manifests/d@train.json".into(), ..w.shards[0].clone() };
-    let error = w.cache(u64::MAX).get("d/train", &entry).unwrap_err();
+    let error = w.cache(u64::MAX).record("d/train", &entry, 0).unwrap_err();
     assert!(matches!(error, CacheError::NotAHash(_)), "{error}");
     assert_eq!(w.source.times_asked(), 0);
 }

@@ -2,6 +2,7 @@
 
 mod cache;
 mod import;
+mod sources;
 
 use super::{ImportOutcome, Manifest, Store};
 use std::io::Write;
