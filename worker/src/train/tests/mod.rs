@@ -107,6 +107,8 @@ fn train_part<T: Number>(
                 let cache = folder.path().join(format!("cache-{}", group.rank().0));
                 let store = &store;
                 scope.spawn(move || {
+                    // Many tests run at a time, and an idle thread of libtorch's spins.
+                    tch::set_num_threads(1);
                     let cache = ShardCache::new(&cache, 1 << 30).unwrap();
                     let cache = Arc::new(cache.with_local([store.shards_dir().to_owned()]));
                     run::<T>(job, group, store, &cache, threads, saved, until)
@@ -197,7 +199,10 @@ fn run<T: Number>(
     let steps = bench.trainer.replica.step..until.unwrap_or(bench.total);
     let losses = steps.map(|_| bench.step()).collect();
     let test = bench.test.clone();
-    let evaluation = bench.trainer.averaged(|trainer| evaluate(trainer, &test)).unwrap();
+    let evaluation = match job.data.test {
+        Some(_) => bench.trainer.averaged(|trainer| evaluate(trainer, &test)).unwrap(),
+        None => BTreeMap::new(),
+    };
     let (trainer, replica) = (&bench.trainer, &bench.trainer.replica);
     let saved = Saved {
         step: replica.step,
