@@ -226,6 +226,9 @@ pub(crate) enum CheckpointCommand {
         /// The checkpoint's step [default: the newest good one].
         #[arg(long)]
         step: Option<u64>,
+        /// The average of the weights that the job keeps (`[average]`), with which it is evaluated.
+        #[arg(long)]
+        average: bool,
         /// The file to write.
         file: PathBuf,
     },

@@ -1,6 +1,7 @@
 //! The command line of `worker`.
 
 use crate::bench::AllreduceArgs;
+use crate::commands::{EvalArgs, PredictArgs};
 use clap::{Args, Parser, Subcommand};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -20,6 +21,10 @@ pub(crate) enum Command {
     /// Measure the parts of a worker.
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// Evaluate trained classifiers on a test set, by themselves or together.
+    Eval(Box<EvalArgs>),
+    /// Say what images show, by a trained classifier.
+    Predict(Box<PredictArgs>),
     /// List the architectures: name, parameters, input, reference.
     Models {
         /// Print JSON for scripts.

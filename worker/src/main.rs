@@ -3,8 +3,10 @@
 mod agent;
 mod bench;
 mod cli;
+mod commands;
 mod control;
 mod data;
+mod evaluation;
 mod fault;
 mod flight;
 mod identity;
@@ -45,6 +47,8 @@ fn main() -> ExitCode {
     let result = match cli::Cli::parse().command {
         cli::Command::Join(args) => agent::join(*args),
         cli::Command::Bench(command) => bench::run(command),
+        cli::Command::Eval(args) => commands::eval(&args),
+        cli::Command::Predict(args) => commands::predict(&args),
         cli::Command::Models { json } => models::list(json),
         cli::Command::Weights { file } => weights::describe(&file),
     };

@@ -23,8 +23,18 @@ pub enum ImageError {
     #[error("damaged PNG: {0}")]
     Png(String),
     /// A kind of JPEG that is not read.
-    #[error("a JPEG with {0} is not read; convert it to 8 bits")]
+    #[error("a JPEG with {0} is not read; save it as a baseline or progressive JPEG of 8 bits")]
     Unsupported(&'static str),
+    /// More pixels than are made.
+    #[error(
+        "a resize would give it {width} x {height} pixels, more than the {MAX_PIXELS} that are made; crop it, or leave it out"
+    )]
+    Enlarged {
+        /// Columns.
+        width: usize,
+        /// Rows.
+        height: usize,
+    },
     /// A buffer of another size than its dimensions say.
     #[error("{0}")]
     Shape(String),

@@ -8,6 +8,7 @@
 //! Nothing here knows files, datasets' shards or tensors.
 
 mod augment;
+mod crops;
 mod decode;
 mod error;
 mod inspect;
@@ -17,6 +18,7 @@ mod pipeline;
 mod resize;
 
 pub use augment::crop::random_resized_crop;
+pub use crops::CropPlan;
 pub use decode::{Decoded, Decoder, Encoded, MAX_PIXELS};
 pub use error::ImageError;
 pub use inspect::Inspector;

@@ -14,9 +14,10 @@ pub(crate) struct Orientation {
 }
 
 impl Orientation {
-    /// The one that EXIF data (the TIFF part of it) names; upright if it names none or cannot be read.
+    /// The one that EXIF data (the TIFF part of it) names; upright if it names none or cannot be read that far.
     pub(crate) fn from_exif(tiff: &[u8]) -> Self {
-        let Ok(exif) = exif::Reader::new().read_raw(tiff.to_vec()) else { return Self::default() };
+        let exif = exif::Reader::new().continue_on_error(true).read_raw(tiff.to_vec());
+        let Ok(exif) = exif.or_else(|e| e.distill_partial_result(|_| ())) else { return Self::default() };
         let field = exif.get_field(exif::Tag::Orientation, exif::In::PRIMARY);
         let [transposed, mirrored, flipped] = match field.and_then(|f| f.value.get_uint(0)) {
             Some(2) => [false, true, false],
@@ -94,6 +95,14 @@ mod tests {
             assert_eq!(orientation.size(stored.height(), stored.width()), (4, 2), "orientation {value}");
             assert_eq!(orientation.apply(stored), picture(&upright), "orientation {value}");
         }
+    }
+
+    #[test]
+    fn what_is_broken_beside_it_does_not_hide_the_orientation() {
+        // Two entries, the second with a value far outside of the file.
+        let tiff = b"II*\0\x08\0\0\0\x02\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\
+            \x1a\x01\x05\0\x01\0\0\0\xff\xff\0\0\0\0\0\0";
+        assert_eq!(Orientation::from_exif(tiff), Orientation::from_exif(&exif(6)));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use crate::augment::color::{self, Jitter};
 use crate::augment::crop::{self, random_resized_crop};
 use crate::augment::flip;
+use crate::crops::CropPlan;
 use crate::decode::{Decoded, Decoder};
 use crate::error::ImageError;
 use crate::picture::{Picture, Region};
@@ -55,18 +56,44 @@ impl Pipeline {
         stream: &mut Stream,
     ) -> Result<Picture, ImageError> {
         let (mut picture, rest) = match source {
-            Source::Planes(shape, planes) => {
-                let [channels, height, width] =
-                    [shape.channels, shape.height, shape.width].map(|n| n as usize);
-                let picture = Picture::from_planes(channels, height, width, planes)?;
-                (self.coloured(picture), &self.steps[..])
-            }
+            Source::Planes(shape, planes) => (self.planes(shape, planes)?, &self.steps[..]),
             Source::Encoded(bytes) => self.decode(bench, bytes, stream)?,
         };
         for step in rest {
             picture = apply(step, bench, picture, stream)?;
         }
         Ok(picture)
+    }
+
+    /// Shows every part of one sample that `plan` names, in its order, instead of applying the steps.
+    pub fn parts(
+        &self,
+        bench: &mut Workbench,
+        source: Source<'_>,
+        plan: &CropPlan,
+        see: impl FnMut(&Picture),
+    ) -> Result<(), ImageError> {
+        let (picture, window, original) = match source {
+            Source::Planes(shape, planes) => {
+                let picture = self.planes(shape, planes)?;
+                let (window, size) = (Window::whole(&picture), (picture.height(), picture.width()));
+                (picture, window, size)
+            }
+            Source::Encoded(bytes) => {
+                let image = bench.decoder.open(bytes)?;
+                let (height, width) = image.size();
+                let target = shorter_side((height, width), plan.longest());
+                let whole = Region::whole(height, width);
+                let Decoded { picture, window } = bench.decoder.decode_region(&image, whole, target)?;
+                (self.coloured(picture), window, (height, width))
+            }
+        };
+        plan.each(&mut bench.resizer, &picture, window, original, see)
+    }
+
+    fn planes(&self, shape: SampleShape, planes: &[u8]) -> Result<Picture, ImageError> {
+        let [channels, height, width] = [shape.channels, shape.height, shape.width].map(|n| n as usize);
+        Ok(self.coloured(Picture::from_planes(channels, height, width, planes)?))
     }
 
     /// Decodes as little as the first step needs and does that step too.
@@ -171,6 +198,32 @@ mod tests {
             (0..64).map(|epoch| run(&steps, None, (epoch, 7)).into_values()).collect();
         // 9 places times 2 orientations; 64 draws leave one of them out rarely, more than half never.
         assert!(distinct.len() > 9, "{}", distinct.len());
+    }
+
+    #[test]
+    fn parts_of_an_encoded_image_are_those_of_its_pixels() {
+        let mut bytes = Vec::new();
+        let mut encoder = png::Encoder::new(&mut bytes, 14, 9);
+        encoder.set_color(png::ColorType::Rgb);
+        let pixels: Vec<u8> = (0..9 * 14 * 3).map(|i: u32| (i * 37 % 251) as u8).collect();
+        encoder.write_header().unwrap().write_image_data(&pixels).unwrap();
+        let mut bench = Workbench::new().unwrap();
+        let image = bench.decoder.open(&bytes).unwrap();
+        let picture = bench.decoder.decode(&image).unwrap();
+        let planes: Vec<u8> = (0..3)
+            .flat_map(|c| picture.values().iter().skip(c).step_by(3).copied().collect::<Vec<_>>())
+            .collect();
+        let shape = SampleShape { channels: 3, height: 9, width: 14 };
+        let plan = CropPlan::new(lockstep_common::job::Crops::Twelve, 7).unwrap();
+        let mut parts = |source| {
+            let mut parts = Vec::new();
+            let grey = Pipeline::new(Some(1), Vec::new());
+            grey.parts(&mut bench, source, &plan, |part| parts.push(part.clone())).unwrap();
+            parts
+        };
+        let of_planes = parts(Source::Planes(shape, &planes));
+        assert_eq!(of_planes, parts(Source::Encoded(&bytes)));
+        assert!(of_planes.len() == 12 && of_planes.iter().all(|part| part.channels() == 1));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! `fast_image_resize` works in fixed point on bytes, with coefficients from IEEE operations, so that SSE4.1, AVX2, NEON
 //! and plain code give the same bytes; a test here holds it to that.
 
+use crate::decode::MAX_PIXELS;
 use crate::error::ImageError;
 use crate::picture::Picture;
 use fast_image_resize::images::{Image, ImageRef};
@@ -30,7 +31,7 @@ impl Window {
 }
 
 impl Resizer {
-    /// The whole of `picture` as `height` × `width` pixels. It has 1, 3 or 4 channels.
+    /// The whole of `picture` as `height` × `width` pixels. It has 1 or 3 channels.
     pub fn resize(&mut self, picture: &Picture, height: usize, width: usize) -> Result<Picture, ImageError> {
         self.resize_window(picture, Window::whole(picture), height, width)
     }
@@ -43,14 +44,17 @@ impl Resizer {
         height: usize,
         width: usize,
     ) -> Result<Picture, ImageError> {
+        let refused =
+            |what: &dyn std::fmt::Display| ImageError::Shape(format!("it cannot be resized: {what}"));
         let channels = picture.channels();
         let kind = match channels {
             1 => PixelType::U8,
             3 => PixelType::U8x3,
-            _ => PixelType::U8x4,
+            _ => return Err(refused(&format_args!("it has {channels} channels"))),
         };
-        let refused =
-            |what: &dyn std::fmt::Display| ImageError::Shape(format!("it cannot be resized: {what}"));
+        if height.checked_mul(width).is_none_or(|pixels| pixels > MAX_PIXELS) {
+            return Err(ImageError::Enlarged { width, height });
+        }
         let sizes = [picture.width(), picture.height(), width, height].map(u32::try_from);
         let [Ok(from_width), Ok(from_height), Ok(to_width), Ok(to_height)] = sizes else {
             return Err(refused(&"it is too large"));
@@ -117,6 +121,13 @@ mod tests {
         let large = Resizer::default().resize(&noise(1, 28, 28), 75, 75).unwrap();
         let digests = [small, large].map(|p| blake3::hash(p.values()).to_hex()[..16].to_owned());
         assert_eq!(digests, ["503fbeccb15b897a", "cc9bf92c0f44270f"]);
+    }
+
+    #[test]
+    fn a_narrow_picture_does_not_become_a_giant() {
+        let narrow = noise(3, 100_000, 1);
+        let error = Resizer::default().resize(&narrow, 256 * 100_000, 256).unwrap_err().to_string();
+        assert!(error.starts_with("a resize would give it 256 x 25600000 pixels, more than"), "{error}");
     }
 
     #[test]

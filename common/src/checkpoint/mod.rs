@@ -31,6 +31,8 @@ use std::path::PathBuf;
 pub const WEIGHTS_FILE: &str = "weights.safetensors";
 /// The file of the optimizers' states.
 pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+/// What stands there before the name of a weight or buffer whose average it is.
+pub const AVERAGE_PREFIX: &str = "model/average.";
 /// The file of what lossy wire formats have kept back, where a job has one.
 pub const WIRE_FILE: &str = "wire.safetensors";
 /// The file that vouches for the others.
@@ -52,6 +54,9 @@ pub enum CheckpointError {
         /// Which steps there are, with its punctuation.
         hint: String,
     },
+    /// The average of the weights was asked for, and the job keeps none.
+    #[error("the checkpoint of step {0} has no average of the weights; its job file has no `[average]`")]
+    NoAverage(u64),
     /// A file that the manifest names, or the manifest itself, is not there.
     #[error("`{}` is missing", .0.display())]
     Missing(PathBuf),

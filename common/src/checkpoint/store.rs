@@ -2,10 +2,11 @@
 
 use super::manifest::{CheckpointInfo, CheckpointManifest, FileEntry, ManifestProblem};
 use super::tensors::{TensorsError, decode_tensors, encode_for_others};
-use super::{CheckpointError, MANIFEST_FILE, WEIGHTS_FILE};
+use super::{AVERAGE_PREFIX, CheckpointError, MANIFEST_FILE, OPTIMIZER_FILE, WEIGHTS_FILE};
 use crate::digest::{blake3_hex, weights_digest};
 use crate::durable::{self, FileError};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Seek};
 use std::path::{Path, PathBuf};
@@ -40,6 +41,13 @@ pub struct CheckpointFiles {
 }
 
 impl CheckpointFiles {
+    /// The checkpoint in the folder `dir`, every byte of it checked.
+    pub fn read(dir: &Path) -> Result<Self, CheckpointError> {
+        let mut files = Vec::new();
+        let manifest = read(dir, |name, bytes| files.push((name.to_owned(), bytes)))?;
+        Ok(Self { manifest, files })
+    }
+
     /// The bytes of the file `name`.
     pub fn file(&self, name: &str) -> Option<&[u8]> {
         self.files.iter().find(|(n, _)| n == name).map(|(_, bytes)| bytes.as_slice())
@@ -115,14 +123,14 @@ impl CheckpointStore {
 
     /// Checks every file of the checkpoint of `step`.
     pub fn verify(&self, step: u64) -> Result<CheckpointManifest, CheckpointError> {
-        self.read(step, |_, _| ())
+        self.manifest(step)?;
+        read(&self.step_dir(step), |_, _| ())
     }
 
     /// The checkpoint of `step` in memory, every byte of it checked.
     pub fn load(&self, step: u64) -> Result<CheckpointFiles, CheckpointError> {
-        let mut files = Vec::new();
-        let manifest = self.read(step, |name, bytes| files.push((name.to_owned(), bytes)))?;
-        Ok(CheckpointFiles { manifest, files })
+        self.manifest(step)?;
+        CheckpointFiles::read(&self.step_dir(step))
     }
 
     /// The newest checkpoint that is whole, with the reasons for which newer ones were passed over.
@@ -194,37 +202,39 @@ impl CheckpointStore {
         Ok(old.into_iter().map(|e| e.step).collect())
     }
 
-    /// Writes the weights and buffers of the checkpoint of `step` to one safetensors file that other programs
-    /// read; an existing file is left alone.
-    pub fn export(&self, step: u64, path: &Path) -> Result<CheckpointManifest, CheckpointError> {
+    /// Writes the weights and buffers of the checkpoint of `step`, or their averages, to one safetensors file that other
+    /// programs read; an existing file is left alone.
+    pub fn export(
+        &self,
+        step: u64,
+        average: bool,
+        path: &Path,
+    ) -> Result<CheckpointManifest, CheckpointError> {
         let checkpoint = self.load(step)?;
-        let source = self.step_dir(step).join(WEIGHTS_FILE);
-        let weights =
-            checkpoint.file(WEIGHTS_FILE).ok_or_else(|| CheckpointError::Missing(source.clone()))?;
-        let file = decode_tensors(weights)
-            .and_then(|tensors| encode_for_others(tensors, checkpoint.manifest.info.step))
-            .map_err(|problem| CheckpointError::Tensors { path: source, problem })?;
+        let tensors = |name: &str| {
+            let source = self.step_dir(step).join(name);
+            let bytes = checkpoint.file(name).ok_or_else(|| CheckpointError::Missing(source.clone()))?;
+            decode_tensors(bytes).map_err(|problem| CheckpointError::Tensors { path: source, problem })
+        };
+        let mut weights = tensors(WEIGHTS_FILE)?;
+        if average {
+            let mut averages: BTreeMap<_, _> = tensors(OPTIMIZER_FILE)?
+                .into_iter()
+                .map(|tensor| (tensor.name.to_string(), tensor))
+                .collect();
+            for weight in &mut weights {
+                // A job that keeps averages has one network.
+                let average = averages.remove(&format!("{AVERAGE_PREFIX}{}", weight.name));
+                weight.bytes = average.ok_or(CheckpointError::NoAverage(step))?.bytes;
+            }
+        }
+        let file = encode_for_others(weights, step)
+            .map_err(|problem| CheckpointError::Tensors { path: path.to_path_buf(), problem })?;
         durable::create_atomic(path, &file).map_err(|e| match e.source.kind() {
             io::ErrorKind::AlreadyExists => CheckpointError::Exists(path.to_path_buf()),
             _ => e.into(),
         })?;
         Ok(checkpoint.manifest)
-    }
-
-    /// Reads the checkpoint of `step` file by file, handing on what has been checked.
-    fn read(
-        &self,
-        step: u64,
-        mut checked: impl FnMut(&str, Vec<u8>),
-    ) -> Result<CheckpointManifest, CheckpointError> {
-        let (manifest, _) = self.manifest(step)?;
-        for entry in &manifest.files {
-            let path = self.step_dir(step).join(&entry.name);
-            let bytes = read_file(&path)?;
-            check_file(&path, entry, &bytes, &manifest.weights_digest)?;
-            checked(&entry.name, bytes);
-        }
-        Ok(manifest)
     }
 
     /// The manifest of the checkpoint of `step` and its path.
@@ -233,11 +243,12 @@ impl CheckpointStore {
         if !dir.is_dir() {
             return Err(self.no_such_step(step)?);
         }
-        let path = dir.join(MANIFEST_FILE);
-        let refused = |problem| CheckpointError::Manifest { path: path.clone(), problem };
-        let manifest = CheckpointManifest::from_json(&read_file(&path)?).map_err(refused)?;
+        let (manifest, path) = manifest(&dir)?;
         if manifest.info.step != step {
-            return Err(refused(ManifestProblem::Step(manifest.info.step)));
+            return Err(CheckpointError::Manifest {
+                path,
+                problem: ManifestProblem::Step(manifest.info.step),
+            });
         }
         Ok((manifest, path))
     }
@@ -250,6 +261,26 @@ impl CheckpointStore {
         };
         Ok(CheckpointError::NoSuchStep { step, dir: self.dir.clone(), hint })
     }
+}
+
+/// Reads the checkpoint in `dir` file by file, handing on what has been checked.
+fn read(dir: &Path, mut checked: impl FnMut(&str, Vec<u8>)) -> Result<CheckpointManifest, CheckpointError> {
+    let (manifest, _) = manifest(dir)?;
+    for entry in &manifest.files {
+        let path = dir.join(&entry.name);
+        let bytes = read_file(&path)?;
+        check_file(&path, entry, &bytes, &manifest.weights_digest)?;
+        checked(&entry.name, bytes);
+    }
+    Ok(manifest)
+}
+
+/// The manifest of the checkpoint in `dir`, and its path.
+fn manifest(dir: &Path) -> Result<(CheckpointManifest, PathBuf), CheckpointError> {
+    let path = dir.join(MANIFEST_FILE);
+    let manifest = CheckpointManifest::from_json(&read_file(&path)?)
+        .map_err(|problem| CheckpointError::Manifest { path: path.clone(), problem })?;
+    Ok((manifest, path))
 }
 
 fn read_file(path: &Path) -> Result<Vec<u8>, CheckpointError> {

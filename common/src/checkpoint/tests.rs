@@ -279,14 +279,14 @@ fn an_unknown_step_is_answered_with_those_there_are() {
 fn export_writes_the_weights_and_never_overwrites() {
     let f = Fixture::new([100]);
     let path = f.dir.path().join("out.safetensors");
-    f.store.export(100, &path).unwrap();
+    f.store.export(100, false, &path).unwrap();
     let exported = std::fs::read(&path).unwrap();
     let is_count = |t: &TensorBytes<'_>| t.name.ends_with(BATCH_COUNT);
     let (counts, own): (Vec<_>, Vec<_>) = decode_tensors(&exported).unwrap().into_iter().partition(is_count);
     assert_eq!(weights_digest(own), weights_digest(weights(100)));
     assert_eq!(counts.len(), 1, "one batch norm");
     assert_eq!(*counts[0].bytes, 100u64.to_le_bytes());
-    let error = f.store.export(100, &path).unwrap_err();
+    let error = f.store.export(100, false, &path).unwrap_err();
     assert!(matches!(error, CheckpointError::Exists(_)), "{error}");
     assert_eq!(std::fs::read(&path).unwrap(), exported);
 }
@@ -328,4 +328,28 @@ fn prune_takes_the_word_for_a_checkpoint_that_was_just_checked() {
     // Nobody would notice this damage without reading the file.
     f.edit(3, WEIGHTS_FILE, |b| *b.last_mut().unwrap() ^= 1);
     assert_eq!(f.store.prune(1, Some(3)).unwrap(), [2, 1]);
+}
+
+#[test]
+fn averages_are_exported_in_the_place_of_the_weights() {
+    let f = Fixture::new([100]);
+    let path = f.dir.path().join("average.safetensors");
+    let error = f.store.export(100, true, &path).unwrap_err();
+    assert!(matches!(error, CheckpointError::NoAverage(100)), "{error}");
+    assert!(!path.exists());
+
+    let mut writer = CheckpointWriter::new(&f.store, info(200)).unwrap();
+    writer.add(WEIGHTS_FILE, &encode_tensors(weights(2)).unwrap()).unwrap();
+    let averages = weights(7).into_iter().map(|t| {
+        let name = format!("{AVERAGE_PREFIX}{}", t.name).into();
+        TensorBytes { name, ..t }
+    });
+    writer.add(OPTIMIZER_FILE, &encode_tensors(averages.chain(optimizer(2))).unwrap()).unwrap();
+    writer.finish().unwrap();
+    f.store.export(200, true, &path).unwrap();
+    let exported = std::fs::read(&path).unwrap();
+    let exported: Vec<_> = decode_tensors(&exported).unwrap();
+    for weight in weights(7) {
+        assert!(exported.contains(&weight), "{}", weight.name);
+    }
 }

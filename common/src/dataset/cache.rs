@@ -77,7 +77,8 @@ pub enum CacheError {
 
 /// Shards by hash, bounded on disk and in memory; the least recently used go first.
 pub struct ShardCache {
-    dir: PathBuf,
+    /// Where fetched shards are kept; there are none without.
+    dir: Option<PathBuf>,
     max_bytes: u64,
     memory_bytes: u64,
     local: Vec<PathBuf>,
@@ -118,19 +119,25 @@ impl ShardCache {
         durable::sweep_temporary(dir)?;
         let files = files_by_age(dir)?;
         let state = State { clock: files.len() as u64, files, ..State::default() };
-        let cache = Self {
-            dir: dir.to_path_buf(),
-            max_bytes,
+        let cache =
+            Self { dir: Some(dir.to_path_buf()), max_bytes, state: Mutex::new(state), ..Self::in_place() };
+        cache.evict_files(&mut cache.state.lock());
+        Ok(cache)
+    }
+
+    /// One that has no folder of its own and reads only where [`ShardCache::with_local`] says.
+    pub fn in_place() -> Self {
+        Self {
+            dir: None,
+            max_bytes: 0,
             memory_bytes: DEFAULT_MEMORY_BYTES,
             local: Vec::new(),
             fetch: None,
-            state: Mutex::new(state),
+            state: Mutex::default(),
             loaded: Condvar::new(),
             hash_failures: AtomicU64::new(0),
             fetches: AtomicU64::new(0),
-        };
-        cache.evict_files(&mut cache.state.lock());
-        Ok(cache)
+        }
     }
 
     /// Looks first in `dirs`, folders of shards that are never written here, such as a store on this machine.
@@ -207,13 +214,14 @@ impl ShardCache {
         if let Some(bytes) = self.local.iter().find_map(|dir| self.read_checked(dir, entry)) {
             return Some(bytes);
         }
-        let bytes = self.read_checked(&self.dir, entry);
+        let dir = self.dir.as_ref()?;
+        let bytes = self.read_checked(dir, entry);
         let mut state = self.state.lock();
         if bytes.is_some() {
             let used = state.tick();
             state.files.insert(entry.hash.clone(), OnDisk { bytes: entry.bytes, used });
         } else if state.files.remove(&entry.hash).is_some() {
-            let _damaged = std::fs::remove_file(self.dir.join(&entry.hash));
+            let _damaged = std::fs::remove_file(dir.join(&entry.hash));
         }
         bytes
     }
@@ -245,7 +253,7 @@ impl ShardCache {
     fn fetch_checked(&self, dataset: &str, entry: &ShardEntry) -> Result<Vec<u8>, CacheError> {
         let (dataset_owned, hash) = (dataset.to_owned(), entry.hash.clone());
         let Some(fetch) = &self.fetch else {
-            let searched = self.local.iter().chain([&self.dir]).cloned().collect();
+            let searched = self.local.iter().chain(&self.dir).cloned().collect();
             return Err(CacheError::Nowhere { dataset: dataset_owned, hash, searched });
         };
         let mut last = String::new();
@@ -263,10 +271,8 @@ impl ShardCache {
 
     /// Writes a fetched shard into the cache's folder. A full disk costs later fetches, not the job.
     fn keep_on_disk(&self, hash: &str, bytes: &[u8]) {
-        if bytes.len() as u64 > self.max_bytes {
-            return;
-        }
-        if let Err(e) = durable::write_atomic(&self.dir.join(hash), bytes) {
+        let Some(dir) = self.dir.as_ref().filter(|_| bytes.len() as u64 <= self.max_bytes) else { return };
+        if let Err(e) = durable::write_atomic(&dir.join(hash), bytes) {
             tracing::warn!(error = %e, "shard not cached; it will be fetched again when it is needed again");
             return;
         }
@@ -278,6 +284,7 @@ impl ShardCache {
 
     /// Removes the least recently used files until the rest fit. A shard that is in use stays.
     fn evict_files(&self, state: &mut State) {
+        let Some(dir) = &self.dir else { return };
         let mut total: u64 = state.files.values().map(|f| f.bytes).sum();
         if total <= self.max_bytes {
             return;
@@ -293,7 +300,7 @@ impl ShardCache {
             if total <= self.max_bytes {
                 return;
             }
-            match std::fs::remove_file(self.dir.join(&hash)) {
+            match std::fs::remove_file(dir.join(&hash)) {
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                     tracing::warn!(error = %e, hash, "cached shard cannot be removed");
                 }

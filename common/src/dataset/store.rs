@@ -87,13 +87,17 @@ impl std::fmt::Display for ShardReport {
 impl Store {
     /// Opens the store in `dir`, creating it if missing and removing what dead imports left.
     pub fn open(dir: &Path) -> Result<Self, DatasetError> {
-        let store =
-            Self { dir: dir.to_path_buf(), shards: dir.join("shards"), manifests: dir.join("manifests") };
+        let store = Self::at(dir);
         for dir in [&store.shards, &store.manifests] {
             durable::create_dir_all(dir)?;
             durable::sweep_temporary(dir)?;
         }
         Ok(store)
+    }
+
+    /// The store in `dir` as it is, to be read. There may be none.
+    pub fn at(dir: &Path) -> Self {
+        Self { dir: dir.to_path_buf(), shards: dir.join("shards"), manifests: dir.join("manifests") }
     }
 
     /// The folder of the shards, for [`super::ShardCache::with_local`].

@@ -201,12 +201,7 @@ impl DataSpec {
         self.shape(data, "augment", &self.augment)
     }
 
-    /// The same for test samples.
-    pub fn test_shape(&self, data: &Manifest) -> Result<SampleShape, (&'static str, String)> {
-        self.shape(data, "evaluate", &self.evaluate)
-    }
-
-    fn shape(
+    pub(super) fn shape(
         &self,
         data: &Manifest,
         key: &'static str,

@@ -5,12 +5,14 @@
 
 mod augment;
 mod error;
+mod evaluation;
 mod models;
 mod optimizer;
 mod validate;
 
 pub use augment::{Augment, shorter_side};
 pub use error::JobError;
+pub use evaluation::{Crops, EvaluationSpec, UnknownCrops};
 pub use models::{ModelEntry, ModelOption, ModelRole, OptionKind, catalogue};
 pub use optimizer::{AverageSpec, OptimizerSpec, ParameterGroup, RmspropForm, ScheduleSpec};
 
@@ -28,7 +30,7 @@ pub struct JobSpec {
     pub seed: u64,
     /// Passes over the training set. Exactly one of `epochs` and `steps` is given.
     pub epochs: Option<u64>,
-    /// Updates of the weights. Exactly one of `epochs` and `steps` is given.
+    /// Updates of the weights. Exactly one of `epochs` and `steps` is given. With none the job only evaluates.
     pub steps: Option<u64>,
     /// Samples per step, over all workers.
     pub global_batch: u32,
@@ -68,6 +70,9 @@ pub struct JobSpec {
     pub clip: ClipSpec,
     /// The average of the weights with which a `classify` job is evaluated, if it keeps one.
     pub average: Option<AverageSpec>,
+    /// How a `classify` job is evaluated.
+    #[serde(default)]
+    pub evaluation: EvaluationSpec,
     /// What a `gan` job alternates.
     #[serde(default)]
     pub gan: GanSpec,

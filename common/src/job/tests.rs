@@ -82,6 +82,13 @@ fn errors_name_file_line_and_nearest_name() {
         ("epochs = 2", "epochs = 2\nsteps = 3", "tiny.toml:5: `epochs` and `steps`", ""),
         ("\"classify\"", "\"gan\"", "tiny.toml:8: a `gan` job has no section `[model]`", ""),
         ("epochs = 2", "epochs = ", "tiny.toml:4: ", ""),
+        ("epochs = 2", "steps = 0", "tiny.toml:4: `steps` is 0", "needs a `test` set in `[data]`"),
+        (
+            "[optimizer]",
+            "[evaluation]\ncrops = 7\n[optimizer]",
+            "tiny.toml:17: `crops` is 7",
+            "1, 10, 12 or 144",
+        ),
         (
             "[optimizer]",
             "[collective]\nbackend = \"ncll\"\n[optimizer]",
@@ -101,6 +108,39 @@ fn errors_name_file_line_and_nearest_name() {
         assert!(message.contains(part), "{message:?} should contain {part:?}");
         assert_eq!(message.lines().count(), 1, "{message:?}");
     }
+}
+
+#[test]
+fn a_job_of_no_steps_evaluates_given_weights_on_a_test_set() {
+    let job = |model: &str, data: &str| {
+        let text = GOOD.replace("epochs = 2", "steps = 0").replace("classes = 10", model);
+        let text = text.replace("augment = ", &format!("{data}\naugment = "));
+        JobSpec::parse("tiny.toml", &text)
+    };
+    let weights = format!("weights = \"w\"\nweights_blake3 = \"{}\"", "a".repeat(64));
+    let test = "test = \"fashion-mnist/test\"";
+    let good = job(&weights, test).unwrap();
+    assert!(good.only_evaluates() && good.total_steps(469) == 0);
+    assert_eq!(good.evaluation, EvaluationSpec { crops: Crops::One });
+    for (model, data, lack) in
+        [(weights.as_str(), "", "`test` set"), ("classes = 10", test, "`weights` in `[model]`")]
+    {
+        let message = job(model, data).unwrap_err().to_string();
+        assert!(message.starts_with("tiny.toml:4: `steps` is 0") && message.contains(lack), "{message}");
+    }
+}
+
+#[test]
+fn several_crops_are_squares() {
+    let crops = |lines: &str| JobSpec::parse("tiny.toml", &format!("{GOOD}[evaluation]\n{lines}\n"));
+    for (count, expected) in
+        [(1, Crops::One), (10, Crops::Ten), (12, Crops::Twelve), (144, Crops::HundredFortyFour)]
+    {
+        assert_eq!(crops(&format!("crops = {count}")).unwrap().evaluation.crops, expected);
+        assert_eq!(expected.count(), count);
+    }
+    let error = crops("corps = 10").unwrap_err().to_string();
+    assert!(error.contains("did you mean `crops`?"), "{error}");
 }
 
 #[test]

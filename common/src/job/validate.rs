@@ -1,8 +1,8 @@
 //! What a job file must satisfy beyond its types.
 
 use super::{
-    AverageSpec, JobSpec, ModelRole, ModelSpec, OptimizerSpec, Precision, ScheduleSpec, Task, WireFormat,
-    catalogue,
+    AverageSpec, Crops, JobSpec, ModelRole, ModelSpec, OptimizerSpec, Precision, ScheduleSpec, Task,
+    WireFormat, catalogue,
 };
 use crate::suggest::did_you_mean;
 
@@ -58,6 +58,11 @@ pub(super) fn check(job: &JobSpec) -> Result<(), Fault> {
         "`discriminator_steps` must be 1 to 1000".to_owned()
     })?;
     check_average(job)?;
+    require(
+        job.evaluation.crops == Crops::One || job.task == Task::Classify,
+        &["evaluation", "crops"],
+        || "`crops` are for the evaluation of `classify` jobs only; remove `[evaluation]`".to_owned(),
+    )?;
     check_workers(job)?;
     require(job.collective.bucket_bytes >= 1024, &["collective", "bucket_bytes"], || {
         format!("`bucket_bytes` is {}; it must be at least 1024", job.collective.bucket_bytes)
@@ -94,7 +99,13 @@ fn check_length(job: &JobSpec) -> Result<(), Fault> {
         }
         (None, None) => Err(Fault::at(&[], "neither `epochs` nor `steps` is given; add one of them")),
         (Some(0), _) => Err(Fault::at(&["epochs"], "`epochs` is 0; it must be at least 1")),
-        (_, Some(0)) => Err(Fault::at(&["steps"], "`steps` is 0; it must be at least 1")),
+        (_, Some(0)) => match job.lacks_for_evaluation() {
+            Some(lack) => Err(Fault::at(
+                &["steps"],
+                format!("`steps` is 0; it must be at least 1, as a job that only evaluates needs {lack}"),
+            )),
+            None => Ok(()),
+        },
         _ => Ok(()),
     }
 }

@@ -14,7 +14,9 @@ pub(super) fn run(dir: &DataDir, command: CheckpointCommand) -> Result<ExitCode>
     match command {
         CheckpointCommand::Ls { job, json } => ls(&open(dir, job)?, job, json.json),
         CheckpointCommand::Verify { job } => verify(&open(dir, job)?, job),
-        CheckpointCommand::Export { job, step, file } => export(&open(dir, job)?, job, step, &file),
+        CheckpointCommand::Export { job, step, average, file } => {
+            export(&open(dir, job)?, job, step, average, &file)
+        }
     }
 }
 
@@ -62,7 +64,13 @@ fn verify(store: &CheckpointStore, job: JobId) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn export(store: &CheckpointStore, job: JobId, step: Option<u64>, file: &Path) -> Result<ExitCode> {
+fn export(
+    store: &CheckpointStore,
+    job: JobId,
+    step: Option<u64>,
+    average: bool,
+    file: &Path,
+) -> Result<ExitCode> {
     let step = match step {
         Some(step) => step,
         None => {
@@ -72,9 +80,10 @@ fn export(store: &CheckpointStore, job: JobId, step: Option<u64>, file: &Path) -
             good.info.step
         }
     };
-    let manifest = store.export(step, file)?;
+    let manifest = store.export(step, average, file)?;
+    let what = if average { "the average at step" } else { "step" };
     say(format_args!(
-        "wrote step {step} of {job} to `{}`, weights {}",
+        "wrote {what} {step} of {job} to `{}`, weights {}",
         file.display(),
         manifest.weights_digest
     ));

@@ -133,7 +133,7 @@ pub(crate) fn check_job(shared: &Shared, file: &str, toml: &str) -> Result<NewJo
             |section, key, what| refuse("job_file", JobSpec::fault(&file, toml, &[section, key], what));
         let shape = match key {
             "train" => spec.data.training_shape(&manifest),
-            _ => spec.data.test_shape(&manifest),
+            _ => spec.data.test_shape(&manifest, spec.evaluation.crops),
         };
         let shape = shape.map_err(|(key, what)| refuse_key("data", key, what))?;
         if let Some((option, what)) = misfit(&spec, &manifest, shape) {

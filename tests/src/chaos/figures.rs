@@ -215,7 +215,8 @@ impl<'a> Course<'a> {
         let first = steps
             .position(|(line, when)| line.generation > generation && *when > at && with(line.generation))?;
         let until = self.committed[first];
-        let before = self.seen().lines[..first].iter().map(|line| line.step).max().unwrap_or(0);
+        // The last one before, not the furthest: what was lost earlier is not lost by this.
+        let before = first.checked_sub(1).map_or(0, |last| self.seen().lines[last].step);
         let undisturbed = !others.any(|other| other.from <= until && other.until >= at);
         let going_on = self.committed.iter().any(|when| *when <= at && *when + GOING_ON >= at);
         Some(Recovery {

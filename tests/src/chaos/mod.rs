@@ -29,7 +29,7 @@ use workload::{Task, Workload};
 /// Between two looks at everything.
 const TICK: Duration = Duration::from_millis(10);
 
-/// A job that gets no further for so long is stuck.
+/// A job that gets no further for so long, and twice as long as a whole undisturbed run takes on this machine, is stuck.
 const STUCK: Duration = Duration::from_secs(120);
 
 /// After the last event and the last job, how long it may take until every program is where it is to be.
@@ -125,6 +125,7 @@ pub fn run(options: &Options, tell: &dyn Fn(&str)) -> Account {
         failures: Vec::new(),
         job: Job::None,
         task: Task::Classify,
+        patience: undisturbed.values().map(|run| 2 * run.took).max().unwrap_or_default().max(STUCK),
     };
     while drive.step(tell) {
         std::thread::sleep(TICK);
@@ -178,6 +179,8 @@ struct Drive {
     failures: Vec<String>,
     job: Job,
     task: Task,
+    /// A job that gets no further for so long is stuck.
+    patience: Duration,
 }
 
 impl Drive {
@@ -279,8 +282,8 @@ impl Drive {
                 self.failures.push(format!("{id} is {state}: {reason}"));
                 End::Unfinished
             }
-            _ if now > watch.progressed() + STUCK => {
-                let (step, seconds) = (watch.furthest(), STUCK.as_secs());
+            _ if now > watch.progressed() + self.patience => {
+                let (step, seconds) = (watch.furthest(), self.patience.as_secs());
                 self.failures.push(format!("{id} is {state}, and {seconds} s without a step beyond {step}"));
                 End::Unfinished
             }

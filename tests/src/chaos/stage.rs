@@ -424,10 +424,14 @@ impl Stage {
     /// Ends everything in good order; returns how that went, by name.
     pub fn close(&mut self, limit: Duration) -> Vec<(String, Option<ExitStatus>)> {
         let mut ends = Vec::new();
-        let mut workers: Vec<_> = self.seats.iter_mut().flatten().map(|worker| &mut worker.actor).collect();
-        for actors in [&mut workers[..], &mut [&mut self.coordinator]] {
-            actors.iter().for_each(|actor| actor.signal(libc::SIGTERM));
-            for actor in actors {
+        let workers = self.seats.iter_mut().flatten();
+        // A second signal would end at once those who are on their way out.
+        let mut workers: Vec<_> =
+            workers.map(|w| (!matches!(w.mood, Mood::Leaving(_)), &mut w.actor)).collect();
+        for actors in [&mut workers[..], &mut [(true, &mut self.coordinator)]] {
+            let untold = actors.iter().filter(|(is_untold, _)| *is_untold);
+            untold.for_each(|(_, actor)| actor.signal(libc::SIGTERM));
+            for (_, actor) in actors {
                 let end = within(limit, || actor.ended());
                 ends.push((actor.name().to_owned(), end));
             }

@@ -82,6 +82,7 @@ pub struct Forward {
     /// Batch statistics so far, in the order of the calls, which is the same on all shards.
     pub records: Vec<BnRecord>,
     uses: HashMap<(u16, String), u16>,
+    draws: HashMap<(u16, String), u16>,
 }
 
 impl Forward {
@@ -105,6 +106,7 @@ impl Forward {
             sync,
             records: Vec::new(),
             uses: HashMap::new(),
+            draws: HashMap::new(),
         }
     }
 
@@ -116,10 +118,27 @@ impl Forward {
         forward
     }
 
-    /// How often the operation `name` of the current network has been used in this phase before.
-    pub(crate) fn use_index(&mut self, name: &str) -> u16 {
-        let uses = self.uses.entry((self.network, name.to_owned())).or_default();
-        *uses += 1;
-        *uses - 1
+    /// Goes on with the next piece of the shard's batch, of these `samples`. What is random for a sample does not depend on
+    /// the piece that it is in.
+    pub fn begin_piece(&mut self, samples: &[u64]) {
+        samples.clone_into(&mut self.samples);
+        self.draws.clear();
     }
+
+    /// How often the layer `name` of the current network has been used in this phase before.
+    pub(crate) fn use_index(&mut self, name: &str) -> u16 {
+        count(&mut self.uses, (self.network, name))
+    }
+
+    /// How often the random operation `name` of the current network has been used for these samples before.
+    pub(crate) fn draw_index(&mut self, name: &str) -> u16 {
+        count(&mut self.draws, (self.network, name))
+    }
+}
+
+/// Counts one more of it; returns how many there were.
+fn count(counts: &mut HashMap<(u16, String), u16>, (network, name): (u16, &str)) -> u16 {
+    let count = counts.entry((network, name.to_owned())).or_default();
+    *count += 1;
+    *count - 1
 }

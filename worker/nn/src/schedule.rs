@@ -27,7 +27,10 @@ pub fn lr_factor(spec: &ScheduleSpec, step: u64, total_steps: u64, steps_per_epo
         ScheduleSpec::Polynomial { power, final_factor, .. } => {
             final_factor + (1.0 - final_factor) * (1.0 - progress).powf(power)
         }
-        ScheduleSpec::Step { every_epochs, gamma, .. } => gamma.powf((epochs / every_epochs).floor()),
+        // Rounding must not put off a drop by a step: 0.3 / 0.1 is less than 3.
+        ScheduleSpec::Step { every_epochs, gamma, .. } => {
+            gamma.powf((epochs / every_epochs * (1.0 + 4.0 * f64::EPSILON)).floor())
+        }
         ScheduleSpec::Cosine { final_factor, .. } => {
             final_factor + (1.0 - final_factor) * 0.5 * (1.0 + (PI * progress).cos())
         }
@@ -65,6 +68,8 @@ mod tests {
         check(&ScheduleSpec::Constant { warmup_steps: 4 }, &[(0, 0.25), (2, 0.75), (3, 1.0), (4, 1.0)]);
         let step = ScheduleSpec::Step { every_epochs: 2.0, gamma: 0.1, warmup_steps: 0 };
         check(&step, &[(0, 1.0), (39, 1.0), (40, 0.1), (80, 0.01)]);
+        let often = ScheduleSpec::Step { every_epochs: 0.1, gamma: 0.5, warmup_steps: 0 };
+        check(&often, &[(1, 1.0), (2, 0.5), (5, 0.25), (6, 0.125), (14, 0.5f64.powi(7))]);
         let cosine = ScheduleSpec::Cosine { final_factor: 0.0, warmup_steps: 10 };
         check(&cosine, &[(9, 1.0), (10, 1.0), (60, 0.5), (110, 0.0), (200, 0.0)]);
         let milestones = ScheduleSpec::Milestones { epochs: vec![2.0, 3.5], gamma: 0.1, warmup_steps: 0 };

@@ -147,13 +147,20 @@ fn difference(wanted: &ModelSpec, found: &ModelSpec) -> String {
     let info = registry().iter().find(|info| info.name == wanted.name);
     for name in defaults.filter(|name| SHAPING.contains(&name.as_str())) {
         let default = info.and_then(|info| info.options.iter().find(|o| o.name == name));
-        options.extend(default.map(|option| format!("`{name}` = {}", option.default)));
+        let differs =
+            default.filter(|option| wanted.options.get(name).is_some_and(|v| !is(v, option.default)));
+        options.extend(differs.map(|option| format!("`{name}` = {}", option.default)));
     }
     if (wanted.batch_norm == BatchNorm::None) != (found.batch_norm == BatchNorm::None) {
         let norm = if found.batch_norm == BatchNorm::None { "none" } else { "sync" };
         options.push(format!("`batch_norm = \"{norm}\"`"));
     }
     format!("these are the weights of a `{}` with {}", found.name, options.join(", "))
+}
+
+/// Whether `value` is written so in the registry.
+fn is(value: &serde_json::Value, text: &str) -> bool {
+    value.as_str().map_or_else(|| value.to_string() == text, |value| value == text)
 }
 
 /// The options that decide about names and shapes.
@@ -223,6 +230,11 @@ mod tests {
         assert_eq!(
             refusal(&spec("googlenet", json!({ "classes": 10 })), &file),
             "these are the weights of a `googlenet` with `aux = false`, `classes` = 1000"
+        );
+        let file = stored(&spec("nin", json!({})));
+        assert_eq!(
+            refusal(&spec("nin", json!({ "widths": "mnist", "classes": 10 })), &file),
+            "these are the weights of a `nin` with `widths` = cifar"
         );
         let file = stored(&spec("inception-v4", json!({ "classes": 5 })));
         assert_eq!(

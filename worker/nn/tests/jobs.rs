@@ -49,8 +49,8 @@ fn check(path: &Path) {
     let train = manifest(&job.data.train);
     let shape = job.data.training_shape(&train).unwrap_or_else(|(key, e)| panic!("{file}: {key}: {e}"));
     if let Some(test) = &job.data.test {
-        let test =
-            job.data.test_shape(&manifest(test)).unwrap_or_else(|(key, e)| panic!("{file}: {key}: {e}"));
+        let test = job.data.test_shape(&manifest(test), job.evaluation.crops);
+        let test = test.unwrap_or_else(|(key, e)| panic!("{file}: {key}: {e}"));
         assert_eq!(test, shape, "{file}: training and test images differ");
     }
     if job.task != Task::Classify {

@@ -1,38 +1,34 @@
 //! Decoding samples into tensors.
 
 use super::pool::Pool;
+use super::preparation::{Preparation, Use};
 use crate::train::Number;
 use crate::train::error::TrainError;
 use crate::train::phase::ShardBatch;
-use lockstep_common::dataset::{DatasetReader, Encoding, Manifest, SampleShape};
-use lockstep_common::job::{DataSpec, PixelScale};
+use lockstep_common::dataset::{DatasetReader, Encoding, Manifest};
+use lockstep_common::job::DataSpec;
 use lockstep_common::rng::Stream;
-use lockstep_images::{Picture, Pipeline, Source, Workbench};
+use lockstep_images::{Source, Workbench};
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
 use tch::{Device, Tensor};
 
-/// What samples are for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Use {
-    /// Training: augmented.
-    Train,
-    /// Evaluation: the same every time.
-    Evaluate,
-}
-
 /// Reads, augments and scales samples of one dataset, in parallel.
 pub(crate) struct Decoder<T> {
     reader: DatasetReader,
-    pipeline: Pipeline,
-    /// Of every sample when it is prepared.
-    shape: SampleShape,
-    /// Per channel: the number for each raw value.
-    table: Vec<[T; 256]>,
+    preparation: Preparation<T>,
     seed: u64,
     device: Device,
     pool: Arc<Pool>,
+}
+
+/// Test samples, each with all of its views.
+pub(crate) struct ViewBatch {
+    /// [samples × views, channels, height, width], sample by sample.
+    pub(crate) images: Tensor,
+    /// By sample.
+    pub(crate) labels: Vec<i64>,
 }
 
 impl<T: Number> Decoder<T> {
@@ -46,40 +42,23 @@ impl<T: Number> Decoder<T> {
         device: Device,
         pool: Arc<Pool>,
     ) -> Result<Self, TrainError> {
-        let (steps, shape) = match purpose {
-            Use::Train => (&data.augment, data.training_shape(reader.manifest())),
-            Use::Evaluate => (&data.evaluate, data.test_shape(reader.manifest())),
-        };
-        let shape = shape.map_err(|(_, what)| TrainError::Fatal(what))?;
-        let (mean, std) = data.statistics(train);
-        let channels = shape.channels as usize;
-        if mean.len() != channels || std.len() != channels {
-            return Err(TrainError::Fatal(format!(
-                "dataset `{}` has {channels} channels, the training set {}",
-                reader.manifest().name,
-                mean.len()
-            )));
-        }
-        let table = (0..channels)
-            .map(|c| {
-                std::array::from_fn(|raw| {
-                    let unit = raw as f64 / 255.0;
-                    T::from_f64(match data.scale {
-                        PixelScale::Unit => unit,
-                        // A constant channel carries nothing; it becomes zero.
-                        PixelScale::Standardize if std[c] > 0.0 => (unit - mean[c]) / std[c],
-                        PixelScale::Standardize => 0.0,
-                    })
-                })
-            })
-            .collect();
-        let pipeline = Pipeline::new(data.channels, steps.clone());
-        Ok(Self { reader, pipeline, shape, table, seed, device, pool })
+        let preparation = Preparation::new(data, purpose, reader.manifest(), train)?;
+        Ok(Self { reader, preparation, seed, device, pool })
     }
 
     /// How many samples the dataset has.
     pub(crate) fn len(&self) -> u64 {
         self.reader.len()
+    }
+
+    /// The dataset.
+    pub(crate) fn manifest(&self) -> &Manifest {
+        self.reader.manifest()
+    }
+
+    /// How many views a sample has.
+    pub(crate) fn views(&self) -> usize {
+        self.preparation.views()
     }
 
     /// The training samples of one shard, augmented.
@@ -89,37 +68,37 @@ impl<T: Number> Decoder<T> {
         samples: Vec<u64>,
         global: u64,
     ) -> Result<ShardBatch, TrainError> {
-        self.batch(samples, epoch, global)
+        let (images, labels) = self.batch(&samples, epoch)?;
+        let labels = Tensor::f_from_slice(&labels)?.f_to_device(self.device)?;
+        Ok(ShardBatch { samples, images, labels, global })
     }
 
     /// Test samples.
-    pub(crate) fn plain(&self, samples: Range<u64>) -> Result<ShardBatch, TrainError> {
-        let global = samples.end - samples.start;
-        self.batch(samples.collect(), 0, global)
+    pub(crate) fn viewed(&self, samples: Range<u64>) -> Result<ViewBatch, TrainError> {
+        let (images, labels) = self.batch(&samples.collect::<Vec<_>>(), 0)?;
+        Ok(ViewBatch { images, labels })
     }
 
-    fn batch(&self, samples: Vec<u64>, epoch: u64, global: u64) -> Result<ShardBatch, TrainError> {
-        let [channels, height, width] = [self.shape.channels, self.shape.height, self.shape.width];
-        let length = channels as usize * height as usize * width as usize;
+    fn batch(&self, samples: &[u64], epoch: u64) -> Result<(Tensor, Vec<i64>), TrainError> {
+        let shape = self.preparation.shape();
+        let length = self.preparation.len() * self.views();
         let mut values = vec![T::default(); samples.len() * length];
         let mut labels = vec![0i64; samples.len()];
-        let work = values.par_chunks_exact_mut(length).zip(&mut labels).zip(&samples);
+        let work = values.par_chunks_exact_mut(length).zip(&mut labels).zip(samples);
         self.pool.install(|| {
             work.try_for_each(|((values, label), &sample)| -> Result<(), TrainError> {
                 *label = super::pool::with_bench(|bench| self.prepare(bench, epoch, sample, values))?;
                 Ok(())
             })
         })?;
-        let n = samples.len() as i64;
-        let images =
-            Tensor::f_from_slice(&values)?.f_view([n, channels.into(), height.into(), width.into()])?;
-        let labels = Tensor::f_from_slice(&labels)?;
-        Ok(ShardBatch {
-            samples,
-            images: images.f_to_device(self.device)?,
-            labels: labels.f_to_device(self.device)?,
-            global,
-        })
+        let n = (samples.len() * self.views()) as i64;
+        let images = Tensor::f_from_slice(&values)?.f_view([
+            n,
+            shape.channels.into(),
+            shape.height.into(),
+            shape.width.into(),
+        ])?;
+        Ok((images.f_to_device(self.device)?, labels))
     }
 
     /// Writes one sample's numbers and returns its label. They depend on seed, epoch and sample alone.
@@ -136,28 +115,10 @@ impl<T: Number> Decoder<T> {
             Encoding::Image => Source::Encoded(raw.bytes()),
         };
         let mut stream = Stream::new(self.seed, "augment", &[epoch, sample]);
-        let malformed = |what: String| {
+        self.preparation.run(bench, source, &mut stream, values).map_err(|what| {
             let name = &self.reader.manifest().name;
             TrainError::Fatal(format!("sample {sample} of dataset `{name}` cannot be prepared: {what}"))
-        };
-        let picture = self.pipeline.run(bench, source, &mut stream).map_err(|e| malformed(e.to_string()))?;
-        let found = [picture.channels(), picture.height(), picture.width()];
-        let expected = [self.shape.channels, self.shape.height, self.shape.width].map(|n| n as usize);
-        if found != expected {
-            return Err(malformed(format!("it is {found:?} where {expected:?} is expected")));
-        }
-        self.scale(&picture, values);
+        })?;
         Ok(i64::from(raw.label))
-    }
-
-    fn scale(&self, picture: &Picture, values: &mut [T]) {
-        let plane = picture.height() * picture.width();
-        let channels = picture.channels();
-        for ((c, table), values) in self.table.iter().enumerate().zip(values.chunks_exact_mut(plane)) {
-            let raw = picture.values().iter().skip(c).step_by(channels);
-            for (value, raw) in values.iter_mut().zip(raw) {
-                *value = table[usize::from(*raw)];
-            }
-        }
     }
 }

@@ -3,4 +3,5 @@
 pub(crate) mod batch;
 pub(crate) mod loader;
 pub(crate) mod pool;
+pub(crate) mod preparation;
 pub(crate) mod source;

@@ -1,8 +1,9 @@
 //! A job's datasets, ready to be read.
 
 use super::Environment;
-use crate::data::batch::{Decoder, Use};
+use crate::data::batch::Decoder;
 use crate::data::loader::{Loader, Timetable};
+use crate::data::preparation::Use;
 use crate::data::source;
 use crate::tasks::TaskPlan;
 use crate::train::Number;
@@ -40,7 +41,11 @@ impl<T: Number> Data<T> {
             Decoder::<T>::new(reader, &job.data, purpose, &manifest, job.seed, device, pool)
         };
         let test = match &job.data.test {
-            Some(name) => Some(Arc::new(decoder(open(name)?, Use::Evaluate)?)),
+            Some(name) => {
+                let test = open(name)?;
+                check_classes(job, &test)?;
+                Some(Arc::new(decoder(test, Use::Evaluate(job.evaluation.crops))?))
+            }
             None => None,
         };
         let sampler =
@@ -66,14 +71,14 @@ pub(crate) fn warm_up<T: Number>(
 }
 
 /// A label beyond the network's last logit would only fail deep inside libtorch.
-fn check_classes(job: &JobSpec, train: &DatasetReader) -> Result<(), TrainError> {
+pub(crate) fn check_classes(job: &JobSpec, data: &DatasetReader) -> Result<(), TrainError> {
     let Some(model) = &job.model else { return Ok(()) };
     let classes = models::classes(model)?;
-    let needed = i64::from(train.manifest().classes);
+    let needed = i64::from(data.manifest().classes);
     if needed > classes {
         return Err(TrainError::Fatal(format!(
             "dataset `{}` has {needed} classes and the model {classes}; set `classes = {needed}` in `[model]`",
-            train.manifest().name
+            data.manifest().name
         )));
     }
     Ok(())

@@ -1,5 +1,6 @@
 //! One worker's part in one generation of one job, on a thread of its own.
 
+mod artifacts;
 pub(crate) mod data;
 mod output;
 mod prepare;

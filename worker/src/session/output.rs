@@ -1,7 +1,8 @@
-//! What a generation tells and leaves: reports, checkpoints, pictures.
+//! What a generation tells and leaves: reports, checkpoints, pictures, evaluations.
 
 use super::Environment;
-use crate::control::Control;
+use super::artifacts::Artifacts;
+use crate::evaluation::report::Report;
 use crate::ledger::Ledger;
 use crate::report::Reporter;
 use crate::train::Number;
@@ -12,23 +13,30 @@ use crate::train::trainer::Trainer;
 use lockstep_common::checkpoint::CheckpointInfo;
 use lockstep_common::ids::{Generation, JobId, Rank};
 use lockstep_common::job::Task;
-use lockstep_common::wire::{Assignment, FromWorker};
+use lockstep_common::wire::Assignment;
+use serde::Serialize;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::thread::JoinHandle;
 use std::time::SystemTime;
+
+/// The file `evaluation.json`.
+#[derive(Serialize)]
+struct Evaluation<'a> {
+    step: u64,
+    epoch: u64,
+    #[serde(flatten)]
+    report: &'a Report,
+}
 
 /// A rank's way to the coordinator.
 pub(super) struct Output {
-    control: Control,
     job: JobId,
     generation: Generation,
     /// The job file's text.
     toml: String,
     checkpoints: Checkpointer,
     is_first: bool,
-    /// Pictures on their way to the coordinator.
-    pictures: Vec<JoinHandle<()>>,
+    artifacts: Artifacts,
     pub(super) reporter: Reporter,
 }
 
@@ -43,32 +51,30 @@ impl Output {
         Self {
             checkpoints: Checkpointer::new(control.clone(), assignment, observe),
             is_first: assignment.rank == Rank(0),
-            control,
+            artifacts: Artifacts::new(control, job, generation),
             job,
             generation,
             toml: assignment.toml.clone(),
-            pictures: Vec::new(),
             reporter,
         }
     }
 
-    /// Sends a picture in the background: training waits for no picture, and fails for none.
+    /// Sends a picture.
     pub(super) fn send_picture(&mut self, epoch: u64, png: Vec<u8>) -> Result<(), TrainError> {
-        let (job, generation) = (self.job, self.generation);
-        let control = self.control.clone();
-        let send = move || {
-            let name = format!("samples-epoch-{epoch:04}.png");
-            let line = match control.store_artifact(job, generation, &name, png) {
-                Ok(()) => format!("epoch {epoch}: sample grid in {name}"),
-                Err(error) => format!("epoch {epoch}: the sample grid could not be stored: {error}"),
-            };
-            control.tell(FromWorker::Log { job, generation, line });
-        };
-        let thread = std::thread::Builder::new().name("picture".to_owned()).spawn(send);
-        let thread = thread.map_err(|e| TrainError::Fatal(format!("cannot start a thread: {e}")))?;
-        self.pictures.retain(|p| !p.is_finished());
-        self.pictures.push(thread);
-        Ok(())
+        let name = format!("samples-epoch-{epoch:04}.png");
+        self.artifacts.send(name, png, format!("epoch {epoch}: sample grid"))
+    }
+
+    /// Sends the newest evaluation, in place of the one before.
+    pub(super) fn send_evaluation(
+        &mut self,
+        step: u64,
+        epoch: u64,
+        report: &Report,
+    ) -> Result<(), TrainError> {
+        let json = serde_json::to_vec(&Evaluation { step, epoch, report });
+        let json = json.map_err(|e| TrainError::Fatal(format!("cannot write an evaluation as JSON: {e}")))?;
+        self.artifacts.send("evaluation.json".to_owned(), json, format!("step {step}: evaluation"))
     }
 
     /// Whether another checkpoint can begin, after a moment at most.
@@ -123,10 +129,7 @@ impl Output {
     /// Waits for the last checkpoint, reports what is left to report.
     pub(super) fn settle(&mut self, aborted: &AtomicBool) -> Result<(), TrainError> {
         self.reporter.flush();
-        for picture in self.pictures.drain(..) {
-            // Its own thread has reported what went wrong, but for a panic, which concerns no step.
-            let _ = picture.join();
-        }
+        self.artifacts.finish(aborted);
         self.checkpoints.finish(aborted)
     }
 }

@@ -135,6 +135,9 @@ impl<'a, T: Number> Session<'a, T> {
         if phase == 0 && self.ledger.settled < Some(step) {
             // Somebody went away between this step's commit and the end of what follows it.
             digest = self.follow_up(step, None, false)?;
+        } else if step == self.total_steps {
+            // A job without steps only evaluates. Any other has done so, but the report may have gone with whoever had it.
+            self.end_of_epoch(step)?;
         }
         while self.trainer.replica.step < self.total_steps {
             let wishes = self.step(&mut totals)?;
@@ -291,11 +294,14 @@ impl<'a, T: Number> Session<'a, T> {
     fn end_of_epoch(&mut self, step: u64) -> Result<(), TrainError> {
         let epoch = self.timetable.position(step.max(1) - 1).0 + 1;
         if let Some(test) = &self.test
-            && !self.trainer.plan.evaluation.is_empty()
+            && self.trainer.plan.is_evaluated
         {
-            let figures = self.trainer.averaged(|trainer| evaluate(trainer, test))?;
-            self.output.reporter.metrics(step, epoch, figures.clone());
-            self.ledger.metrics.extend(figures);
+            let report = self.trainer.averaged(|trainer| evaluate(trainer, test))?;
+            self.output.reporter.metrics(step, epoch, report.figures());
+            self.ledger.metrics.extend(report.figures());
+            if self.is_first() {
+                self.output.send_evaluation(step, epoch, &report)?;
+            }
         }
         if self.is_first()
             && self.trainer.job.task == Task::Gan

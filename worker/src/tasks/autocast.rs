@@ -23,8 +23,8 @@ impl LaneTask for Autocast {
         autocast(self.device, || self.task.forward(phase, batch, forward))?
     }
 
-    fn evaluate(&mut self, batch: &ShardBatch) -> Result<Vec<f64>, TrainError> {
-        autocast(self.device, || self.task.evaluate(batch))?
+    fn logits(&mut self, images: &Tensor) -> Result<Tensor, TrainError> {
+        autocast(self.device, || self.task.logits(images))?
     }
 
     fn picture(&mut self) -> Result<Option<Tensor>, TrainError> {

@@ -123,8 +123,8 @@ impl LaneTask for Gan {
         }
     }
 
-    fn evaluate(&mut self, _batch: &ShardBatch) -> Result<Vec<f64>, TrainError> {
-        Ok(Vec::new())
+    fn logits(&mut self, _images: &Tensor) -> Result<Tensor, TrainError> {
+        Err(TrainError::Fatal("the networks of a `gan` job are no classifiers".to_owned()))
     }
 
     /// Samples from fixed latent vectors, side by side.

@@ -31,8 +31,8 @@ pub(crate) struct TaskPlan {
     pub(crate) phases: Vec<PhasePlan>,
     /// Minibatches of the training set that a step consumes.
     pub(crate) minibatches: usize,
-    /// The figures that an evaluation adds up over the test set, each a sum over samples; none without one.
-    pub(crate) evaluation: &'static [&'static str],
+    /// Whether the job is evaluated on a test set.
+    pub(crate) is_evaluated: bool,
     /// The average of the weights to evaluate with, if there is to be one.
     pub(crate) average: Option<AverageSpec>,
     job: JobSpec,
@@ -48,8 +48,8 @@ pub(crate) trait LaneTask: Send {
         forward: &mut Forward,
     ) -> Result<ShardLoss, TrainError>;
 
-    /// Sums over the samples of `batch`, in the order of [`TaskPlan::evaluation`].
-    fn evaluate(&mut self, batch: &ShardBatch) -> Result<Vec<f64>, TrainError>;
+    /// What a classifier says of each of `images`, [n, channels, height, width]: its logits, [n, classes].
+    fn logits(&mut self, images: &Tensor) -> Result<Tensor, TrainError>;
 
     /// A picture of the state of training, [channels, height, width] with values 0 to 1, where a task has one.
     fn picture(&mut self) -> Result<Option<Tensor>, TrainError>;
@@ -67,14 +67,14 @@ impl TaskPlan {
                 optimizer: job.optimizer_of(model).clone(),
             })
             .collect();
-        let (phases, evaluation): (_, &'static [&'static str]) = match job.task {
-            Task::Classify => (classify::phases(), classify::EVALUATION),
-            Task::Gan => (gan::phases(job.gan.discriminator_steps), &[]),
+        let phases = match job.task {
+            Task::Classify => classify::phases(),
+            Task::Gan => gan::phases(job.gan.discriminator_steps),
         };
         let minibatches = phases.iter().map(|p| p.minibatch + 1).max().unwrap_or(1);
-        let evaluation = if job.data.test.is_some() { evaluation } else { &[] };
+        let is_evaluated = job.task == Task::Classify && job.data.test.is_some();
         let average = job.average.clone();
-        Self { task: job.task, networks, phases, minibatches, evaluation, average, job: job.clone() }
+        Self { task: job.task, networks, phases, minibatches, is_evaluated, average, job: job.clone() }
     }
 
     /// Whether the job is to fail when its replicas are found to differ.

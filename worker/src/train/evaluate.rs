@@ -4,22 +4,22 @@ use super::Number;
 use super::error::TrainError;
 use super::trainer::Trainer;
 use crate::data::batch::Decoder;
-use lockstep_collectives::{ReduceOp, Tag, TagKind};
+use crate::evaluation::judge::{batch, judge};
+use crate::evaluation::report::{Report, Subject};
+use crate::evaluation::tally::Tally;
+use lockstep_collectives::{Tag, TagKind};
 use lockstep_common::ids::LogicalShard;
 use lockstep_common::sampler::EvalPlan;
-use std::collections::BTreeMap;
+use lockstep_common::wire::{decode, encode};
+use lockstep_nn::models;
 use std::sync::Arc;
 
-/// Samples that a shard evaluates at a time.
-const BATCH: u64 = 100;
-
-/// Averages of the task's evaluation figures over the test set. The same bits on any number of workers.
+/// Evaluates the network on the test set. The same bits on every rank, and on any number of workers.
 pub(crate) fn evaluate<T: Number>(
     trainer: &Trainer<T>,
     test: &Arc<Decoder<T>>,
-) -> Result<BTreeMap<String, f64>, TrainError> {
-    let names = trainer.plan.evaluation;
-    let plan = EvalPlan::new(test.len(), trainer.job.logical_shards, BATCH)
+) -> Result<Report, TrainError> {
+    let plan = EvalPlan::new(test.len(), trainer.job.logical_shards, batch(test.views()))
         .map_err(|e| TrainError::Fatal(e.to_string()))?;
     let range = trainer.group.placement().range(trainer.group.rank());
     let owed: Vec<_> = range
@@ -28,29 +28,54 @@ pub(crate) fn evaluate<T: Number>(
             let (shard, plan, test) = (LogicalShard(shard), plan.clone(), test.clone());
             let group = trainer.group.clone();
             lane.evaluate(move |task| {
-                let mut sums = vec![0.0; names.len() + 1];
-                for samples in plan.batches(shard) {
-                    let batch = test.plain(samples)?;
-                    for (sum, value) in sums[..names.len()].iter_mut().zip(task.evaluate(&batch)?) {
-                        *sum += value;
-                    }
-                    sums[names.len()] += batch.samples.len() as f64;
+                let progress = || {
                     // Ranks with fewer samples, or faster cores, wait for this one.
                     group.note_progress();
+                    group.failure().map_or(Ok(()), |cause| Err(cause.into()))
+                };
+                let mut tally = Tally::default();
+                for samples in plan.batches(shard) {
+                    for judged in judge(task, &test, samples, &progress)? {
+                        tally.add(judged.label, &judged.views);
+                    }
                 }
-                Ok(sums)
+                Ok(tally)
             })
         })
         .collect();
-    let leaves = owed.into_iter().map(|o| o.wait()).collect::<Result<Vec<_>, _>>()?;
-    let tag = Tag::new(trainer.replica.step, 0, TagKind::Evaluation);
-    let sums = trainer.group.all_reduce(tag, leaves, ReduceOp::Sum)?.wait()?;
-    let count = sums[names.len()];
-    if count != test.len() as f64 {
+    let own = owed.into_iter().map(|o| o.wait()).collect::<Result<Vec<Tally>, _>>()?;
+    let tally = add_up(trainer, &own)?;
+    if tally.samples != test.len() {
         return Err(TrainError::Fatal(format!(
-            "the evaluation counted {count} of {} test samples",
+            "the evaluation counted {} of {} test samples",
+            tally.samples,
             test.len()
         )));
     }
-    Ok(names.iter().zip(sums.iter()).map(|(name, sum)| ((*name).to_owned(), sum / count)).collect())
+    let Some(model) = &trainer.job.model else {
+        return Err(TrainError::Fatal("a job without a `[model]` is not evaluated".to_owned()));
+    };
+    let manifest = test.manifest();
+    let subject = Subject {
+        dataset: manifest.name.to_string(),
+        classes: models::classes(model)? as usize,
+        labels: manifest.classes as usize,
+        names: manifest.class_names.clone(),
+        crops: trainer.job.evaluation.crops,
+    };
+    Ok(Report::new(&subject, &tally))
+}
+
+/// The tallies of all shards, added in the order of shards.
+fn add_up<T: Number>(trainer: &Trainer<T>, own: &[Tally]) -> Result<Tally, TrainError> {
+    let own = encode(&own).map_err(|e| TrainError::Fatal(e.to_string()))?;
+    let tag = Tag::new(trainer.replica.step, 0, TagKind::Evaluation);
+    let mut sum = Tally::default();
+    // Ranks own consecutive shards, in order.
+    for (rank, bytes) in trainer.group.all_gather(tag, own)?.wait()?.iter().enumerate() {
+        let tallies: Vec<Tally> = decode(bytes)
+            .map_err(|_| TrainError::Fatal(format!("rank {rank} sent an unintelligible evaluation")))?;
+        tallies.iter().for_each(|tally| sum.append(tally));
+    }
+    Ok(sum)
 }

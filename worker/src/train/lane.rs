@@ -236,7 +236,7 @@ impl<T: Number> LaneState<T> {
                 sink.last = piece + 1 == work.pieces;
             }
             let batch = work.batch.piece(piece, work.pieces)?;
-            forward.samples.clone_from(&batch.samples);
+            forward.begin_piece(&batch.samples);
 
             fault::point(Point::Forward, work.step + 1);
             let start = Instant::now();

@@ -145,18 +145,15 @@ impl Replica {
         if let Some(max) = clip.norm {
             clip_norm(&mut update.gradients, max)?;
         }
-        let network = update.network;
-        self.optimizers[network].step(
-            &self.vars[network],
-            &update.gradients,
-            update.lr,
-            self.updates[network],
-        )?;
-        self.updates[network] += 1;
+        let learner = update.network;
+        let number = self.updates[learner];
+        self.optimizers[learner].step(&self.vars[learner], &update.gradients, update.lr, number)?;
+        self.updates[learner] += 1;
         for (network, vars) in self.vars.iter().enumerate() {
             let own = update.statistics.iter().filter(|r| usize::from(r.network) == network);
             statistics::apply(vars, own)?;
         }
+        self.optimizers[learner].average(&self.vars[learner], number)?;
         self.figures.append(&mut update.figures);
         let committed = update.commits.then(|| std::mem::take(&mut self.figures));
         (self.step, self.phase) = (after.step, after.phase);

@@ -79,7 +79,8 @@ impl<T: Number> Trainer<T> {
         let device = replica.device();
         let owned = group.placement().range(group.rank());
         let modes: Vec<_> = plan.networks.iter().map(|n| n.model.batch_norm).collect();
-        if device != Device::Cpu && owned.len() > 1 && modes.contains(&BatchNorm::Sync) {
+        let trains = !job.only_evaluates();
+        if trains && device != Device::Cpu && owned.len() > 1 && modes.contains(&BatchNorm::Sync) {
             // libtorch runs all backward work of one GPU in one thread, where two shards that wait for each other
             // would wait for ever.
             return Err(TrainError::Fatal(format!(

@@ -54,12 +54,17 @@ pub(super) struct Markers<'a> {
     pub(super) exif: Option<&'a [u8]>,
     /// Whether Adobe's marker is there.
     pub(super) has_adobe: bool,
+    /// The largest horizontal sampling factor of the channels; 0 if it is not told.
+    pub(super) horizontal_sampling: usize,
 }
 
 /// Looks through the segments up to the first scan. What is damaged there ends the search; the decoder says so itself.
 pub(super) fn markers(jpeg: &[u8]) -> Markers<'_> {
     const APP1: u8 = 0xe1;
     const APP14: u8 = 0xee;
+    const HUFFMAN_TABLES: u8 = 0xc4;
+    const EXTENSION: u8 = 0xc8;
+    const ARITHMETIC_TABLES: u8 = 0xcc;
     const START_OF_SCAN: u8 = 0xda;
     let mut found = Markers::default();
     let mut rest = jpeg.get(2..).unwrap_or_default();
@@ -78,6 +83,12 @@ pub(super) fn markers(jpeg: &[u8]) -> Markers<'_> {
         match code {
             APP1 if found.exif.is_none() => found.exif = body.strip_prefix(b"Exif\0\0"),
             APP14 => found.has_adobe |= body.starts_with(b"Adobe"),
+            0xc0..=0xcf if !matches!(code, HUFFMAN_TABLES | EXTENSION | ARITHMETIC_TABLES) => {
+                // Precision, height, width and the number of channels; then of each its name, factors and table.
+                let factors =
+                    body.get(6..).unwrap_or_default().chunks_exact(3).map(|channel| channel[1] >> 4);
+                found.horizontal_sampling = factors.max().unwrap_or_default().into();
+            }
             _ => {}
         }
         rest = next;
@@ -90,9 +101,10 @@ mod tests {
 
     #[test]
     fn markers_are_found_and_damage_ends_the_search() {
-        let jpeg = b"\xff\xd8\xff\xe0\0\x04ab\xff\xff\xe1\0\x0aExif\0\0II\xff\xee\0\x07Adobe\xff\xda\0\x02\xff\xee\0\x02";
+        let jpeg = b"\xff\xd8\xff\xe0\0\x04ab\xff\xff\xe1\0\x0aExif\0\0II\xff\xee\0\x07Adobe\
+            \xff\xc2\0\x0e\x08\0\x01\0\x01\x02\x01\x12\0\x02\x21\0\xff\xc4\0\x02\xff\xda\0\x02\xff\xee\0\x02";
         let all = markers(jpeg);
-        assert_eq!(all, Markers { exif: Some(b"II"), has_adobe: true });
+        assert_eq!(all, Markers { exif: Some(b"II"), has_adobe: true, horizontal_sampling: 2 });
         for length in 0..jpeg.len() {
             let part = markers(&jpeg[..length]);
             assert!(part.exif.is_none() || part.exif == all.exif, "{length}");

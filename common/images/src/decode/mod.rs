@@ -3,7 +3,7 @@
 //! Every image becomes RGB of 8 bits a channel, upright:
 //! - grey is repeated; a palette is looked up; CMYK and YCCK become RGB by (255 − ink) · (255 − black) / 255;
 //! - transparency is dropped: the colours under it count, as with PIL's `convert("RGB")`;
-//! - of 16 bits the upper 8 count; JPEG with more than 8 is refused;
+//! - of 16 bits the upper 8 count; JPEG with more than 8, and lossless JPEG, is refused;
 //! - EXIF orientation is followed. Colour profiles are not.
 //!
 //! The format is told from the first bytes, not from a file's name.
@@ -107,7 +107,11 @@ impl Decoder {
         self.turbo.set_strict(true)?;
         let picture = self.decode(&image);
         self.turbo.set_strict(false)?;
-        picture
+        match picture {
+            // All scans have been read by then, but of several none has become pixels.
+            Err(e) if turbo::is_left_over(&e) => self.decode(&image),
+            picture => picture,
+        }
     }
 
     /// What is needed of an image to make `height` × `width` pixels of `region` (upright): a JPEG is decoded there only,

@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use super::MAX_PIXELS;
-use super::jpeg::Colours;
+use super::jpeg::{self, Colours};
 use crate::error::ImageError;
 use crate::picture::{Picture, Region};
 use std::ffi::{CStr, c_int, c_void};
@@ -74,14 +74,20 @@ impl Turbo {
         }
         let space = self.get(sys::TJPARAM_TJPARAM_COLORSPACE);
         let is_cmyk = space == sys::TJCS_TJCS_CMYK as c_int || space == sys::TJCS_TJCS_YCCK as c_int;
-        let is_lossless = self.get(sys::TJPARAM_TJPARAM_LOSSLESS) == 1;
-        self.unit_width = match self.get(sys::TJPARAM_TJPARAM_SUBSAMP) {
-            _ if is_lossless => None,
+        if self.get(sys::TJPARAM_TJPARAM_LOSSLESS) == 1 {
+            // The library decodes it at its full size whatever scale is asked for.
+            return Err(ImageError::Unsupported("lossless compression"));
+        }
+        let known = match self.get(sys::TJPARAM_TJPARAM_SUBSAMP) {
             sys::TJSAMP_TJSAMP_444 | sys::TJSAMP_TJSAMP_440 | sys::TJSAMP_TJSAMP_GRAY => Some(8),
+            sys::TJSAMP_TJSAMP_441 => Some(8),
             sys::TJSAMP_TJSAMP_422 | sys::TJSAMP_TJSAMP_420 => Some(16),
-            sys::TJSAMP_TJSAMP_411 | sys::TJSAMP_TJSAMP_441 => Some(32),
+            sys::TJSAMP_TJSAMP_411 => Some(32),
             _ => None,
         };
+        // One name stands for several sets of factors, and a part begins at whole units of the factors themselves.
+        let sampling = jpeg::markers(jpeg).horizontal_sampling;
+        self.unit_width = known.filter(|_| sampling.is_power_of_two()).map(|unit| unit.max(8 * sampling));
         Ok(Header { height, width, is_cmyk })
     }
 
@@ -126,8 +132,9 @@ impl Turbo {
         let mut values = vec![0; height * width * channels];
         let pitch = (width * channels) as c_int;
         // SAFETY: the library writes `height` rows of `pitch` bytes: the region's if there is one, and otherwise those of
-        // the whole image at this scale, whose size it computes as `size` is computed above, from the same bytes. It
-        // reads `jpeg` only, and jumps over none of our frames on an error.
+        // the whole image at this scale, whose size it computes as `size` is computed above, from the same bytes: it
+        // ignores the scale of lossless images only, which `header` has refused. It reads `jpeg` only, and jumps over
+        // none of our frames on an error.
         let code = unsafe {
             sys::tj3Decompress8(
                 self.raw(),
@@ -157,10 +164,8 @@ impl Turbo {
         unsafe { sys::tj3Get(self.raw(), parameter as c_int) }
     }
 
-    /// The error that a call's result stands for. Bytes that are left over at the end of an image are none: some cameras and
-    /// programs leave them there, and every pixel has been decoded by then.
+    /// The error that a call's result stands for.
     fn check(&self, code: c_int) -> Result<(), ImageError> {
-        const LEFT_OVER: &str = "extraneous bytes before marker 0xd9";
         if code == 0 {
             return Ok(());
         }
@@ -170,11 +175,17 @@ impl Turbo {
         // SAFETY: reads a number of the handle.
         let is_warning = unsafe { sys::tj3GetErrorCode(self.raw()) } == sys::TJERR_TJERR_WARNING as c_int;
         let is_strict = self.get(sys::TJPARAM_TJPARAM_STOPONWARNING) == 1;
-        if is_warning && (!is_strict || text.contains(LEFT_OVER)) {
+        if is_warning && !is_strict {
             return Ok(());
         }
         Err(ImageError::Jpeg(text))
     }
+}
+
+/// Whether that is a warning of bytes between the last scan and the end of an image. Some cameras and programs leave some
+/// there; nothing can follow it that would harm a pixel.
+pub(super) fn is_left_over(error: &ImageError) -> bool {
+    matches!(error, ImageError::Jpeg(text) if text.contains("extraneous bytes before marker 0xd9"))
 }
 
 impl Drop for Turbo {

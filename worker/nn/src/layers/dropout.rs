@@ -25,7 +25,7 @@ pub fn dropout(x: &Tensor, keep: f64, name: &str, fwd: &mut Forward) -> Result<T
             got: format!("an input of shape {shape:?}"),
         });
     }
-    let use_index = fwd.use_index(name);
+    let use_index = fwd.draw_index(name);
     let draws = Draws {
         seed: fwd.seed,
         purpose: format!("dropout {}/{name}", fwd.network),

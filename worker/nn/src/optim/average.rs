@@ -1,4 +1,7 @@
 //! Averages of the weights over the steps, to evaluate with.
+//!
+//! The running statistics of batch norms are averaged like weights, as TensorFlow's Inception did with its moving averages:
+//! those of the newest weights do not fit averages of older ones.
 
 use super::{of, prefixed};
 use crate::error::NnError;
@@ -10,7 +13,7 @@ use tch::Tensor;
 #[derive(Debug)]
 pub(super) struct Average {
     spec: AverageSpec,
-    /// By parameter.
+    /// By parameter or buffer.
     mean: BTreeMap<String, Tensor>,
 }
 
@@ -18,13 +21,13 @@ impl Average {
     /// The average of nothing but the initial weights.
     pub(super) fn new(spec: AverageSpec, vars: &Vars) -> Result<Self, NnError> {
         let copy = |(name, var): (&str, &Var)| Ok((name.to_owned(), copy_of(&var.tensor)?));
-        Ok(Self { spec, mean: vars.parameters().map(copy).collect::<Result<_, NnError>>()? })
+        Ok(Self { spec, mean: vars.iter().map(copy).collect::<Result<_, NnError>>()? })
     }
 
     /// Takes in the weights after update `step`, which counts from 0.
     pub(super) fn update(&mut self, vars: &Vars, step: u64) -> Result<(), NnError> {
         let weight = new_weight(&self.spec, step);
-        for (name, var) in vars.parameters() {
+        for (name, var) in vars.iter() {
             let mean = of(&mut self.mean, name)?;
             // A weight of 1 must leave nothing of the old value, not even by rounding.
             if weight == 1.0 {
@@ -38,7 +41,7 @@ impl Average {
 
     /// Exchanges the weights of `vars` with their averages.
     pub(super) fn exchange(&mut self, vars: &Vars) -> Result<(), NnError> {
-        for (name, var) in vars.parameters() {
+        for (name, var) in vars.iter() {
             let mean = of(&mut self.mean, name)?;
             let weights = copy_of(&var.tensor)?;
             var.tensor.f_detach()?.f_copy_(mean)?;
@@ -112,14 +115,18 @@ mod tests {
     fn an_exchange_and_another_one_change_nothing() {
         let mut vars = Vars::new("model", 1, Kind::Float, Device::Cpu);
         let _ = vars.root().parameter("weight", &[2], Init::Normal { std: 1.0 }).unwrap();
-        let weight = || vars.var("weight").unwrap().tensor.detach().copy();
+        let _ = vars.root().buffer("running_mean", &[2], 1.0).unwrap();
+        let names = ["weight", "running_mean"];
+        let values = || names.map(|name| vars.var(name).unwrap().tensor.detach().copy());
+        let same = |a: &[Tensor], b: &[Tensor]| a.iter().zip(b).all(|(a, b)| a.equal(b));
         let mut average = Average::new(AverageSpec::Polyak { from_step: 0 }, &vars).unwrap();
-        let before = weight();
-        no_grad(|| vars.var("weight").unwrap().tensor.detach().f_mul_scalar_(3.0).map(drop)).unwrap();
-        let learnt = weight();
+        let before = values();
+        let learn = |name| vars.var(name).unwrap().tensor.detach().f_mul_scalar_(3.0).map(drop);
+        no_grad(|| names.map(|name| learn(name).unwrap()));
+        let learnt = values();
         no_grad(|| average.exchange(&vars)).unwrap();
-        assert!(weight().equal(&before));
+        assert!(same(&values(), &before), "statistics too belong to the average");
         no_grad(|| average.exchange(&vars)).unwrap();
-        assert!(weight().equal(&learnt) && average.mean["weight"].equal(&before));
+        assert!(same(&values(), &learnt) && average.mean["weight"].equal(&before[0]));
     }
 }

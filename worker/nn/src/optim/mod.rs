@@ -100,7 +100,7 @@ impl Optimizer {
     }
 
     /// One update of `vars` by `gradients`, at the learning rate `lr` (the schedule's factor included).
-    /// `step` is the network's update number from 0; it moves a momentum ramp and an average.
+    /// `step` is the network's update number from 0; it moves a momentum ramp.
     ///
     /// A parameter without a gradient stays as it is, its state too.
     pub fn step(
@@ -124,11 +124,16 @@ impl Optimizer {
                     }
                 }
             }
-            match &mut self.average {
-                Some(average) => average.update(vars, step),
-                None => Ok(()),
-            }
+            Ok(())
         })
+    }
+
+    /// Takes `vars` into the average, if there is one: weights and running statistics as they are after update `step`.
+    pub fn average(&mut self, vars: &Vars, step: u64) -> Result<(), NnError> {
+        match &mut self.average {
+            Some(average) => no_grad(|| average.update(vars, step)),
+            None => Ok(()),
+        }
     }
 
     /// Exchanges the weights of `vars` with their averages, if there are any; a second exchange undoes the first.

@@ -1,6 +1,7 @@
 //! Whole training runs with all ranks in this process: the result must not depend on how many there are.
 
 mod audit;
+mod evaluation;
 mod recipes;
 pub(crate) mod recovery;
 mod systems;
@@ -11,9 +12,11 @@ use super::evaluate::evaluate;
 use super::replica::{PhaseUpdate, RawTensors, Replica};
 use super::trainer::{StepDone, Trainer};
 use super::wishes::Wishes;
-use crate::data::batch::{Decoder, Use};
+use crate::data::batch::Decoder;
 use crate::data::loader::{Loader, Timetable};
 use crate::data::pool::Pool;
+use crate::data::preparation::Use;
+use crate::evaluation::report::Report;
 use crate::tasks::TaskPlan;
 use lockstep_collectives::{CollectiveError, Group};
 use lockstep_common::dataset::{DatasetReader, ShardCache, Store};
@@ -68,7 +71,7 @@ pub(crate) fn job(networks: &str, more: &str) -> JobSpec {
 struct Outcome {
     digest: String,
     losses: Vec<f64>,
-    evaluation: BTreeMap<String, f64>,
+    evaluation: Option<Report>,
     saved: Saved,
 }
 
@@ -161,7 +164,13 @@ impl<T: Number> Bench<T> {
         let next = replica.step;
         let trainer = Trainer::<T>::new(job.clone(), Arc::new(plan), group, replica, threads).unwrap();
         let loader = Loader::start(decoder(Use::Train), timetable, shards, next..total).unwrap();
-        Self { trainer, loader, test: Arc::new(decoder(Use::Evaluate)), total, per_epoch }
+        Self {
+            trainer,
+            loader,
+            test: Arc::new(decoder(Use::Evaluate(job.evaluation.crops))),
+            total,
+            per_epoch,
+        }
     }
 
     /// One step.
@@ -199,10 +208,11 @@ fn run<T: Number>(
     let steps = bench.trainer.replica.step..until.unwrap_or(bench.total);
     let losses = steps.map(|_| bench.step()).collect();
     let test = bench.test.clone();
-    let evaluation = match job.data.test {
-        Some(_) => bench.trainer.averaged(|trainer| evaluate(trainer, &test)).unwrap(),
-        None => BTreeMap::new(),
-    };
+    let evaluation = bench
+        .trainer
+        .plan
+        .is_evaluated
+        .then(|| bench.trainer.averaged(|trainer| evaluate(trainer, &test)).unwrap());
     let (trainer, replica) = (&bench.trainer, &bench.trainer.replica);
     let saved = Saved {
         step: replica.step,

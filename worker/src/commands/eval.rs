@@ -1,0 +1,228 @@
+//! `worker eval`: trained classifiers on a test set, by themselves and together.
+
+use super::args::EvalArgs;
+use super::progress::Progress;
+use crate::cli::DeviceArg;
+use crate::data::batch::Decoder;
+use crate::data::pool::Pool;
+use crate::data::preparation::Use;
+use crate::evaluation::candidate::{Candidate, Recipe};
+use crate::evaluation::contest::{Division, Entrant, Entry, hold};
+use crate::evaluation::judge;
+use crate::evaluation::report::{Report, Subject, side_by_side};
+use crate::evaluation::stores::Stores;
+use crate::train::Number;
+use crate::train::device::{device, enable_cuda};
+use anyhow::{Context, Result, bail};
+use lockstep_common::dataset::Manifest;
+use lockstep_common::job::{Crops, DataSpec, JobSpec, PixelScale, Precision};
+use serde::Serialize;
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+
+/// The whole report.
+#[derive(Serialize)]
+struct Evaluations {
+    checkpoints: Vec<Evaluated>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ensemble: Option<Report>,
+}
+
+/// One checkpoint's.
+#[derive(Serialize)]
+struct Evaluated {
+    path: String,
+    model: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    step: Option<u64>,
+    report: Report,
+}
+
+/// Evaluates the checkpoints that `args` name and prints what they come to.
+pub(crate) fn eval(args: &EvalArgs) -> Result<()> {
+    if let DeviceArg::Cuda(index) = args.common.device {
+        enable_cuda(index)?;
+    }
+    let job = args.common.weights.job()?;
+    let data = args.common.weights.data(args.dataset.as_deref())?;
+    let recipe = job.as_ref().map_or(Recipe::Data(&data), Recipe::Job);
+    let mut candidates = Vec::new();
+    for path in &args.checkpoint {
+        let read = Candidate::read(path, &recipe).and_then(|mut candidate| {
+            if let Some(precision) = args.common.precision {
+                candidate.set_precision(precision.into())?;
+            }
+            Ok(candidate)
+        });
+        candidates.push(read.with_context(|| checkpoint(path))?);
+    }
+    if args.common.weights.prepares() && !candidates.iter().any(Candidate::is_weights) {
+        bail!("--resize, --mean and their like are for .safetensors files; a job's checkpoint knows its own");
+    }
+    let evaluations = Contest::new(args, &candidates)?.evaluations()?;
+    match &args.json {
+        Some(path) if path.as_os_str() == "-" => {
+            writeln!(std::io::stdout().lock(), "{}", serde_json::to_string(&evaluations)?)?;
+            return Ok(());
+        }
+        Some(path) => {
+            std::fs::write(path, serde_json::to_string(&evaluations)?)
+                .with_context(|| format!("cannot write `{}`", path.display()))?;
+        }
+        None => {}
+    }
+    print(&evaluations)
+}
+
+fn checkpoint(path: &Path) -> String {
+    format!("checkpoint `{}`", path.display())
+}
+
+fn print(evaluations: &Evaluations) -> Result<()> {
+    let mut rows: Vec<_> = evaluations.checkpoints.iter().map(|e| (e.path.as_str(), &e.report)).collect();
+    rows.extend(evaluations.ensemble.as_ref().map(|report| ("ensemble", report)));
+    let mut out = std::io::stdout().lock();
+    if let Some((_, Report { dataset, samples, crops, .. })) = rows.first() {
+        let crops = crops.count();
+        writeln!(
+            out,
+            "{dataset}: {samples} images, {crops} {}\n",
+            if crops == 1 { "crop" } else { "crops" }
+        )?;
+    }
+    write!(out, "{}", side_by_side(&rows))?;
+    for (name, report) in &rows {
+        writeln!(out, "\n{name}\n\n{}", report.details())?;
+    }
+    Ok(())
+}
+
+/// What is to be evaluated on what.
+struct Contest<'a> {
+    args: &'a EvalArgs,
+    candidates: &'a [Candidate],
+    stores: Stores,
+    crops: Crops,
+    /// The test set's name.
+    dataset: String,
+    test: Manifest,
+    pool: Arc<Pool>,
+}
+
+impl<'a> Contest<'a> {
+    fn new(args: &'a EvalArgs, candidates: &'a [Candidate]) -> Result<Self> {
+        let stores = Stores::find(&args.common.datasets, &args.checkpoint);
+        let jobs = || candidates.iter().map(|candidate| &candidate.job);
+        let dataset = args.dataset.clone().or_else(|| jobs().find_map(|job| job.data.test.clone()));
+        let dataset =
+            dataset.context("no job names a test set; --dataset NAME does, such as `fashion-mnist/test`")?;
+        let test = stores.manifest(&dataset)?;
+        let crops = match args.common.crops {
+            Some(crops) => crops,
+            None => same(jobs().map(|job| job.evaluation.crops)).context(
+                "the checkpoints' jobs are evaluated with different `crops`; --crops says how many",
+            )?,
+        };
+        for candidate in candidates {
+            let classes = candidate.classes()?;
+            if (test.classes as usize) > classes {
+                bail!(
+                    "{}: its network has {classes} classes, and data set `{dataset}` has {}",
+                    checkpoint(&candidate.path),
+                    test.classes
+                );
+            }
+        }
+        if args.ensemble {
+            let classes = candidates.iter().map(Candidate::classes).collect::<Result<Vec<_>>>()?;
+            same(classes.into_iter()).context("networks of different numbers of classes make no ensemble")?;
+        }
+        let pool = Arc::new(Pool::new(args.common.threads())?);
+        Ok(Self { args, candidates, stores, crops, dataset, test, pool })
+    }
+
+    fn evaluations(&self) -> Result<Evaluations> {
+        // Together they must be shown the same samples at a time; by themselves each is divided as its job is.
+        let rounds: Vec<&[Candidate]> =
+            if self.args.ensemble { vec![self.candidates] } else { self.candidates.chunks(1).collect() };
+        let (mut checkpoints, mut ensemble) = (Vec::new(), None);
+        for round in rounds {
+            let entrants = round
+                .iter()
+                .map(|candidate| self.entrant(candidate).with_context(|| checkpoint(&candidate.path)))
+                .collect::<Result<Vec<_>>>()?;
+            let Some(first) = round.first() else { continue };
+            let views = self.crops.count() as usize;
+            let division = Division {
+                shards: first.job.logical_shards,
+                batch: self.args.batch.unwrap_or_else(|| judge::batch(views)),
+                threads: self.args.common.threads(),
+            };
+            let progress = Progress::new(self.test.samples);
+            let outcome = hold(&entrants, division, &|samples| progress.add(samples));
+            let outcome = outcome
+                .with_context(|| round.iter().map(|c| checkpoint(&c.path)).collect::<Vec<_>>().join(", "))?;
+            for (candidate, tally) in round.iter().zip(&outcome.each) {
+                checkpoints.push(Evaluated {
+                    path: candidate.path.display().to_string(),
+                    model: candidate.model()?.name.clone(),
+                    step: candidate.step(),
+                    report: Report::new(&self.subject(candidate)?, tally),
+                });
+            }
+            if self.args.ensemble {
+                ensemble = Some(Report::new(&self.subject(first)?, &outcome.together));
+            }
+        }
+        Ok(Evaluations { checkpoints, ensemble })
+    }
+
+    fn subject(&self, candidate: &Candidate) -> Result<Subject> {
+        Ok(Subject {
+            dataset: self.dataset.clone(),
+            classes: candidate.classes()?,
+            labels: self.test.classes as usize,
+            names: self.test.class_names.clone(),
+            crops: self.crops,
+        })
+    }
+
+    fn entrant(&self, candidate: &Candidate) -> Result<Box<dyn Entrant>> {
+        match candidate.job.precision {
+            Precision::F64 => Ok(Box::new(self.entry::<f64>(candidate)?)),
+            Precision::F32 | Precision::Bf16 => Ok(Box::new(self.entry::<f32>(candidate)?)),
+        }
+    }
+
+    fn entry<T: Number>(&self, candidate: &Candidate) -> Result<Entry<T>> {
+        let device = device(self.args.common.device);
+        let JobSpec { data, seed, .. } = &candidate.job;
+        let train = statistics(&self.stores, data)?;
+        let train = train.as_ref().unwrap_or(&self.test);
+        let reader = self.stores.reader(&self.dataset)?;
+        let purpose = Use::Evaluate(self.crops);
+        let data = Decoder::new(reader, data, purpose, train, *seed, device, self.pool.clone())?;
+        Ok(Entry { network: candidate.network(device)?, data: Arc::new(data) })
+    }
+}
+
+/// The value that all have.
+fn same<T: PartialEq>(mut values: impl Iterator<Item = T>) -> Option<T> {
+    let first = values.next()?;
+    values.all(|value| value == first).then_some(first)
+}
+
+/// The training set by whose statistics pixels are scaled, if they are by any.
+pub(super) fn statistics(stores: &Stores, data: &DataSpec) -> Result<Option<Manifest>> {
+    if data.scale == PixelScale::Unit || data.mean.is_some() {
+        return Ok(None);
+    }
+    if data.train.is_empty() {
+        bail!(
+            "how are pixels scaled? say it with --mean and --std, --train NAME, --scale unit or --job FILE"
+        );
+    }
+    let train = stores.manifest(&data.train);
+    Ok(Some(train.with_context(|| format!("pixels are scaled by the statistics of `{}`", data.train))?))
+}

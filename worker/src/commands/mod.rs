@@ -1,0 +1,10 @@
+//! What a worker does with trained networks when somebody asks it to.
+
+mod args;
+mod eval;
+mod predict;
+mod progress;
+
+pub(crate) use args::{EvalArgs, PredictArgs};
+pub(crate) use eval::eval;
+pub(crate) use predict::predict;
