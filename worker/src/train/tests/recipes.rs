@@ -29,8 +29,7 @@ fn pieces_of_a_batch_add_up_to_the_batch() {
     for (whole, pieces) in whole.losses.iter().zip(&pieces.losses) {
         assert!((whole - pieces).abs() < 1e-12 * whole.abs().max(1.0), "{whole} {pieces}");
     }
-    let mlp =
-        "task = \"classify\"\n[model]\nname = \"mlp\"\nclasses = 4\ninputs = 64\nhidden = 16\ndropout = 0.5\nbatch_norm = \"none\"";
+    let mlp = "task = \"classify\"\n[model]\nname = \"mlp\"\nclasses = 4\ninputs = 64\nhidden = 16\ndropout = 0.5\nbatch_norm = \"none\"";
     let whole = train::<f64>(&job(mlp, ""), 2, 1);
     let pieces = train::<f64>(&job(mlp, "accumulation = 2"), 2, 1);
     for (whole, pieces) in whole.losses.iter().zip(&pieces.losses) {
