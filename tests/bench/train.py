@@ -17,6 +17,7 @@ seed = 1
 steps = {steps}
 global_batch = {batch}
 logical_shards = {shards}
+memory_format = "{memory_format}"
 
 [model]
 name = "{network}"
@@ -65,6 +66,8 @@ def main():
     parser.add_argument("--data", type=Path, required=True, help="folder with the four IDX files")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shards", type=int, default=4, help="logical shards of Lockstep's jobs")
+    parser.add_argument("--memory-format", choices=["contiguous", "channels-last"], default="contiguous",
+                        help="of Lockstep's jobs")
     parser.add_argument("--at-least", type=float, default=0.0, help="least ratio that is not a failure")
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(CASES)}")
     arguments = parser.parse_args()
@@ -75,7 +78,7 @@ def main():
         case = CASES[network]
         data = 'augment = [{ name = "flip" }]' if case.side == 28 else LARGER.format(side=case.side)
         job.write_text(JOB.format(network=network, options=case.options, batch=case.batch, steps=case.steps,
-                                  shards=arguments.shards, data=data))
+                                  shards=arguments.shards, memory_format=arguments.memory_format, data=data))
         for workers, threads in (1, 2), (2, 1):
             peer = [HERE / "step_ddp.py", "--data", arguments.data, "--network", network, "--side", case.side,
                     "--workers", workers, "--threads", threads, "--global-batch", case.batch,

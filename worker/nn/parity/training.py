@@ -51,16 +51,18 @@ class Optimizer:
     make: callable = field(repr=False)
 
 
+# At these rates no loss runs away. One that does amplifies what rounding leaves: at ten times this rate, that of Inception v4
+# goes from 2.3 to 43 in ten steps of RMSProp, and the two sides differ by 7e-9.
 SGD = Optimizer(
     {"name": "sgd", "lr": 0.001, "momentum": 0.9, "weight_decay": 5e-4},
     lambda p: optim.SGD(p, lr=0.001, momentum=0.9, weight_decay=5e-4))
 ADAM = Optimizer(
-    {"name": "adam", "lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-3},
-    lambda p: optim.Adam(p, lr=1e-4, betas=(0.9, 0.999), eps=1e-3))
+    {"name": "adam", "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-3},
+    lambda p: optim.Adam(p, lr=1e-3, betas=(0.9, 0.999), eps=1e-3))
 RMSPROP = Optimizer(
-    {"name": "rmsprop", "form": "tensorflow", "lr": 0.01, "alpha": 0.9, "eps": 1.0, "momentum": 0.9,
+    {"name": "rmsprop", "form": "tensorflow", "lr": 0.001, "alpha": 0.9, "eps": 1.0, "momentum": 0.9,
      "weight_decay": 4e-5},
-    lambda p: timm.optim.RMSpropTF(p, lr=0.01, alpha=0.9, eps=1.0, momentum=0.9, weight_decay=4e-5))
+    lambda p: timm.optim.RMSpropTF(p, lr=0.001, alpha=0.9, eps=1.0, momentum=0.9, weight_decay=4e-5))
 
 # The paper's kind of optimizer; Adam, which no paper here has, where it makes one more of each.
 OPTIMIZERS = {

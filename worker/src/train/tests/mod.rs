@@ -110,6 +110,8 @@ fn train_part<T: Number>(
                 let cache = folder.path().join(format!("cache-{}", group.rank().0));
                 let store = &store;
                 scope.spawn(move || {
+                    // Many tests run at a time, and an idle thread of libtorch's spins.
+                    tch::set_num_threads(1);
                     let cache = ShardCache::new(&cache, 1 << 30).unwrap();
                     let cache = Arc::new(cache.with_local([store.shards_dir().to_owned()]));
                     run::<T>(job, group, store, &cache, threads, saved, until)
