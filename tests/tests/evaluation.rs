@@ -1,10 +1,12 @@
 //! Evaluation by jobs and by `worker eval`, predictions by `worker predict`, and what they refuse.
 
+use lockstep_tests::cluster::Cluster;
 use lockstep_tests::data::write_idx;
 use lockstep_tests::images::{write_cifar10, write_classes};
 use lockstep_tests::job::{Job, set};
 use lockstep_tests::place::{Place, TEST, flip_byte};
 use lockstep_tests::process::{Ended, Process, command};
+use lockstep_tests::wait::until;
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::ffi::OsStr;
@@ -110,17 +112,47 @@ fn an_ensemble_averages_its_members_and_one_alone_is_itself() {
     assert_eq!((&both["ensemble"]["samples"], &both["ensemble"]["crops"]), (&TEST.into(), &10.into()));
 }
 
+/// A job that evaluates the weights of the place's job `j1`, and their file.
+fn evaluates(place: &Place, job: Job) -> (String, String) {
+    let file = place.file("weights.safetensors").to_string_lossy().into_owned();
+    place.coordinator(["checkpoint", "export", "j1", &file]).ok();
+    let section = worker(["weights", &file]).ok().stdout;
+    let job = Job { name: "evaluation", steps: 0, ..job }.to_string();
+    let (before, rest) = job.split_once("[model]").expect("a model");
+    let (_, after) = rest.split_once("[data]").expect("data");
+    (format!("{before}{section}\n[data]{after}"), file)
+}
+
+#[test]
+fn an_evaluation_whose_workers_die_ends_with_the_same_report() {
+    let job = Job { steps: 6, width: 16, max_workers: 2, ..Job::default() };
+    let place = Place::new();
+    place.run(job.clone(), 1);
+    let expected = evaluation(&place, "j1");
+    let (job, _) = evaluates(&place, job);
+    let mut cluster = Cluster::start(place);
+    let token = cluster.token();
+    // Of the first two one dies in the midst of the test set, and whoever is rank 0 with the report in its hands.
+    let mut armed = |faults: &str| {
+        let mut command = cluster.join_command(&token);
+        command.env("LOCKSTEP_FAULTS", faults);
+        cluster.join(command)
+    };
+    let mut doomed = armed("kill:phase=evaluation");
+    let _reporter = armed("kill:phase=artifact");
+    let id = cluster.submit(job);
+    until("the first death", || doomed.status());
+    let _last = cluster.worker();
+    let status = cluster.until_finished(&id);
+    assert!(status.generation > 1, "{status:?}");
+    assert_eq!(evaluation(&cluster.place, &id), expected);
+}
+
 #[test]
 fn a_job_that_only_evaluates_gives_one_report_on_any_number_of_workers() {
     let place = Place::new();
     let trained = place.run(Job { steps: 6, width: 16, ..Job::default() }, 1);
-    let file = place.file("weights.safetensors").to_string_lossy().into_owned();
-    place.coordinator(["checkpoint", "export", "j1", &file]).ok();
-    let section = worker(["weights", &file]).ok().stdout;
-    let job = Job { name: "evaluation", steps: 0, ..Job::default() }.to_string();
-    let (before, rest) = job.split_once("[model]").expect("a model");
-    let (_, after) = rest.split_once("[data]").expect("data");
-    let job = format!("{before}{section}\n[data]{after}");
+    let (job, file) = evaluates(&place, Job::default());
     let digests =
         [1, 2].map(|workers| place.run(job.replace("\"evaluation\"", &format!("\"on-{workers}\"")), workers));
     assert_eq!(digests[0].digest(), trained.digest());
@@ -224,10 +256,10 @@ fn checkpoints_and_data_sets_that_are_not_there_are_named() {
     let unknown = ["--dataset", "tiny/tset"];
     refused(
         eval(&[&good], &unknown),
-        &["no data set `tiny/tset` in ", "data/datasets`", "did you mean `tiny/test`?", "--datasets DIR"],
+        &["no dataset `tiny/tset` in ", "data/datasets`", "did you mean `tiny/test`?", "--datasets DIR"],
     );
     let elsewhere = place.file("elsewhere").to_string_lossy().into_owned();
-    refused(eval(&[&good], &["--datasets", &elsewhere]), &["no data set `tiny/test` in `", "elsewhere`"]);
+    refused(eval(&[&good], &["--datasets", &elsewhere]), &["no dataset `tiny/test` in `", "elsewhere`"]);
     eval(&[&good], &["--crops", "7"]).refused(2, &["`crops` is 7; it must be 1, 10, 12 or 144"]);
     eval(&[], &[]).refused(2, &["--checkpoint"]);
 }
@@ -328,7 +360,7 @@ fn too_few_classes_and_images_too_small_or_of_other_colours_are_named() {
     let pets = place.checkpoint("j1", 30);
     refused(
         eval(&[&pets], &["--dataset", "dots/test"]),
-        &["step-000000000030`: its network has 4 classes, and data set `dots/test` has 10"],
+        &["step-000000000030`: its network has 4 classes, and dataset `dots/test` has 10"],
     );
 
     write_idx(&place.file("tiny"), 40, 40, 16);
@@ -353,7 +385,7 @@ fn too_few_classes_and_images_too_small_or_of_other_colours_are_named() {
     );
     refused(
         eval(&[&grey], &["--dataset", "cifar/test"]),
-        &["dataset `cifar/test` has 3 channels, the training set 1"],
+        &["its network takes images of 1 channels and these have 3"],
     );
     refused(eval(&[&grey, &pets], &["--dataset", "tiny/test"]), &["its network has 4 classes"]);
 }

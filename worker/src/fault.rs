@@ -3,8 +3,8 @@
 //! The tests' only door into a worker: `LOCKSTEP_FAULTS` holds faults, separated by `;`, such as
 //! `kill:rank=1,step=7,phase=backward` or `flip:rank=2,step=40`. Without `rank` every rank is meant, without `step`
 //! every step. A fault happens once in a process, unless it says `always`. Steps count from 1. A step's points see the
-//! number of the step in progress, `checkpoint` and `boundary` that of the step that is committed, after which `flip`
-//! changes a weight too.
+//! number of the step in progress, `checkpoint`, `boundary`, `evaluation` and `artifact` that of the step that is committed,
+//! after which `flip` changes a weight too.
 
 use lockstep_common::ids::Rank;
 use lockstep_common::suggest::did_you_mean;
@@ -34,9 +34,13 @@ pub(crate) enum Point {
     Heal,
     /// A step is committed.
     Boundary,
+    /// A lane has judged some test samples.
+    Evaluation,
+    /// A file for people to look at is about to be sent.
+    Artifact,
 }
 
-const POINTS: [(&str, Point); 8] = [
+const POINTS: [(&str, Point); 10] = [
     ("data", Point::Data),
     ("forward", Point::Forward),
     ("backward", Point::Backward),
@@ -45,6 +49,8 @@ const POINTS: [(&str, Point); 8] = [
     ("checkpoint", Point::Checkpoint),
     ("heal", Point::Heal),
     ("boundary", Point::Boundary),
+    ("evaluation", Point::Evaluation),
+    ("artifact", Point::Artifact),
 ];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

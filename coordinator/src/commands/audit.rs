@@ -90,6 +90,10 @@ fn tell_proof(id: JobId, proof: &Proof, json: bool) {
         }));
         return;
     }
+    if proof.total_steps == 0 {
+        say(format_args!("{id}: it only evaluates, and no step of it was trained"));
+        return;
+    }
     say(format_args!(
         "{id}: steps 1 to {} of {} counted exactly once, and every sample once in each of {} whole epochs: {} samples, \
          {} generations, {} steps undone and done again",

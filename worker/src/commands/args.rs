@@ -37,7 +37,7 @@ pub(crate) struct PredictArgs {
     /// Images, JPEG or PNG.
     #[arg(required = true)]
     pub(crate) images: Vec<PathBuf>,
-    /// The data set whose class names are told and whose image size the network takes [default: the job's].
+    /// The dataset whose class names are told and whose image size the network takes [default: the job's].
     #[arg(long, value_name = "NAME")]
     pub(crate) dataset: Option<String>,
     /// Print JSON for scripts.
@@ -53,7 +53,7 @@ pub(crate) struct CommonArgs {
     /// Parts of each image whose softmax is averaged: 1, 10, 12 or 144 [default: the job's, or 1].
     #[arg(long, value_parser = crops)]
     pub(crate) crops: Option<Crops>,
-    /// A folder of data sets on this host [default: that of the checkpoint's data directory, ~/.lockstep/datasets].
+    /// A folder of datasets on this host [default: that of the checkpoint's data directory, ~/.lockstep/datasets].
     #[arg(long, value_name = "DIR")]
     pub(crate) datasets: Vec<PathBuf>,
     /// Where to compute: `cpu`, or `cuda:0`, `cuda:1`, ...

@@ -13,7 +13,7 @@ use crate::evaluation::report::{Report, Subject, side_by_side};
 use crate::evaluation::stores::Stores;
 use crate::train::Number;
 use crate::train::device::{device, enable_cuda};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use lockstep_common::dataset::Manifest;
 use lockstep_common::job::{Crops, DataSpec, JobSpec, PixelScale, Precision};
 use serde::Serialize;
@@ -63,16 +63,15 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<()> {
     let evaluations = Contest::new(args, &candidates)?.evaluations()?;
     match &args.json {
         Some(path) if path.as_os_str() == "-" => {
-            writeln!(std::io::stdout().lock(), "{}", serde_json::to_string(&evaluations)?)?;
-            return Ok(());
+            Ok(writeln!(std::io::stdout().lock(), "{}", serde_json::to_string(&evaluations)?)?)
         }
         Some(path) => {
+            print(&evaluations)?;
             std::fs::write(path, serde_json::to_string(&evaluations)?)
-                .with_context(|| format!("cannot write `{}`", path.display()))?;
+                .with_context(|| format!("cannot write `{}`", path.display()))
         }
-        None => {}
+        None => print(&evaluations),
     }
-    print(&evaluations)
 }
 
 fn checkpoint(path: &Path) -> String {
@@ -128,7 +127,7 @@ impl<'a> Contest<'a> {
             let classes = candidate.classes()?;
             if (test.classes as usize) > classes {
                 bail!(
-                    "{}: its network has {classes} classes, and data set `{dataset}` has {}",
+                    "{}: its network has {classes} classes, and dataset `{dataset}` has {}",
                     checkpoint(&candidate.path),
                     test.classes
                 );
@@ -202,6 +201,8 @@ impl<'a> Contest<'a> {
         let train = train.as_ref().unwrap_or(&self.test);
         let reader = self.stores.reader(&self.dataset)?;
         let purpose = Use::Evaluate(self.crops);
+        let shape = data.test_shape(&self.test, self.crops).map_err(|(_, what)| anyhow!(what))?;
+        candidate.check_channels(shape.channels)?;
         let data = Decoder::new(reader, data, purpose, train, *seed, device, self.pool.clone())?;
         Ok(Entry { network: candidate.network(device)?, data: Arc::new(data) })
     }

@@ -118,7 +118,7 @@ fn numbers<T: Number>(preparation: &Preparation<T>, bench: &mut Workbench, path:
 
 struct Prepared<T> {
     preparation: Preparation<T>,
-    /// The classes', if a data set tells them.
+    /// The classes', if a dataset tells them.
     names: Option<Vec<String>>,
 }
 
@@ -136,21 +136,26 @@ fn prepared<T: Number>(
     let train = statistics(stores, data)?;
     let shape = match &own {
         Some(own) => data.test_shape(own, crops).map_err(|(_, what)| anyhow!(what))?,
-        None => told_shape(data).context(
+        None => told_shape(data, candidate.channels()?).context(
             "which images does the network take? say it with --center-crop N, --dataset NAME or --job FILE",
         )?,
     };
+    candidate
+        .check_channels(shape.channels)
+        .with_context(|| format!("checkpoint `{}`", args.checkpoint.display()))?;
     let preparation = Preparation::for_pictures(data, crops, shape, train.as_ref())?;
     let names = own.and_then(|own| own.class_names).or_else(|| train.and_then(|train| train.class_names));
     Ok(Prepared { preparation, names })
 }
 
-/// The size that the options alone give.
-fn told_shape(data: &DataSpec) -> Option<SampleShape> {
+/// The shape that the options and the network's number of channels alone give.
+fn told_shape(data: &DataSpec, channels: Option<u32>) -> Option<SampleShape> {
     match data.evaluate.last() {
-        Some(Augment::CenterCrop { size }) => {
-            Some(SampleShape { channels: data.channels.unwrap_or(3), height: *size, width: *size })
-        }
+        Some(Augment::CenterCrop { size }) => Some(SampleShape {
+            channels: data.channels.or(channels).unwrap_or(3),
+            height: *size,
+            width: *size,
+        }),
         _ => None,
     }
 }

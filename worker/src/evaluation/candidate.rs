@@ -85,6 +85,26 @@ impl Candidate {
         Ok(usize::try_from(models::classes(self.model()?)?)?)
     }
 
+    /// How many channels the images have that it takes, if its architecture leaves that open.
+    pub(crate) fn channels(&self) -> Result<Option<u32>> {
+        let model = self.model()?;
+        let option = models::info(&model.name)?.options.iter().find(|option| option.name == "in_channels");
+        let given = model.options.get("in_channels").and_then(|value| value.as_u64()?.try_into().ok());
+        Ok(option.and_then(|option| given.or_else(|| option.default.parse().ok())))
+    }
+
+    /// Refuses images of another number of channels than it takes.
+    pub(crate) fn check_channels(&self, channels: u32) -> Result<()> {
+        match self.channels()? {
+            Some(taken) if taken != channels => {
+                bail!(
+                    "its network takes images of {taken} channels and these have {channels}; `channels` can make them so"
+                )
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Computes in `precision` from now on.
     pub(crate) fn set_precision(&mut self, precision: Precision) -> Result<()> {
         let is_wide = |precision| precision == Precision::F64;

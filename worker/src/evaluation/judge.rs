@@ -39,7 +39,7 @@ pub(crate) fn judge<T: Number>(
         .into_iter()
         .zip(answers)
         .map(|(label, views)| {
-            // Refused before, as the data set's classes are known; a row of the logits must not be overrun all the same.
+            // Refused before, as the dataset's classes are known; a row of the logits must not be overrun all the same.
             let label = usize::try_from(label).ok().filter(|label| *label < views.classes());
             let label = label
                 .ok_or_else(|| TrainError::Fatal("a sample's class is none of the network's".to_owned()))?;
@@ -72,4 +72,47 @@ pub(crate) fn answers(
     }
     let classes = classes as usize;
     Ok(logits.chunks_exact((classes * views).max(1)).map(|part| Views::new(classes, part.to_vec())).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tasks::TaskPlan;
+    use crate::train::tests::{classifier, job};
+    use lockstep_nn::vars::Vars;
+
+    #[test]
+    fn the_answer_to_an_image_is_the_average_of_its_views_softmax() {
+        let plan = TaskPlan::new(&job(&classifier("sync"), "precision = \"f64\""));
+        let vars = plan.build(Kind::Double, Device::Cpu).unwrap();
+        let frozen = || vars.iter().map(Vars::frozen).collect::<Result<Vec<_>, _>>().unwrap();
+        let mut task = plan.lane(&mut frozen(), &mut frozen()).unwrap();
+        // Two images of 40 views: more than go through the network at a time.
+        let images = Tensor::arange(80 * 64, (Kind::Double, Device::Cpu)).sin().view([80, 1, 8, 8]) * 3.0;
+        let found = answers(task.as_mut(), &images, 40, &|| Ok(())).unwrap();
+        assert_eq!(found.len(), 2);
+        for (i, views) in (0..).zip(found) {
+            let logits = task.logits(&images.narrow(0, i * 40, 40)).unwrap();
+            let by_hand = logits.softmax(-1, Kind::Double).mean_dim([0i64].as_slice(), false, Kind::Double);
+            for (class, probability) in (0..).zip(views.probabilities()) {
+                assert!((by_hand.double_value(&[class]) - probability).abs() < 1e-13);
+            }
+        }
+    }
+
+    #[test]
+    fn a_pass_through_the_network_can_be_the_last() {
+        let plan = TaskPlan::new(&job(&classifier("sync"), ""));
+        let vars = plan.build(Kind::Float, Device::Cpu).unwrap();
+        let frozen = || vars.iter().map(Vars::frozen).collect::<Result<Vec<_>, _>>().unwrap();
+        let mut task = plan.lane(&mut frozen(), &mut frozen()).unwrap();
+        let images = Tensor::zeros([144, 1, 8, 8], (Kind::Float, Device::Cpu));
+        let passes = std::cell::Cell::new(0);
+        let progress = || {
+            passes.set(passes.get() + 1);
+            if passes.get() == 2 { Err(TrainError::Aborted) } else { Ok(()) }
+        };
+        assert!(matches!(answers(task.as_mut(), &images, 144, &progress), Err(TrainError::Aborted)));
+        assert_eq!(passes.get(), 2);
+    }
 }

@@ -15,7 +15,7 @@ pub(crate) struct Subject {
     pub(crate) classes: usize,
     /// Classes that the test set knows.
     pub(crate) labels: usize,
-    /// Their names, if the data set has them.
+    /// Their names, if the dataset has them.
     pub(crate) names: Option<Vec<String>>,
     pub(crate) crops: Crops,
 }

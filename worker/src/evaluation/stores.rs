@@ -1,11 +1,11 @@
-//! The data sets on this host.
+//! The datasets on this host.
 
 use anyhow::{Result, bail};
 use lockstep_common::dataset::{DatasetError, DatasetReader, Manifest, ShardCache, Store};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Stores of data sets, read in place.
+/// Stores of datasets, read in place.
 pub(crate) struct Stores {
     folders: Vec<PathBuf>,
     shards: Arc<ShardCache>,
@@ -29,7 +29,7 @@ impl Stores {
         Self { shards: Arc::new(ShardCache::in_place().with_local(shards)), folders }
     }
 
-    /// The manifest of the data set `name`.
+    /// The manifest of the dataset `name`.
     pub(crate) fn manifest(&self, name: &str) -> Result<Manifest> {
         let mut meant = String::new();
         for folder in self.folders.iter().filter(|folder| folder.join("manifests").is_dir()) {
@@ -41,12 +41,12 @@ impl Stores {
         }
         let folders: Vec<_> = self.folders.iter().map(|folder| format!("`{}`", folder.display())).collect();
         bail!(
-            "no data set `{name}` in {}{meant}; --datasets DIR names the folder of another store",
+            "no dataset `{name}` in {}{meant}; --datasets DIR names the folder of another store",
             folders.join(", ")
         )
     }
 
-    /// A reader of the data set `name`.
+    /// A reader of the dataset `name`.
     pub(crate) fn reader(&self, name: &str) -> Result<DatasetReader> {
         Ok(DatasetReader::new(Arc::new(self.manifest(name)?), self.shards.clone())?)
     }

@@ -1,6 +1,7 @@
 //! Files for people to look at, on their way to the coordinator: pictures, reports.
 
 use crate::control::Control;
+use crate::fault::{self, Point};
 use crate::train::error::TrainError;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use lockstep_common::ids::{Generation, JobId};
@@ -25,8 +26,14 @@ impl Artifacts {
         Self { control, job, generation, last: None }
     }
 
-    /// Sends a file. The job's log says that `what` is in it, or why not.
-    pub(super) fn send(&mut self, name: String, bytes: Vec<u8>, what: String) -> Result<(), TrainError> {
+    /// Sends a file of `step`. The job's log says that `what` is in it, or why not.
+    pub(super) fn send(
+        &mut self,
+        step: u64,
+        name: String,
+        bytes: Vec<u8>,
+        what: String,
+    ) -> Result<(), TrainError> {
         let (job, generation) = (self.job, self.generation);
         let control = self.control.clone();
         let before = self.last.take();
@@ -34,6 +41,7 @@ impl Artifacts {
         let send = move || {
             // Two of one name must arrive in their order. The sender is never used: it ends.
             let _ = before.map(|before| before.recv());
+            fault::point(Point::Artifact, step);
             let line = match control.store_artifact(job, generation, &name, bytes) {
                 Ok(()) => format!("{what} in {name}"),
                 Err(error) => format!("{what}: {name} could not be stored: {error}"),

@@ -60,9 +60,9 @@ impl Output {
     }
 
     /// Sends a picture.
-    pub(super) fn send_picture(&mut self, epoch: u64, png: Vec<u8>) -> Result<(), TrainError> {
+    pub(super) fn send_picture(&mut self, step: u64, epoch: u64, png: Vec<u8>) -> Result<(), TrainError> {
         let name = format!("samples-epoch-{epoch:04}.png");
-        self.artifacts.send(name, png, format!("epoch {epoch}: sample grid"))
+        self.artifacts.send(step, name, png, format!("epoch {epoch}: sample grid"))
     }
 
     /// Sends the newest evaluation, in place of the one before.
@@ -74,7 +74,7 @@ impl Output {
     ) -> Result<(), TrainError> {
         let json = serde_json::to_vec(&Evaluation { step, epoch, report });
         let json = json.map_err(|e| TrainError::Fatal(format!("cannot write an evaluation as JSON: {e}")))?;
-        self.artifacts.send("evaluation.json".to_owned(), json, format!("step {step}: evaluation"))
+        self.artifacts.send(step, "evaluation.json".to_owned(), json, format!("step {step}: evaluation"))
     }
 
     /// Whether another checkpoint can begin, after a moment at most.

@@ -307,7 +307,7 @@ impl<'a, T: Number> Session<'a, T> {
             && self.trainer.job.task == Task::Gan
             && let Some(png) = picture::png(&self.trainer)?
         {
-            self.output.send_picture(epoch, png)?;
+            self.output.send_picture(step, epoch, png)?;
         }
         Ok(())
     }

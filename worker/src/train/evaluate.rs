@@ -7,6 +7,7 @@ use crate::data::batch::Decoder;
 use crate::evaluation::judge::{batch, judge};
 use crate::evaluation::report::{Report, Subject};
 use crate::evaluation::tally::Tally;
+use crate::fault::{self, Point};
 use lockstep_collectives::{Tag, TagKind};
 use lockstep_common::ids::LogicalShard;
 use lockstep_common::sampler::EvalPlan;
@@ -26,9 +27,10 @@ pub(crate) fn evaluate<T: Number>(
         .zip(trainer.lanes())
         .map(|(shard, lane)| {
             let (shard, plan, test) = (LogicalShard(shard), plan.clone(), test.clone());
-            let group = trainer.group.clone();
+            let (group, step) = (trainer.group.clone(), trainer.replica.step);
             lane.evaluate(move |task| {
                 let progress = || {
+                    fault::point(Point::Evaluation, step);
                     // Ranks with fewer samples, or faster cores, wait for this one.
                     group.note_progress();
                     group.failure().map_or(Ok(()), |cause| Err(cause.into()))
