@@ -160,7 +160,8 @@ fn difference(wanted: &ModelSpec, found: &ModelSpec) -> String {
 
 /// Whether `value` is written so in the registry.
 fn is(value: &serde_json::Value, text: &str) -> bool {
-    value.as_str().map_or_else(|| value.to_string() == text, |value| value == text)
+    let written = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    written == text
 }
 
 /// The options that decide about names and shapes.
