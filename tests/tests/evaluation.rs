@@ -219,7 +219,7 @@ fn predictions_are_those_of_the_evaluation_with_names() {
         }
         assert_eq!(f64::from(correct) / 24.0, report["top1"].as_f64().expect("a share"), "{crops} crops");
     }
-    let image = source.join("val/bee/000.jpg").to_string_lossy().into_owned();
+    let image = source.join("val/bee/000.png").to_string_lossy().into_owned();
     let ended = worker(["predict", "--checkpoint", &checkpoint, &image]).ok();
     assert_eq!(ended.stdout.lines().count(), 5, "{}", ended.stdout);
     assert!(
