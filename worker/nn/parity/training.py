@@ -51,8 +51,8 @@ class Optimizer:
     make: callable = field(repr=False)
 
 
-# At these rates no loss runs away. One that does amplifies what rounding leaves: at ten times this rate, that of Inception v4
-# goes from 2.3 to 43 in ten steps of RMSProp, and the two sides differ by 7e-9.
+# At these rates batches of four make losses grow fivefold at most. One that runs away amplifies what rounding leaves: at ten
+# times this rate, that of Inception v4 goes from 2.3 to 43 in ten steps of RMSProp, and the two sides differ by 7e-9.
 SGD = Optimizer(
     {"name": "sgd", "lr": 0.001, "momentum": 0.9, "weight_decay": 5e-4},
     lambda p: optim.SGD(p, lr=0.001, momentum=0.9, weight_decay=5e-4))
