@@ -27,7 +27,7 @@ pub(crate) struct Candidate {
 
 enum Stored {
     /// A step of a job.
-    Checkpoint(CheckpointFiles),
+    Checkpoint(Box<CheckpointFiles>),
     /// A safetensors file.
     Weights(Vec<u8>),
 }
@@ -149,7 +149,7 @@ fn read_checkpoint(dir: &Path) -> Result<(JobSpec, Stored)> {
     }
     let files = CheckpointFiles::read(dir)?;
     let job = JobSpec::parse("its job file", &files.manifest.info.job_text)?;
-    Ok((job, Stored::Checkpoint(files)))
+    Ok((job, Stored::Checkpoint(Box::new(files))))
 }
 
 fn read_weights(file: &Path, recipe: &Recipe<'_>) -> Result<(JobSpec, Stored)> {
