@@ -63,6 +63,23 @@ fn synchronized_batch_norm_gives_the_same_bits_on_1_2_3_and_4_workers() {
 }
 
 #[test]
+fn images_normalized_by_their_own_contrast_give_the_same_bits_on_1_and_2_workers() {
+    let standardized = Job { steps: 12, ..Job::default() }.to_string();
+    let job = standardized.replace("[data]", "[data]\nscale = \"gcn\"");
+    let losses = same_on(&[1, 2], Place::new, &job);
+    let place = Place::new();
+    place.run(&standardized, 1);
+    let others = place.losses("j1");
+    assert_ne!(
+        losses.first_key_value(),
+        others.first_key_value(),
+        "they get other numbers than standardized ones"
+    );
+    let bits = losses_of(&losses);
+    assert!(bits[11] < bits[0], "it learns: {bits:?}");
+}
+
+#[test]
 fn another_seed_gives_other_weights() {
     let job = Job { steps: 3, ..Job::default() }.to_string();
     let place = Place::new();

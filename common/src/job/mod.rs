@@ -213,6 +213,11 @@ pub enum PixelScale {
     Standardize,
     /// 0 to 1.
     Unit,
+    /// Global contrast normalization of each image by itself, as the network sees it, behind all other steps: the mean over
+    /// all its pixels and channels becomes 0 and its Euclidean norm 55, which for CIFAR's 3072 numbers is a standard deviation
+    /// of 0.99; a constant image becomes zero. `global_contrast_normalize` of pylearn2 (`expr/preprocessing.py`) with
+    /// `scale=55`, as its CIFAR sets for Maxout and Network in Network are made with.
+    Gcn,
 }
 
 /// The loss of a `classify` job.

@@ -189,6 +189,18 @@ fn checks_have_defaults_and_refuse_what_they_do_not_know() {
 }
 
 #[test]
+fn contrast_normalization_takes_no_mean_and_std() {
+    let with = |lines: &str| {
+        let text = GOOD.replace("[data]", &format!("[data]\n{lines}"));
+        JobSpec::parse("tiny.toml", &text)
+    };
+    assert_eq!(with("scale = \"gcn\"").unwrap().data.scale, PixelScale::Gcn);
+    let error = with("scale = \"gcn\"\nmean = [0.5]\nstd = [0.5]").unwrap_err().to_string();
+    let told = "tiny.toml:14: `mean` and `std` go together, with `scale = \"standardize\"`";
+    assert!(error.contains(told), "{error}");
+}
+
+#[test]
 fn caller_faults_point_at_the_value() {
     let e = JobSpec::fault("tiny.toml", GOOD, &["data", "train"], "unknown dataset".into());
     assert_eq!(e.to_string(), "tiny.toml:13: unknown dataset");

@@ -85,7 +85,7 @@ pub(crate) struct WeightsArgs {
     /// Take the middle square of so many pixels a side.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
     center_crop: Option<u32>,
-    /// How pixels become numbers: from 0 to 1, or standardized by mean and std.
+    /// How pixels become numbers: from 0 to 1, standardized by mean and std, or each image by its own contrast (`gcn`).
     #[arg(long, value_enum)]
     scale: Option<ScaleArg>,
     /// What `standardize` subtracts from pixels of 0 to 1, by channel.
@@ -104,6 +104,7 @@ pub(crate) struct WeightsArgs {
 enum ScaleArg {
     Unit,
     Standardize,
+    Gcn,
 }
 
 /// A number type.
@@ -167,8 +168,11 @@ impl WeightsArgs {
             bail!("--std must be numbers above 0, one per channel, of pixels from 0 to 1");
         }
         let scale = match self.scale {
-            Some(ScaleArg::Unit) if self.mean.is_some() => bail!("--scale unit takes no --mean and --std"),
+            Some(ScaleArg::Unit | ScaleArg::Gcn) if self.mean.is_some() => {
+                bail!("--mean and --std are for --scale standardize")
+            }
             Some(ScaleArg::Unit) => PixelScale::Unit,
+            Some(ScaleArg::Gcn) => PixelScale::Gcn,
             Some(ScaleArg::Standardize) | None => PixelScale::Standardize,
         };
         let resize = self.resize.map(|size| Augment::Resize { size });

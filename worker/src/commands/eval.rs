@@ -216,12 +216,12 @@ fn same<T: PartialEq>(mut values: impl Iterator<Item = T>) -> Option<T> {
 
 /// The training set by whose statistics pixels are scaled, if they are by any.
 pub(super) fn statistics(stores: &Stores, data: &DataSpec) -> Result<Option<Manifest>> {
-    if data.scale == PixelScale::Unit || data.mean.is_some() {
+    if data.scale != PixelScale::Standardize || data.mean.is_some() {
         return Ok(None);
     }
     if data.train.is_empty() {
         bail!(
-            "how are pixels scaled? say it with --mean and --std, --train NAME, --scale unit or --job FILE"
+            "how are pixels scaled? say it with --mean and --std, --train NAME, --scale unit|gcn or --job FILE"
         );
     }
     let train = stores.manifest(&data.train);
