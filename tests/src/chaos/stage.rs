@@ -410,7 +410,14 @@ impl Stage {
                 self.history.exits.push(exit(&worker.actor, status, false, now));
             }
             (Mood::Leaving(back), Some(status)) => {
-                self.history.exits.push(exit(&worker.actor, status, true, now));
+                // A fault may strike on the way out.
+                match struck {
+                    Some(fault) => {
+                        self.history.struck.push((now, fault));
+                        self.history.deaths.push(Death { at: now, worker: name });
+                    }
+                    None => self.history.exits.push(exit(&worker.actor, status, true, now)),
+                }
                 match back {
                     Some(back) => worker.mood = Mood::Away(back.max(now)),
                     None => self.past.extend(self.seats[seat].take().map(|worker| worker.actor)),
