@@ -132,12 +132,15 @@ fn tar_files_of_samples_train_alike_on_one_and_two_workers() {
     assert_eq!(listed(&place, "web/test")["samples"], 32);
     trains_alike(&place, &job("web", 4, AUGMENT));
 
-    add(&place, "one", "webdataset", &source.join("train-1.tar"), &[]).ok();
-    let one = listed(&place, "one");
-    assert_eq!(
-        (&one["samples"], &one["classes"], &one["class_names"]),
-        (&50.into(), &4.into(), &Value::Null)
-    );
+    let single = |name: &str| {
+        add(&place, name, "webdataset", &source.join("train-1.tar"), &[]).ok();
+        let listed = listed(&place, name);
+        assert_eq!((&listed["samples"], &listed["classes"]), (&50.into(), &4.into()));
+        listed["class_names"].clone()
+    };
+    assert_eq!(single("one"), serde_json::json!(CLASSES));
+    fs::remove_file(source.join("classes.txt")).expect("removed");
+    assert_eq!(single("nameless"), Value::Null);
 }
 
 #[test]
@@ -239,7 +242,7 @@ fn bad_folders_are_refused_with_one_line() {
     let source = &splits;
     refused(
         self::add(&place, "pets", "folder", source, &[]),
-        &["val/dog", "class `dog` is not one of the training set's 3"],
+        &["val/dog", "class `dog` is not one of the 3 of the training set"],
     );
     add().ok();
 }
