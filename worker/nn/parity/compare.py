@@ -156,17 +156,23 @@ def begin_a_job(programs, data, folder):
     return ok
 
 
-def main():
+def command_line():
+    """The arguments of both scripts of `make parity`, and the cases that they name: all without a name."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--programs", type=Path, required=True, help="the folder of coordinator and worker")
     parser.add_argument("--data", type=Path, required=True, help="the folder of Fashion-MNIST")
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(CASES)}")
     arguments = parser.parse_args()
+    cases = {name: case for name, case in CASES.items() if not arguments.cases or name in arguments.cases}
+    return arguments, cases
+
+
+def main():
+    arguments, cases = command_line()
     results = []
-    for name, case in CASES.items():
-        if not arguments.cases or name in arguments.cases:
-            with tempfile.TemporaryDirectory() as folder:
-                results.append(compare(name, case, arguments.programs / "examples/parity", Path(folder)))
+    for name, case in cases.items():
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(compare(name, case, arguments.programs / "examples/parity", Path(folder)))
     if not arguments.cases:
         with tempfile.TemporaryDirectory() as folder:
             results.append(begin_a_job(arguments.programs, arguments.data, Path(folder)))

@@ -13,7 +13,6 @@ For each case of networks.py:
 Dropout and augmentation are off: their random numbers are Lockstep's own.
 """
 
-import argparse
 import gzip
 import json
 import subprocess
@@ -29,8 +28,7 @@ from safetensors.torch import save_file
 from torch import optim
 from torch.nn import functional as F
 
-from compare import CLASSES, randomize
-from networks import CASES
+from compare import CLASSES, command_line, randomize
 
 STEPS = 10
 IMAGES = 64
@@ -193,18 +191,13 @@ scale = "unit"
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--programs", type=Path, required=True, help="the folder of coordinator and worker")
-    parser.add_argument("--data", type=Path, required=True, help="the folder of Fashion-MNIST")
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(CASES)}")
-    arguments = parser.parse_args()
+    arguments, cases = command_line()
     print(f"{'ten steps beside PyTorch':26} {'by':8} {'loss':>8}    {'':8}  {'largest':>9}  digests of")
     print(f"{'':26} {'':8} {'':8}    {'':8}  {'relative':>9}  1 and 2 workers")
     results = []
-    for name, case in CASES.items():
-        if not arguments.cases or name in arguments.cases:
-            with tempfile.TemporaryDirectory() as folder:
-                results.append(compare(name, case, OPTIMIZERS[name], arguments, Path(folder)))
+    for name, case in cases.items():
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(compare(name, case, OPTIMIZERS[name], arguments, Path(folder)))
     sys.exit(0 if all(results) else "error: some networks do not train as PyTorch's do; see FAILED above")
 
 

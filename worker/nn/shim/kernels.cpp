@@ -75,11 +75,6 @@ void normalize_rows(const T* x, T* y, Extent e, Affine<T> affine) {
   }
 }
 
-template <class T>
-void normalize(const T* x, T* y, Extent e, Affine<T> affine) {
-  affine.relu ? normalize_rows<T, true>(x, y, e, affine) : normalize_rows<T, false>(x, y, e, affine);
-}
-
 template <class T, bool kRelu>
 void gradient_sums_rows(
     const T* x, const T* dy, Extent e, Affine<T> affine, const double* means, double* sums, double* sums_centred) {
@@ -117,13 +112,6 @@ void gradient_sums_rows(
   }
 }
 
-template <class T>
-void gradient_sums(
-    const T* x, const T* dy, Extent e, Affine<T> affine, const double* mean, double* sum, double* sum_centred) {
-  affine.relu ? gradient_sums_rows<T, true>(x, dy, e, affine, mean, sum, sum_centred)
-              : gradient_sums_rows<T, false>(x, dy, e, affine, mean, sum, sum_centred);
-}
-
 template <class T, bool kRelu>
 void input_gradient_rows(
     const T* x, const T* dy, T* dx, Extent e, Affine<T> affine, const T* slopes, const T* offsets) {
@@ -152,19 +140,16 @@ void input_gradient_rows(
   }
 }
 
-template <class T>
-void input_gradient(
-    const T* x, const T* dy, T* dx, Extent e, Affine<T> affine, const T* slope, const T* offset) {
-  affine.relu ? input_gradient_rows<T, true>(x, dy, dx, e, affine, slope, offset)
-              : input_gradient_rows<T, false>(x, dy, dx, e, affine, slope, offset);
-}
-
 }  // namespace
+}  // namespace LOCKSTEP_ISA
+}  // namespace lockstep
 
-extern const KernelTable table = {
-    {moments<float>, normalize<float>, gradient_sums<float>, input_gradient<float>},
-    {moments<double>, normalize<double>, gradient_sums<double>, input_gradient<double>},
-};
+#include "dispatch.h"
+
+namespace lockstep {
+namespace LOCKSTEP_ISA {
+
+extern const KernelTable table = kTable;
 
 }  // namespace LOCKSTEP_ISA
 }  // namespace lockstep

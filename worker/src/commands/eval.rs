@@ -1,12 +1,13 @@
 //! `worker eval`: trained classifiers on a test set, by themselves and together.
 
 use super::args::EvalArgs;
+use super::candidates::{self, shown};
 use super::progress::Progress;
 use crate::cli::DeviceArg;
 use crate::data::batch::Decoder;
 use crate::data::pool::Pool;
 use crate::data::preparation::Use;
-use crate::evaluation::candidate::{Candidate, Recipe};
+use crate::evaluation::candidate::Candidate;
 use crate::evaluation::contest::{Division, Entrant, Entry, hold};
 use crate::evaluation::judge;
 use crate::evaluation::report::{Report, Subject, side_by_side};
@@ -18,7 +19,6 @@ use lockstep_common::dataset::Manifest;
 use lockstep_common::job::{Crops, DataSpec, JobSpec, PixelScale, Precision};
 use serde::Serialize;
 use std::io::Write;
-use std::path::Path;
 use std::sync::Arc;
 
 /// The whole report.
@@ -44,22 +44,7 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<()> {
     if let DeviceArg::Cuda(index) = args.common.device {
         enable_cuda(index)?;
     }
-    let job = args.common.weights.job()?;
-    let data = args.common.weights.data(args.dataset.as_deref())?;
-    let recipe = job.as_ref().map_or(Recipe::Data(&data), Recipe::Job);
-    let mut candidates = Vec::new();
-    for path in &args.checkpoint {
-        let read = Candidate::read(path, &recipe).and_then(|mut candidate| {
-            if let Some(precision) = args.common.precision {
-                candidate.set_precision(precision.into())?;
-            }
-            Ok(candidate)
-        });
-        candidates.push(read.with_context(|| checkpoint(path))?);
-    }
-    if args.common.weights.prepares() && !candidates.iter().any(Candidate::is_weights) {
-        bail!("--resize, --mean and their like are for .safetensors files; a job's checkpoint knows its own");
-    }
+    let candidates = candidates::read(&args.checkpoint, &args.common, args.dataset.as_deref())?;
     let evaluations = Contest::new(args, &candidates)?.evaluations()?;
     match &args.json {
         Some(path) if path.as_os_str() == "-" => {
@@ -72,10 +57,6 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<()> {
         }
         None => print(&evaluations),
     }
-}
-
-fn checkpoint(path: &Path) -> String {
-    format!("checkpoint `{}`", path.display())
 }
 
 fn print(evaluations: &Evaluations) -> Result<()> {
@@ -128,7 +109,7 @@ impl<'a> Contest<'a> {
             if (test.classes as usize) > classes {
                 bail!(
                     "{}: its network has {classes} classes, and dataset `{dataset}` has {}",
-                    checkpoint(&candidate.path),
+                    shown(&candidate.path),
                     test.classes
                 );
             }
@@ -149,7 +130,7 @@ impl<'a> Contest<'a> {
         for round in rounds {
             let entrants = round
                 .iter()
-                .map(|candidate| self.entrant(candidate).with_context(|| checkpoint(&candidate.path)))
+                .map(|candidate| self.entrant(candidate).with_context(|| shown(&candidate.path)))
                 .collect::<Result<Vec<_>>>()?;
             let Some(first) = round.first() else { continue };
             let views = self.crops.count() as usize;
@@ -161,7 +142,7 @@ impl<'a> Contest<'a> {
             let progress = Progress::new(self.test.samples);
             let outcome = hold(&entrants, division, &|samples| progress.add(samples));
             let outcome = outcome
-                .with_context(|| round.iter().map(|c| checkpoint(&c.path)).collect::<Vec<_>>().join(", "))?;
+                .with_context(|| round.iter().map(|c| shown(&c.path)).collect::<Vec<_>>().join(", "))?;
             for (candidate, tally) in round.iter().zip(&outcome.each) {
                 checkpoints.push(Evaluated {
                     path: candidate.path.display().to_string(),

@@ -1,6 +1,7 @@
 //! What a worker does with trained networks when somebody asks it to.
 
 mod args;
+mod candidates;
 mod eval;
 mod predict;
 mod progress;

@@ -1,16 +1,17 @@
 //! `worker predict`: what a trained classifier takes images for.
 
 use super::args::PredictArgs;
+use super::candidates::{self, shown};
 use super::eval::statistics;
 use crate::cli::DeviceArg;
 use crate::data::preparation::Preparation;
-use crate::evaluation::candidate::{Candidate, Recipe};
+use crate::evaluation::candidate::Candidate;
 use crate::evaluation::judge::answers;
 use crate::evaluation::stores::Stores;
 use crate::evaluation::views::top;
 use crate::train::Number;
 use crate::train::device::{device, enable_cuda};
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use lockstep_common::dataset::SampleShape;
 use lockstep_common::job::{Augment, Crops, DataSpec, Precision};
 use lockstep_common::rng::Stream;
@@ -43,20 +44,12 @@ pub(crate) fn predict(args: &PredictArgs) -> Result<()> {
     if let DeviceArg::Cuda(index) = args.common.device {
         enable_cuda(index)?;
     }
-    let job = args.common.weights.job()?;
-    let data = args.common.weights.data(args.dataset.as_deref())?;
-    let recipe = job.as_ref().map_or(Recipe::Data(&data), Recipe::Job);
-    let shown = || format!("checkpoint `{}`", args.checkpoint.display());
-    let mut candidate = Candidate::read(&args.checkpoint, &recipe).with_context(shown)?;
-    if args.common.weights.prepares() && !candidate.is_weights() {
-        bail!("--resize, --mean and their like are for .safetensors files; a job's checkpoint knows its own");
-    }
-    if let Some(precision) = args.common.precision {
-        candidate.set_precision(precision.into()).with_context(shown)?;
-    }
+    let paths = std::slice::from_ref(&args.checkpoint);
+    let candidates = candidates::read(paths, &args.common, args.dataset.as_deref())?;
+    let candidate = candidates.first().context("no checkpoint is named")?;
     let answers = match candidate.job.precision {
-        Precision::F64 => judge_all::<f64>(args, &candidate)?,
-        Precision::F32 | Precision::Bf16 => judge_all::<f32>(args, &candidate)?,
+        Precision::F64 => judge_all::<f64>(args, candidate)?,
+        Precision::F32 | Precision::Bf16 => judge_all::<f32>(args, candidate)?,
     };
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -82,7 +75,7 @@ fn judge_all<T: Number>(args: &PredictArgs, candidate: &Candidate) -> Result<Vec
     let mut task = candidate
         .network(device)
         .and_then(|network| Ok(network.lane()?))
-        .with_context(|| format!("checkpoint `{}`", args.checkpoint.display()))?;
+        .with_context(|| shown(&args.checkpoint))?;
     let mut bench = Workbench::new()?;
     let mut told = Vec::new();
     for path in &args.images {
@@ -140,9 +133,7 @@ fn prepared<T: Number>(
             "which images does the network take? say it with --center-crop N, --dataset NAME or --job FILE",
         )?,
     };
-    candidate
-        .check_channels(shape.channels)
-        .with_context(|| format!("checkpoint `{}`", args.checkpoint.display()))?;
+    candidate.check_channels(shape.channels).with_context(|| shown(&args.checkpoint))?;
     let preparation = Preparation::for_pictures(data, crops, shape, train.as_ref())?;
     let names = own.and_then(|own| own.class_names).or_else(|| train.and_then(|train| train.class_names));
     Ok(Prepared { preparation, names })
