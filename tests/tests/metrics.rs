@@ -7,7 +7,7 @@ use lockstep_tests::scrape::Scrape;
 use std::io::Write;
 use std::process::{Command, Stdio};
 
-const PHASES: [&str; 5] = ["data", "forward", "backward", "comm", "optimizer"];
+const PHASES: [&str; 6] = ["data", "forward", "backward", "comm", "optimizer", "check"];
 
 /// Two epochs and a bit: 18 steps of 32 and one of 24 in each.
 fn job() -> Job {

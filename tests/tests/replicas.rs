@@ -7,67 +7,164 @@ use lockstep_tests::place::Place;
 use lockstep_tests::process::{Process, command, is_gone};
 use lockstep_tests::wait::until;
 
-/// Checkpoints after steps 10, 20, ...; comparisons after every seventh step too.
-fn job(workers: u32, on_mismatch: &str) -> String {
+/// Forty steps; checkpoints after steps 10, 20, ...
+fn job(workers: u32, checks: &str) -> String {
     let job = Job { steps: 40, min_workers: workers, max_workers: workers, ..Job::default() };
-    format!("{job}[checks]\ndigest_every_steps = 7\non_mismatch = \"{on_mismatch}\"\n")
+    format!("{job}[checks]\n{checks}\n")
 }
 
-/// So many workers, of which the last has this fault.
-fn cluster(workers: u32, fault: &str) -> (Cluster, Vec<Process>) {
+/// The digest of that job when nothing happens.
+fn undisturbed() -> String {
+    Place::new().run(job(1, ""), 1).digest()
+}
+
+/// A worker for each of these faults, in the order of the ranks that they begin with.
+fn cluster(faults: &[&str]) -> (Cluster, Vec<Process>) {
     let mut cluster = Cluster::start(Place::new());
-    let mut processes: Vec<_> = (1..workers).map(|_| cluster.worker()).collect();
     let token = cluster.token();
-    let mut command = cluster.join_command(&token);
-    command.env("LOCKSTEP_FAULTS", fault);
-    processes.push(cluster.join(command));
+    let join = |faults: &&str| {
+        let mut command = cluster.join_command(&token);
+        command.env("LOCKSTEP_FAULTS", faults);
+        cluster.join(command)
+    };
+    let processes = faults.iter().map(join).collect();
     (cluster, processes)
 }
 
-/// Mismatches that each worker has counted, in the order in which they joined.
+/// How often each worker's replica was found wrong, in the order in which they joined.
 fn mismatches(cluster: &Cluster) -> Vec<f64> {
     cluster.scrape_workers().iter().map(|w| w.value("lockstep_replica_mismatches_total", "")).collect()
 }
 
 #[test]
-fn a_flipped_bit_is_named_by_the_majority_and_changes_nothing_in_the_end() {
-    let job = job(3, "heal");
-    let (cluster, _workers) = cluster(3, "flip:step=12");
-    let id = cluster.submit(&job);
+fn a_flipped_bit_is_found_at_once_and_the_odd_one_gets_the_state_from_the_others() {
+    let (cluster, _workers) = cluster(&["", "", "flip:step=12"]);
+    let id = cluster.submit(job(3, ""));
     let status = cluster.until_finished(&id);
-    assert_eq!(status.digest(), Place::new().run(job.replace("min = 3", "min = 1"), 1).digest());
+    assert_eq!(status.digest(), undisturbed());
     let log = cluster.place.log(&id);
-    // Found at the next comparison, two steps of wrong gradients later; so all go back to the checkpoint of step 10.
+    let line = "after step 12 rank 2 (w3 on ";
     assert!(
-        log.contains("after step 14 rank 2 (w3 on ") && log.contains("another state than most ranks"),
+        log.contains(line) && log.contains("found its state changed though nothing had written"),
         "{log}"
     );
-    assert!(log.contains("g2 starts from the checkpoint of step 10"), "{log}");
+    assert!(log.contains("the others' state is right, and goes on"), "{log}");
     assert_eq!((status.generation, mismatches(&cluster)), (2, vec![0.0, 0.0, 1.0]));
-    assert_eq!(cluster.place.prove(&id)["undone"], 4);
+    assert_eq!(cluster.place.prove(&id)["undone"], 0);
+}
+
+/// However far from a checkpoint, whichever worker, and with one other worker only. Ranks change
+/// hands when one is healed, so a fault may happen to two workers.
+#[test]
+fn no_flipped_bit_has_anything_come_of_it() {
+    let undisturbed = undisturbed();
+    for workers in [2, 3] {
+        let flips =
+            [(1, 2), (0, 6), (1, 11), (1, 12), (0, 15), (1, 18), (1, 19), (0, 20), (1, 27), (0, 33), (1, 39)];
+        let mut faults: Vec<_> = flips.iter().map(|(r, s)| format!("flip:rank={r},step={s}")).collect();
+        faults.push("flip:rank=1,step=23,phase=reduce".to_owned());
+        let (cluster, _workers) = cluster(&vec![faults.join(";").as_str(); workers as usize]);
+        let id = cluster.submit(job(workers, ""));
+        let status = cluster.until_finished(&id);
+        let log = cluster.place.log(&id);
+        assert_eq!(status.digest(), undisturbed, "{log}");
+        assert!(mismatches(&cluster).iter().sum::<f64>() >= faults.len() as f64, "{log}");
+        assert_eq!(cluster.place.prove(&id)["undone"], 0, "{log}");
+    }
 }
 
 #[test]
-fn of_two_replicas_that_differ_nobody_can_tell_which_is_right() {
-    let job = job(2, "heal");
-    let (cluster, _workers) = cluster(2, "flip:step=13");
-    let id = cluster.submit(&job);
+fn a_jobs_only_worker_finds_its_own_memory_changed() {
+    let (cluster, _workers) = cluster(&["flip:step=13;flip:step=40"]);
+    let id = cluster.submit(job(1, ""));
     let status = cluster.until_finished(&id);
-    assert_eq!(status.digest(), Place::new().run(job.replace("min = 2", "min = 1"), 1).digest());
     let log = cluster.place.log(&id);
+    assert_eq!(status.digest(), undisturbed(), "{log}");
+    assert!(log.contains("g2 starts from the checkpoint of step 10"), "{log}");
+    assert!(log.contains("g3 starts from the checkpoint of step 30"), "{log}");
+    assert_eq!(mismatches(&cluster), [2.0]);
+}
+
+/// The survivor's state is the wrong one, and nobody is left to compare it with.
+#[test]
+fn a_flipped_bit_is_found_though_the_right_replica_dies_before_the_next_comparison() {
+    for kill in ["kill:step=13,phase=backward", "kill:step=13,phase=reduce"] {
+        let (cluster, _workers) = cluster(&[kill, "flip:step=12"]);
+        let id = cluster.submit(Job { steps: 40, min_workers: 1, max_workers: 2, ..Job::default() });
+        let status = cluster.until_finished(&id);
+        let log = cluster.place.log(&id);
+        assert_eq!(status.digest(), undisturbed(), "{log}");
+        assert!(log.contains("starts from the checkpoint of step 10"), "{kill}: {log}");
+        assert_eq!(mismatches(&cluster), [1.0]);
+    }
+}
+
+/// A worker that joins copies nothing that has changed by itself.
+#[test]
+fn a_flipped_bit_is_not_handed_to_one_that_joins() {
+    let job = Job { steps: 400, min_workers: 1, max_workers: 2, ..Job::default() };
+    let undisturbed = Place::new().run(&job, 1).digest();
+    let (mut cluster, _first) = cluster(&["flip:phase=copy"]);
+    let id = cluster.submit(&job);
+    cluster.until_step(&id, 30);
+    let _second = cluster.worker();
+    let status = cluster.until_finished(&id);
+    let log = cluster.place.log(&id);
+    assert_eq!(status.digest(), undisturbed, "{log}");
+    assert!(log.contains("rank 0 found its state changed"), "{log}");
+    assert_eq!(mismatches(&cluster), [1.0, 0.0], "{log}");
+}
+
+/// An update that comes to something else on one rank: it is not known by the rank itself.
+#[test]
+fn a_replica_that_an_update_has_made_different_is_named_by_the_majority() {
+    let (cluster, _workers) = cluster(&["", "flip:step=12,phase=optimizer", ""]);
+    let id = cluster.submit(job(3, ""));
+    let status = cluster.until_finished(&id);
+    let log = cluster.place.log(&id);
+    assert_eq!(status.digest(), undisturbed(), "{log}");
     assert!(
-        log.contains("after step 14 rank 1 (w2 on ") && log.contains("cannot be told who is right"),
+        log.contains("after step 12 rank 1 (w2 on ") && log.contains("another state than most ranks"),
         "{log}"
     );
+    assert_eq!((status.generation, mismatches(&cluster)), (2, vec![0.0, 1.0, 0.0]));
+    assert_eq!(cluster.place.prove(&id)["undone"], 0);
+}
+
+#[test]
+fn of_two_replicas_that_updates_have_made_different_nobody_can_tell_which_is_right() {
+    let (cluster, _workers) = cluster(&["", "flip:step=12,phase=optimizer"]);
+    let id = cluster.submit(job(2, ""));
+    let status = cluster.until_finished(&id);
+    let log = cluster.place.log(&id);
+    assert_eq!(status.digest(), undisturbed(), "{log}");
+    assert!(
+        log.contains("after step 12 rank 1 (w2 on ") && log.contains("cannot be told who is right"),
+        "{log}"
+    );
+    assert!(log.contains("g2 starts from the checkpoint of step 10"), "{log}");
     assert_eq!(mismatches(&cluster), [0.0, 1.0]);
+    assert_eq!(cluster.place.prove(&id)["undone"], 2);
+}
+
+/// Wrong gradients may have been applied between two comparisons, so nobody's state is gone on from.
+#[test]
+fn a_job_that_compares_seldom_goes_back_to_its_checkpoint() {
+    let (cluster, _workers) = cluster(&["", "", "flip:step=13"]);
+    let id = cluster.submit(job(3, "digest_every_steps = 7"));
+    let status = cluster.until_finished(&id);
+    let log = cluster.place.log(&id);
+    assert_eq!(status.digest(), undisturbed(), "{log}");
+    assert!(log.contains("g2 starts from the checkpoint of step 10"), "{log}");
+    assert_eq!((status.generation, mismatches(&cluster)), (2, vec![0.0, 0.0, 1.0]));
 }
 
 #[test]
 fn a_job_that_says_so_is_stopped_with_rank_host_and_step() {
-    let (cluster, _workers) = cluster(3, "flip:step=12");
-    let id = cluster.submit(job(3, "stop"));
+    let (cluster, _workers) = cluster(&["", "", "flip:step=12"]);
+    let id = cluster.submit(job(3, "on_mismatch = \"stop\""));
     let status = cluster.until_status(&id, "failed", |status| status.state == "failed");
-    assert!(status.reason.contains("after step 14 rank 2 (w3 on "), "{}", status.reason);
+    assert!(status.reason.contains("after step 12 rank 2 (w3 on "), "{}", status.reason);
 }
 
 /// Each point is reached: the worker that is to die there does, and a spare one takes its place.

@@ -3,8 +3,8 @@
 //! The tests' only door into a worker: `LOCKSTEP_FAULTS` holds faults, separated by `;`, such as
 //! `kill:rank=1,step=7,phase=backward` or `flip:rank=2,step=40`. Without `rank` every rank is meant, without `step`
 //! every step. A fault happens once in a process, unless it says `always`. Steps count from 1. A step's points see the
-//! number of the step in progress, `checkpoint`, `boundary`, `evaluation` and `artifact` that of the step that is committed,
-//! after which `flip` changes a weight too.
+//! number of the step in progress, `checkpoint`, `boundary`, `evaluation`, `artifact` and `copy` that of the step that is committed.
+//! `flip` changes a weight at `boundary`, `reduce`, `optimizer` or `copy`; the first if it does not say.
 
 use lockstep_common::ids::Rank;
 use lockstep_common::suggest::did_you_mean;
@@ -38,9 +38,11 @@ pub(crate) enum Point {
     Evaluation,
     /// A file for people to look at is about to be sent.
     Artifact,
+    /// The state is about to be copied for one that wants to join.
+    Copy,
 }
 
-const POINTS: [(&str, Point); 10] = [
+const POINTS: [(&str, Point); 11] = [
     ("data", Point::Data),
     ("forward", Point::Forward),
     ("backward", Point::Backward),
@@ -51,6 +53,7 @@ const POINTS: [(&str, Point); 10] = [
     ("boundary", Point::Boundary),
     ("evaluation", Point::Evaluation),
     ("artifact", Point::Artifact),
+    ("copy", Point::Copy),
 ];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +63,7 @@ enum Action {
     /// SIGSTOP.
     Stop(Point),
     /// One bit of a weight.
-    Flip,
+    Flip(Point),
 }
 
 #[derive(Debug)]
@@ -99,16 +102,16 @@ pub(crate) fn point(point: Point, step: u64) {
         match due(faults, step, |action| matches!(action, Action::Kill(p) | Action::Stop(p) if p == point)) {
             Some(Action::Kill(_)) => Signal::KILL,
             Some(Action::Stop(_)) => Signal::STOP,
-            Some(Action::Flip) | None => return,
+            Some(Action::Flip(_)) | None => return,
         };
     if let Err(error) = kill_process(getpid(), signal) {
         tracing::error!("a fault on purpose did not happen: {error}");
     }
 }
 
-/// Whether a weight is to be changed after this step.
-pub(crate) fn flips(step: u64) -> bool {
-    FAULTS.get().is_some_and(|faults| due(faults, step, |action| action == Action::Flip).is_some())
+/// Whether a weight is to be changed at this point of this step.
+pub(crate) fn flips(point: Point, step: u64) -> bool {
+    FAULTS.get().is_some_and(|faults| due(faults, step, |action| action == Action::Flip(point)).is_some())
 }
 
 fn due(faults: &[Fault], step: u64, wanted: impl Fn(Action) -> bool) -> Option<Action> {
@@ -159,9 +162,14 @@ fn parse_fault(text: &str) -> Result<Fault, String> {
     let action = match (name, point) {
         ("kill", Some(point)) => Action::Kill(point),
         ("stop", Some(point)) => Action::Stop(point),
-        ("flip", None) => Action::Flip,
+        ("flip", None) => Action::Flip(Point::Boundary),
+        ("flip", Some(point @ (Point::Boundary | Point::Reduce | Point::Optimizer | Point::Copy))) => {
+            Action::Flip(point)
+        }
         ("kill" | "stop", None) => return Err(format!("`{text}` does not say at which `phase`")),
-        ("flip", Some(_)) => return Err(format!("`{text}` has a `phase`; a bit is flipped after a step")),
+        ("flip", Some(_)) => {
+            return Err(format!("`{text}`: a bit is flipped at `boundary`, `reduce`, `optimizer` or `copy`"));
+        }
         _ => {
             let hint = did_you_mean(name, ["kill", "stop", "flip"]);
             return Err(format!("`{name}` is no fault{hint}; `kill`, `stop` and `flip` are"));
@@ -190,8 +198,11 @@ mod tests {
         }
         let others = parse("kill:rank=2,phase=data").unwrap();
         assert_eq!(at(&others, Point::Data, 1), None, "another rank is meant");
-        let flip = parse("flip:step=40").unwrap();
-        assert_eq!(due(&flip, 40, |a| a == Action::Flip), Some(Action::Flip));
+        let flips = parse("flip:step=40;flip:step=41,phase=optimizer").unwrap();
+        for (step, point) in [(40, Point::Boundary), (41, Point::Optimizer)] {
+            assert_eq!(due(&flips, step, |a| a == Action::Flip(Point::Reduce)), None);
+            assert!(due(&flips, step, |a| a == Action::Flip(point)).is_some());
+        }
     }
 
     #[test]
@@ -203,7 +214,7 @@ mod tests {
             ("stop:phase=bakward", "did you mean `backward`?"),
             ("flip:step=x", "`step=x` in `flip:step=x` is no number"),
             ("flip:rank=99999999999", "is no rank"),
-            ("flip:phase=data", "after a step"),
+            ("flip:phase=data", "at `boundary`, `reduce`, `optimizer` or `copy`"),
             ("flip:stp=1", "did you mean `step`?"),
         ];
         for (text, part) in cases {

@@ -88,13 +88,13 @@ impl Metrics {
             digest_seconds: Histogram::with_opts(
                 HistogramOpts::new(
                     "lockstep_replica_digest_seconds",
-                    "What each comparison of the replicas takes from training",
+                    "What the comparisons of the replicas in a step, or after it, take from training",
                 )
                 .buckets(seconds),
             )?,
             mismatches: IntCounter::new(
                 "lockstep_replica_mismatches_total",
-                "Times that this worker's replica was not what the others' were",
+                "Times that this worker's replica was not what it should be",
             )?,
             shard_hash_failures: IntCounter::new(
                 "lockstep_shard_hash_failures_total",

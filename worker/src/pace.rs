@@ -1,7 +1,7 @@
 //! Tells the coordinator where this rank's time goes, so that it can tell which rank is slow.
 
 use crate::control::Control;
-use crate::train::clock::StepTimes;
+use crate::train::clock::{PARTS, StepTimes};
 use lockstep_common::wire::{Assignment, FromWorker, Pace};
 use std::time::{Duration, Instant};
 
@@ -15,15 +15,15 @@ const LEAST_STEPS: u32 = 3;
 pub(crate) struct PaceReporter {
     since: Instant,
     steps: u32,
-    /// Seconds in the order of [`crate::train::clock::PARTS`].
-    sums: [f64; 5],
+    /// Seconds in the order of [`PARTS`].
+    sums: [f64; PARTS.len()],
     shards: u32,
 }
 
 impl PaceReporter {
     pub(crate) fn new(assignment: &Assignment) -> Self {
         let shards = assignment.placement.range(assignment.rank).len() as u32;
-        Self { since: Instant::now(), steps: 0, sums: [0.0; 5], shards }
+        Self { since: Instant::now(), steps: 0, sums: [0.0; PARTS.len()], shards }
     }
 
     /// A step took `times` of `wall` seconds.
@@ -33,10 +33,11 @@ impl PaceReporter {
         if self.since.elapsed() < INTERVAL || self.steps < LEAST_STEPS {
             return;
         }
-        let [data, forward, backward, comm, optimizer] = self.sums.map(|sum| sum / f64::from(self.steps));
+        let [data, forward, backward, comm, optimizer, check] =
+            self.sums.map(|sum| sum / f64::from(self.steps));
         let (steps, shards) = (self.steps, self.shards);
-        let pace = Pace { steps, shards, data, forward, backward, comm, optimizer };
+        let pace = Pace { steps, shards, data, forward, backward, comm, optimizer: optimizer + check };
         control.tell_news(FromWorker::Pace { job: assignment.job, generation: assignment.generation, pace });
-        *self = Self { since: Instant::now(), steps: 0, sums: [0.0; 5], shards };
+        *self = Self { since: Instant::now(), steps: 0, sums: [0.0; PARTS.len()], shards };
     }
 }

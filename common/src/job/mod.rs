@@ -363,8 +363,8 @@ impl Default for CheckpointSpec {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckSpec {
-    /// A comparison every so many steps, besides those at the end of an epoch and before a checkpoint; 0 for only
-    /// those.
+    /// A comparison before the update of every so-manieth step, besides those at the end of an epoch and before a
+    /// checkpoint; 0 for only those. Only with 1 can no gradient of a wrong replica be applied.
     pub digest_every_steps: u64,
     /// What follows.
     pub on_mismatch: OnMismatch,
@@ -372,7 +372,7 @@ pub struct CheckSpec {
 
 impl Default for CheckSpec {
     fn default() -> Self {
-        Self { digest_every_steps: 50, on_mismatch: OnMismatch::Heal }
+        Self { digest_every_steps: 1, on_mismatch: OnMismatch::Heal }
     }
 }
 
@@ -380,7 +380,8 @@ impl Default for CheckSpec {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnMismatch {
-    /// All go back to the newest checkpoint, before which all replicas were the same.
+    /// Who differs gets the state of the others, where that is known to be right; else all go back to the newest
+    /// checkpoint, before which all replicas were the same.
     #[default]
     Heal,
     /// The job fails.

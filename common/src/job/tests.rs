@@ -174,7 +174,7 @@ fn wire_formats_are_checked_against_precision_and_rank() {
 fn checks_have_defaults_and_refuse_what_they_do_not_know() {
     let checks = |lines: &str| JobSpec::parse("tiny.toml", &format!("{GOOD}[checks]\n{lines}\n"));
     let spec = |digest_every_steps, on_mismatch| CheckSpec { digest_every_steps, on_mismatch };
-    assert_eq!(JobSpec::parse("tiny.toml", GOOD).unwrap().checks, spec(50, OnMismatch::Heal));
+    assert_eq!(JobSpec::parse("tiny.toml", GOOD).unwrap().checks, spec(1, OnMismatch::Heal));
     let stop = "digest_every_steps = 0\non_mismatch = \"stop\"";
     assert_eq!(checks(stop).unwrap().checks, spec(0, OnMismatch::Stop));
     for (lines, start, part) in [

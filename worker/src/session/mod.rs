@@ -216,7 +216,7 @@ fn run(
         Precision::F64 => run_typed::<f64>(environment, assignment, origin, job, shared, &mut state),
     };
     let goes_on = match &result {
-        Ok(outcome) => matches!(outcome, Outcome::Stopped { .. }),
+        Ok(outcome) => matches!(outcome, Outcome::Stopped { .. } | Outcome::Lost { .. }),
         Err(error) => !matches!(error.outcome(0), Outcome::Failed { .. }),
     };
     if let Some(state) = state.filter(|_| keeps && goes_on) {
@@ -279,7 +279,7 @@ fn connect(
     shared: &Shared,
     desk: &Desk,
     plan: &TaskPlan,
-    state: &Option<State>,
+    state: &mut Option<State>,
 ) -> Result<Group, TrainError> {
     let source = match &assignment.resume {
         Resumption::Peers { sources, .. } => sources.contains(&assignment.rank),
@@ -301,7 +301,8 @@ fn connect(
                 group = &mut group => return group.map_err(TrainError::from),
                 () = shared.abort.notified() => return Err(TrainError::Aborted),
                 () = desk.asked(), if !shown => {
-                    if let Some(state) = state {
+                    if let Some(state) = state.as_mut() {
+                        state.replica.vouch(assignment.rank, plan).inspect_err(|_| environment.metrics.mismatched())?;
                         desk.show(Copied::of(&state.replica, plan)?.pack(assignment.job)?, &state.ledger);
                     }
                     shown = true;

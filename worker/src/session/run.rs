@@ -5,6 +5,7 @@ use super::prepare::Prepared;
 use super::{Environment, Shared};
 use crate::data::batch::Decoder;
 use crate::data::loader::{Loader, Timetable};
+use crate::evaluation::report::Report;
 use crate::fault::{self, Point};
 use crate::kept::State;
 use crate::ledger::Ledger;
@@ -137,7 +138,8 @@ impl<'a, T: Number> Session<'a, T> {
             digest = self.follow_up(step, None, false)?;
         } else if step == self.total_steps {
             // A job without steps only evaluates. Any other has done so, but the report may have gone with whoever had it.
-            self.end_of_epoch(step)?;
+            let evaluation = self.evaluate()?;
+            self.end_of_epoch(step, evaluation)?;
         }
         while self.trainer.replica.step < self.total_steps {
             let wishes = self.step(&mut totals)?;
@@ -145,8 +147,7 @@ impl<'a, T: Number> Session<'a, T> {
             let stop = self.stop_mode(wishes);
             digest = self.follow_up(step, stop, wishes.busy)?;
             if wishes.snapshot {
-                let copied = Copied::of(&self.trainer.replica, &self.trainer.plan)?;
-                self.desk.copy(copied, &self.ledger)?;
+                self.copy(step)?;
             }
             if let Some(mode) = stop.filter(|_| step < self.total_steps) {
                 self.leave_early(step, mode);
@@ -154,6 +155,15 @@ impl<'a, T: Number> Session<'a, T> {
             }
         }
         self.finish(digest, &totals)
+    }
+
+    /// Copies the state after `step` for those that want to join.
+    fn copy(&mut self, step: u64) -> Result<(), TrainError> {
+        self.trainer.fail_on_purpose(Point::Copy, step)?;
+        let (rank, metrics) = (self.assignment.rank, &self.environment.metrics);
+        let Trainer { replica, plan, .. } = &mut self.trainer;
+        replica.vouch(rank, plan).inspect_err(|_| metrics.mismatched())?;
+        self.desk.copy(Copied::of(replica, plan)?, &self.ledger)
     }
 
     /// How the generation ends after this step, if it does. What a wire keeps is handed on by checkpoint only.
@@ -190,6 +200,9 @@ impl<'a, T: Number> Session<'a, T> {
         totals.seconds += seconds;
         totals.comm += done.times.comm(seconds);
         totals.gradients += done.times.gradients;
+        if done.times.check > 0.0 {
+            self.environment.metrics.compared(done.times.check);
+        }
         self.environment.metrics.step(&done.figures, samples, &done.times, seconds);
         self.pace.step(&self.environment.control, self.assignment, &done.times, seconds);
         self.environment.metrics.collectives(&before, &self.trainer.group.stats());
@@ -202,10 +215,7 @@ impl<'a, T: Number> Session<'a, T> {
         self.ledger.heard(done.wishes.heard);
         self.ledger.note(record.clone());
         self.output.reporter.step(record);
-        fault::point(Point::Boundary, step);
-        if fault::flips(step) {
-            self.trainer.replica.flip_bit()?;
-        }
+        self.trainer.fail_on_purpose(Point::Boundary, step)?;
         Ok(done.wishes)
     }
 
@@ -222,14 +232,15 @@ impl<'a, T: Number> Session<'a, T> {
         let due = self.is_checkpoint_due(step);
         let needed = last || stop == Some(StopMode::Checkpoint);
         let mut digest = None;
-        if epoch_ends {
-            self.end_of_epoch(step)?;
-        }
-        if epoch_ends || needed || due || self.is_check_due(step) {
-            // Before a checkpoint hands the state on, and before rank 0 turns to the coordinator while the others wait.
+        let evaluation = if epoch_ends { self.evaluate()? } else { None };
+        if epoch_ends || needed || due {
+            // Before anybody hears what the weights came to, and a checkpoint hands the state on.
             let mut seconds = 0.0;
             digest = Some(timed(&mut seconds, || self.trainer.compare_replicas())?);
             self.environment.metrics.compared(seconds);
+        }
+        if epoch_ends {
+            self.end_of_epoch(step, evaluation)?;
         }
         match &digest {
             Some(digest) if needed || due && !busy => {
@@ -249,12 +260,6 @@ impl<'a, T: Number> Session<'a, T> {
         Ok(digest)
     }
 
-    /// Whether the replicas are to be compared after this step, besides where they always are.
-    fn is_check_due(&self, step: u64) -> bool {
-        let every = self.trainer.job.checks.digest_every_steps;
-        every > 0 && step.is_multiple_of(every) && self.trainer.group.world_size() > 1
-    }
-
     /// Ends in good order after an error to which all ranks have come together; any other is handed back.
     pub(super) fn part(&mut self, error: TrainError) -> Result<Outcome, TrainError> {
         let TrainError::Mismatch(mismatch) = error else { return Err(error) };
@@ -262,15 +267,19 @@ impl<'a, T: Number> Session<'a, T> {
         if mismatch.is_odd(self.assignment.rank) {
             self.environment.metrics.mismatched();
         }
+        if !mismatch.is_true(self.assignment.rank) {
+            self.trainer.replica.give_up();
+        }
+        let culprit = mismatch.culprit();
         let outcome = match self.trainer.job.checks.on_mismatch {
             OnMismatch::Stop => Outcome::Failed { error: what },
+            OnMismatch::Heal if mismatch.has_truth() => Outcome::Lost { error: what, culprit },
             OnMismatch::Heal => {
-                self.output.reporter.log(format!("{what}; all go back to the newest checkpoint"));
-                // That may be one that is still on its way: the replicas were the same when it was taken.
+                // The newest checkpoint may be one that is still on its way: the replicas were the same when it was taken.
                 if let Err(error) = self.output.settle(&self.shared.aborted) {
                     self.output.reporter.log(format!("the last checkpoint could not be stored: {error}"));
                 }
-                Outcome::Lost { error: what, culprit: mismatch.culprit() }
+                Outcome::Mismatch { error: what, culprit }
             }
         };
         self.leave();
@@ -290,13 +299,16 @@ impl<'a, T: Number> Session<'a, T> {
         every > 0 && step.is_multiple_of(every)
     }
 
-    /// Evaluates, and leaves a picture where the task has one.
-    fn end_of_epoch(&mut self, step: u64) -> Result<(), TrainError> {
+    /// Evaluates, where the job does.
+    fn evaluate(&mut self) -> Result<Option<Report>, TrainError> {
+        let test = self.test.as_ref().filter(|_| self.trainer.plan.is_evaluated);
+        test.map(|test| self.trainer.averaged(|trainer| evaluate(trainer, test))).transpose()
+    }
+
+    /// Tells what the `evaluation` came to, and leaves a picture where the task has one.
+    fn end_of_epoch(&mut self, step: u64, evaluation: Option<Report>) -> Result<(), TrainError> {
         let epoch = self.timetable.position(step.max(1) - 1).0 + 1;
-        if let Some(test) = &self.test
-            && self.trainer.plan.is_evaluated
-        {
-            let report = self.trainer.averaged(|trainer| evaluate(trainer, test))?;
+        if let Some(report) = evaluation {
             self.output.reporter.metrics(step, epoch, report.figures());
             self.ledger.metrics.extend(report.figures());
             if self.is_first() {

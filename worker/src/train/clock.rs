@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 /// The parts of a step, as the metric `lockstep_step_phase_seconds` names them.
-pub(crate) const PARTS: [&str; 5] = ["data", "forward", "backward", "comm", "optimizer"];
+pub(crate) const PARTS: [&str; 6] = ["data", "forward", "backward", "comm", "optimizer", "check"];
 
 /// Seconds by part. `comm` is what is left of the wall time: waiting for peers that no computing hides.
 #[derive(Clone, Copy, Debug, Default)]
@@ -12,6 +12,8 @@ pub(crate) struct StepTimes {
     pub(crate) forward: f64,
     pub(crate) backward: f64,
     pub(crate) optimizer: f64,
+    /// Taking fingerprints of the replica.
+    pub(crate) check: f64,
     /// The part of `comm` that lies between a phase's last backward and its reduced gradients.
     pub(crate) gradients: f64,
 }
@@ -19,12 +21,12 @@ pub(crate) struct StepTimes {
 impl StepTimes {
     /// Waiting that no computing hides, given the step's wall time.
     pub(crate) fn comm(&self, wall: f64) -> f64 {
-        (wall - (self.data + self.forward + self.backward + self.optimizer)).max(0.0)
+        (wall - (self.data + self.forward + self.backward + self.optimizer + self.check)).max(0.0)
     }
 
     /// Seconds in the order of [`PARTS`], given the step's wall time.
-    pub(crate) fn parts(&self, wall: f64) -> [f64; 5] {
-        [self.data, self.forward, self.backward, self.comm(wall), self.optimizer]
+    pub(crate) fn parts(&self, wall: f64) -> [f64; 6] {
+        [self.data, self.forward, self.backward, self.comm(wall), self.optimizer, self.check]
     }
 }
 

@@ -14,6 +14,7 @@ pub(crate) mod device;
 pub(crate) mod device_buckets;
 pub(crate) mod error;
 pub(crate) mod evaluate;
+pub(crate) mod fingerprint;
 pub(crate) mod gpu;
 pub(crate) mod gradients;
 pub(crate) mod lane;

@@ -3,10 +3,12 @@
 //! It changes by [`PhaseUpdate`]s only, whole ones: the same on all replicas, and in one that follows.
 
 use super::error::TrainError;
-use super::statistics;
+use super::fingerprint::{Fingerprint, Fingerprinter};
+use super::{mismatch, statistics};
 use crate::tasks::TaskPlan;
 use lockstep_common::audit::{ShardSamples, StepAudit};
 use lockstep_common::digest::{TensorBytes, TensorHasher};
+use lockstep_common::ids::Rank;
 use lockstep_common::job::{ClipSpec, JobSpec};
 use lockstep_common::wire::Position;
 use lockstep_nn::NnError;
@@ -37,8 +39,10 @@ pub(crate) struct Replica {
     figures: BTreeMap<String, f64>,
     /// What the shards were given in those.
     samples: StepAudit,
-    /// Whether an update has begun and not ended.
-    torn: bool,
+    /// Whether it is of no use any more: an update has begun and not ended, or it has been [given up](Self::give_up).
+    spoilt: bool,
+    /// What it was when it last changed on purpose, if it has been [sealed](Self::seal) since.
+    seal: Option<Fingerprint>,
 }
 
 /// What a phase does to every replica: the same on all of them.
@@ -100,7 +104,8 @@ impl Replica {
             phase: 0,
             figures: BTreeMap::new(),
             samples: StepAudit::default(),
-            torn: false,
+            spoilt: false,
+            seal: None,
         })
     }
 
@@ -109,9 +114,55 @@ impl Replica {
         Position { step: self.step, phase: self.phase }
     }
 
-    /// Whether it is what [`Self::position`] says, and not in the middle of an update that failed.
+    /// Whether it is what [`Self::position`] says, as far as is known, and not in the middle of an update that failed.
     pub(crate) fn is_whole(&self) -> bool {
-        !self.torn
+        !self.spoilt
+    }
+
+    /// From now on it is of no use any more: it is not what it should be.
+    pub(crate) fn give_up(&mut self) {
+        self.spoilt = true;
+    }
+
+    /// Notes what it is, so that a change that is not an update can be told.
+    pub(crate) fn seal(&mut self) -> Result<(), TrainError> {
+        self.seal = Some(self.fingerprint()?);
+        Ok(())
+    }
+
+    /// Whether it has been sealed since its last update.
+    pub(crate) fn is_sealed(&self) -> bool {
+        self.seal.is_some()
+    }
+
+    /// Its fingerprint, and whether that is the one it was sealed with; a replica without a seal is taken for intact.
+    pub(crate) fn examine(&self) -> Result<(Fingerprint, bool), TrainError> {
+        let fingerprint = self.fingerprint()?;
+        Ok((fingerprint, self.seal.is_none_or(|seal| seal == fingerprint)))
+    }
+
+    /// Sees that it is what it was sealed as, before others get it from `rank`, which holds it.
+    pub(crate) fn vouch(&mut self, rank: Rank, plan: &TaskPlan) -> Result<(), TrainError> {
+        if self.seal.is_none() || self.examine()?.1 {
+            return Ok(());
+        }
+        self.give_up();
+        let what = format!("{rank} {} after {}", mismatch::CHANGED_BY_ITSELF, self.position());
+        Err(match plan.stops_on_mismatch() {
+            true => TrainError::Fatal(what),
+            false => TrainError::Unavailable { what, culprit: Some(rank) },
+        })
+    }
+
+    /// A digest of all that updates go on from.
+    fn fingerprint(&self) -> Result<Fingerprint, TrainError> {
+        let mut fingerprinter = Fingerprinter::new();
+        for ((vars, optimizer), updates) in self.vars.iter().zip(&self.optimizers).zip(&self.updates) {
+            vars.iter().try_for_each(|(_, var)| fingerprinter.add(&var.tensor))?;
+            optimizer.state().values().try_for_each(|tensor| fingerprinter.add(tensor))?;
+            fingerprinter.add_number(*updates);
+        }
+        Ok(fingerprinter.finish())
     }
 
     /// What the phases of the next step that have been applied came to.
@@ -138,7 +189,7 @@ impl Replica {
         clip: &ClipSpec,
     ) -> Result<Option<BTreeMap<String, f64>>, TrainError> {
         let after = update.after(self.position());
-        self.torn = true;
+        (self.spoilt, self.seal) = (true, None);
         if let Some(max) = clip.value {
             clip_value(&mut update.gradients, max)?;
         }
@@ -157,7 +208,7 @@ impl Replica {
         self.figures.append(&mut update.figures);
         let committed = update.commits.then(|| std::mem::take(&mut self.figures));
         (self.step, self.phase) = (after.step, after.phase);
-        self.torn = false;
+        self.spoilt = false;
         Ok(committed)
     }
 
@@ -165,11 +216,11 @@ impl Replica {
     ///
     /// After an error the replica is of no use any more.
     pub(crate) fn exchange_averages(&mut self) -> Result<(), TrainError> {
-        self.torn = true;
+        self.spoilt = true;
         for (optimizer, vars) in self.optimizers.iter_mut().zip(&self.vars) {
             optimizer.exchange_averages(vars)?;
         }
-        self.torn = false;
+        self.spoilt = false;
         Ok(())
     }
 
@@ -219,7 +270,7 @@ impl Replica {
                 all.iter().filter_map(|(n, t)| Some((n.strip_prefix(prefix)?.to_owned(), t.shallow_clone())));
             own.collect()
         };
-        self.torn = true;
+        (self.spoilt, self.seal) = (true, None);
         for (i, network) in plan.networks.iter().enumerate() {
             self.vars[i].load(&part(weights, &self.prefixes[i]))?;
             let mut state = part(optimizer, &format!("{}/", network.name));
@@ -235,7 +286,7 @@ impl Replica {
         (self.step, self.phase) = (position.step, position.phase);
         self.figures.clear();
         self.samples = StepAudit::default();
-        self.torn = false;
+        self.spoilt = false;
         Ok(())
     }
 
@@ -270,12 +321,7 @@ impl Replica {
         digest(self.weight_tensors().collect())
     }
 
-    /// BLAKE3 of every optimizer's state and the update counters.
-    pub(crate) fn optimizers_digest(&self, plan: &TaskPlan) -> Result<String, TrainError> {
-        digest(self.optimizer_tensors(plan)?.into_iter().collect())
-    }
-
-    /// Changes the lowest bit of one weight, for tests of what follows.
+    /// Changes the lowest bit of one weight, as bad memory does.
     pub(crate) fn flip_bit(&self) -> Result<(), TrainError> {
         let Some((_, var)) = self.vars.first().and_then(|vars| vars.parameters().next()) else {
             return Ok(());

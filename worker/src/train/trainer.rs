@@ -9,7 +9,7 @@ use super::device_buckets::Carrier;
 use super::error::TrainError;
 use super::gradients::Gradients;
 use super::lane::{Lane, PhaseDone, PhaseWork};
-use super::mismatch::Mismatch;
+use super::mismatch::{Mismatch, ReplicaReport};
 use super::permits::Permits;
 use super::phase::PhasePlan;
 use super::rendezvous::Rendezvous;
@@ -22,6 +22,7 @@ use crate::fault::{self, Point};
 use crate::lease::Lease;
 use crate::state::desk::Desk;
 use crate::tasks::TaskPlan;
+use bytes::Bytes;
 use lockstep_collectives::{CollectiveError, Group, Numbers, Pending, ReduceOp, Tag, TagKind};
 use lockstep_common::audit::ShardSamples;
 use lockstep_common::checkpoint::WIRE_FILE;
@@ -131,6 +132,10 @@ impl<T: Number> Trainer<T> {
             let buckets = trainer.bucket_plan(network, &order);
             trainer.buckets.push(buckets);
         }
+        // One that was sealed in another generation is to be as it was then.
+        if !trainer.replica.is_sealed() {
+            trainer.seal_replica()?;
+        }
         Ok(trainer)
     }
 
@@ -174,7 +179,10 @@ impl<T: Number> Trainer<T> {
         wishes: Wishes,
     ) -> Result<StepDone, TrainError> {
         let result = self.try_step(batches, total_steps, steps_per_epoch, wishes);
-        if let Err(error) = &result {
+        // All ranks come to the same verdict on their replicas, if nobody keeps the others from it.
+        if let Err(error) = &result
+            && !matches!(error, TrainError::Mismatch(_))
+        {
             // Whoever still waits, here or elsewhere, hears the first cause.
             self.group.abort(match error {
                 TrainError::Collective(cause) => cause.clone(),
@@ -250,10 +258,15 @@ impl<T: Number> Trainer<T> {
             done.times.forward += forward / parallel;
             done.times.backward += backward / parallel;
 
-            fault::point(Point::Reduce, step + 1);
+            self.fail_on_purpose(Point::Reduce, step + 1)?;
             let figures = self.share_figures(step, phase, &lanes, &wishes)?;
             let records = lanes.into_iter().map(|l| l.records).collect();
             let statistics = PhaseStatistics::start(&self.group, step, phase, &self.modes, records)?;
+            let comparison = self.is_compared(step).then(|| {
+                let report = timed(&mut done.times.check, || self.report(Vec::new()))?;
+                self.start_comparison(Tag::new(step, phase, TagKind::Digest), report)
+            });
+            let comparison = comparison.transpose()?;
             let (gradients, statistics, figures) =
                 timed(&mut done.times.gradients, || -> Result<_, TrainError> {
                     Ok((buckets.wait(self.device)?, statistics.finish()?, figures.wait()?))
@@ -262,11 +275,14 @@ impl<T: Number> Trainer<T> {
             if phase_plan.learns == 0 {
                 figures.insert("lr".to_owned(), lr);
             }
+            if let Some(comparison) = comparison {
+                self.judge(comparison)?;
+            }
             // Nothing that can fail on one rank alone comes after the update.
             if !self.learnt[network] {
                 self.learn_order(step, phase, network, &buckets)?;
             }
-            fault::point(Point::Optimizer, step + 1);
+            self.fail_on_purpose(Point::Optimizer, step + 1)?;
             if let Some(lease) = &self.lease {
                 lease.check()?;
             }
@@ -277,6 +293,7 @@ impl<T: Number> Trainer<T> {
                 desk.note(&update, self.replica.position())?;
             }
             let committed = timed(&mut done.times.optimizer, || self.replica.apply(update, &self.job.clip))?;
+            timed(&mut done.times.check, || self.seal_replica())?;
             done.figures.extend(committed.into_iter().flatten());
         }
         match self.replica.step == step {
@@ -380,15 +397,56 @@ impl<T: Number> Trainer<T> {
     /// Compares weights, buffers and optimizers' states of all replicas; returns the digest of the weights and buffers.
     pub(crate) fn compare_replicas(&self) -> Result<String, TrainError> {
         let weights = self.replica.weights_digest()?;
-        if self.group.world_size() > 1 {
-            let own = weights.clone() + &self.replica.optimizers_digest(&self.plan)?;
-            let tag = Tag::new(self.replica.step, 0, TagKind::Digest);
-            let all = self.group.all_gather(tag, own.into_bytes())?.wait()?;
-            if let Some(mismatch) = Mismatch::find(self.replica.step, &all) {
-                return Err(TrainError::Mismatch(mismatch));
-            }
-        }
+        let report = self.report(weights.clone().into_bytes())?;
+        // The next step's own comparison has the same position.
+        let tag = Tag::new(self.replica.step, 0, TagKind::Digest).index(1);
+        self.judge(self.start_comparison(tag, report)?)?;
         Ok(weights)
+    }
+
+    /// Whether the replicas are compared before the updates of the step after `step` are applied.
+    fn is_compared(&self, step: u64) -> bool {
+        let every = self.job.checks.digest_every_steps;
+        every > 0 && (step + 1).is_multiple_of(every)
+    }
+
+    /// Notes what the replica is, if that is to be compared before the next update.
+    fn seal_replica(&mut self) -> Result<(), TrainError> {
+        match self.is_compared(self.replica.step) {
+            true => self.replica.seal(),
+            false => Ok(()),
+        }
+    }
+
+    /// What this rank says of its replica, besides `more`.
+    fn report(&self, more: Vec<u8>) -> Result<ReplicaReport, TrainError> {
+        let (fingerprint, is_intact) = self.replica.examine()?;
+        Ok(ReplicaReport { digest: [fingerprint.as_slice(), &more].concat(), is_intact })
+    }
+
+    /// Tells the others `report` and asks for theirs.
+    fn start_comparison(&self, tag: Tag, report: ReplicaReport) -> Result<Pending<Vec<Bytes>>, TrainError> {
+        Ok(self.group.all_gather(tag, report.into_bytes())?)
+    }
+
+    /// Goes on if all replicas are intact and the same.
+    fn judge(&self, comparison: Pending<Vec<Bytes>>) -> Result<(), TrainError> {
+        let reports: Vec<_> =
+            comparison.wait()?.iter().map(|bytes| ReplicaReport::from_bytes(bytes)).collect();
+        let is_guarded = self.job.checks.digest_every_steps == 1;
+        match Mismatch::find(self.replica.position(), &reports, is_guarded) {
+            Some(mismatch) => Err(TrainError::Mismatch(mismatch)),
+            None => Ok(()),
+        }
+    }
+
+    /// Has happen what [`fault`] has for this point of this step.
+    pub(crate) fn fail_on_purpose(&self, point: Point, step: u64) -> Result<(), TrainError> {
+        fault::point(point, step);
+        match fault::flips(point, step) {
+            true => self.replica.flip_bit(),
+            false => Ok(()),
+        }
     }
 }
 

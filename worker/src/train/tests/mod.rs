@@ -2,6 +2,7 @@
 
 mod audit;
 mod evaluation;
+mod guard;
 mod recipes;
 pub(crate) mod recovery;
 mod systems;
