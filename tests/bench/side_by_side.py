@@ -27,14 +27,26 @@ def last_json(command, environment):
     sys.exit(f"error: `{' '.join(map(str, command))}` printed no JSON object at its end")
 
 
-def alternate(coordinator, job, peer, workers, threads, rounds):
-    """Images per second of Lockstep on `workers` with `threads` each, and of the Python program `peer`, round by round."""
+def lockstep_rate(report, warmup):
+    """Images per second of a finished run after its first `warmup` steps."""
+    metrics = Path(os.environ["LOCKSTEP_DATA_DIR"], "jobs", report["job"], "metrics.jsonl")
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [line for line in lines if "seconds" in line and line["step"] > warmup]
+    return sum(step["samples"] for step in steps) / sum(step["seconds"] for step in steps)
+
+
+def alternate(coordinator, job, peer, workers, threads, rounds, warmup):
+    """Images per second of Lockstep on `workers` with `threads` each, and of the Python program `peer`, round by round.
+
+    Neither counts its first `warmup` steps; `peer` is told of them here.
+    """
+    peer = [*peer, "--warmup", str(warmup)]
     # Both sides are told how many intra-op threads a process has.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     run = [coordinator, "run", job, "--fresh", "--workers", str(workers), "--threads", str(threads)]
     lockstep, others = [], []
     for round_number in range(1, rounds + 1):
-        lockstep.append(last_json(run, environment)["metrics"]["images_per_second"])
+        lockstep.append(lockstep_rate(last_json(run, environment), warmup))
         others.append(last_json([sys.executable, *peer], environment)["images_per_second"])
         print(f"round {round_number}: Lockstep {lockstep[-1]:.0f}, PyTorch {others[-1]:.0f} images/s", file=sys.stderr)
     return lockstep, others

@@ -150,7 +150,7 @@ def main():
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each worker")
     parser.add_argument("--global-batch", type=int, default=128)
-    parser.add_argument("--warmup", type=int, default=20, help="steps before the clock starts")
+    parser.add_argument("--warmup", type=int, required=True, help="steps before the clock starts")
     parser.add_argument("--steps", type=int, default=280, help="steps timed")
     arguments = parser.parse_args()
 

@@ -34,9 +34,6 @@ name = "sgd"
 lr = 0.05
 momentum = 0.9
 weight_decay = 5e-4
-
-[checks]
-digest_every_steps = 0
 """
 
 LARGER = """channels = 3
@@ -82,9 +79,9 @@ def main():
         for workers, threads in (1, 2), (2, 1):
             peer = [HERE / "step_ddp.py", "--data", arguments.data, "--network", network, "--side", case.side,
                     "--workers", workers, "--threads", threads, "--global-batch", case.batch,
-                    "--warmup", WARMUP, "--steps", case.steps - WARMUP]
+                    "--steps", case.steps - WARMUP]
             peer = [str(argument) for argument in peer]
-            rates = alternate(arguments.coordinator, job, peer, workers, threads, arguments.rounds)
+            rates = alternate(arguments.coordinator, job, peer, workers, threads, arguments.rounds, WARMUP)
             title = f"{network} at {case.side}, batch {case.batch}, {workers} x {threads} threads"
             name = "PyTorch DDP, Gloo, local batch norm" if workers > 1 else "PyTorch"
             ratio = report(title, [("Lockstep, synchronized batch norm", rates[0]), (name, rates[1])])

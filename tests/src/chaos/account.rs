@@ -114,10 +114,11 @@ impl Account {
         for (name, Summary { count, median, max }) in rows {
             writeln!(f, "{name:<62} {count:>6} {median:>9.3} {max:>9.3}")?;
         }
-        let Figures { recomputed_steps, committed_steps, memberships, .. } = figures;
+        let Figures { recomputed_steps, committed_steps, memberships, flips_found, .. } = figures;
         writeln!(
             f,
-            "{committed_steps} steps in {memberships} memberships, {recomputed_steps} of them done again"
+            "{committed_steps} steps in {memberships} memberships, {recomputed_steps} of them done again; {flips_found} flipped \
+             bits were found"
         )?;
         figures.wasteful.iter().try_for_each(|case| writeln!(f, "  {case}"))
     }

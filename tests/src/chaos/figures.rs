@@ -1,6 +1,6 @@
 //! How long it took to get over what happened.
 
-use super::schedule::Kind;
+use super::schedule::{Deed, Kind};
 use super::stage::{History, Stage};
 use super::watch::Seen;
 use super::{Happened, Trial};
@@ -39,6 +39,8 @@ pub struct Figures {
     pub outage_s: Summary,
     /// Steps committed in between.
     pub outage_steps: Summary,
+    /// Memberships that ended because a rank found its own state changed.
+    pub flips_found: usize,
     /// Steps committed twice at a change of membership, over the whole run.
     pub recomputed_steps: u64,
     /// Steps committed, over the whole run.
@@ -102,7 +104,7 @@ fn troubles<'a>(happened: &'a [Happened], history: &'a History) -> Vec<Trouble<'
     let happened = happened.iter().filter(|h| h.skipped.is_none());
     let happened = happened.map(|h| trouble(h.at, h.event.kind.lasts(), h.worker.as_deref()));
     let deaths = history.deaths.iter().map(|d| trouble(d.at, Duration::ZERO, Some(&d.worker[..])));
-    let stopped = history.struck.iter().filter(|(_, fault)| !fault.kills);
+    let stopped = history.struck.iter().filter(|(_, fault)| fault.deed == Deed::Stop);
     let stopped = stopped.map(|(at, fault)| trouble(*at, fault.still(), None));
     let exits = history.exits.iter().filter(|exit| !exit.asked);
     let exits = exits.map(|exit| trouble(exit.at, Duration::ZERO, Some(&exit.who[..])));
@@ -159,10 +161,17 @@ pub fn measure(trials: &[Trial], happened: &[Happened], stage: &Stage, timeout: 
         restart_s: Summary::of(outages.iter().map(|outage| outage.restart.as_secs_f64())),
         outage_s: Summary::of(outages.iter().map(|outage| outage.whole.as_secs_f64())),
         outage_steps: Summary::of(outages.iter().map(|outage| outage.steps as f64)),
+        flips_found: trials.iter().map(|trial| flips_found(&stage.place.log(&trial.id))).sum(),
         recomputed_steps: courses.iter().map(Course::recomputed).sum(),
         committed_steps: courses.iter().map(|course| course.committed.len() as u64).sum(),
         memberships: courses.iter().map(Course::memberships).sum(),
     }
+}
+
+/// Memberships that ended, by a job's log, because a rank found its own state changed.
+fn flips_found(log: &str) -> usize {
+    let is_one = |line: &&str| line.contains(" is over: ") && line.contains(" found its state changed ");
+    log.lines().filter(is_one).count()
 }
 
 /// Whose recovery it is.

@@ -101,17 +101,30 @@ pub enum Kind {
 /// What befalls a worker at an exact point of a step, by its own hand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// Killed, or stopped until it is continued.
-    pub kills: bool,
+    /// What.
+    pub deed: Deed,
     /// Where in the step.
     pub point: &'static str,
     /// In which step, counted from the furthest that is known when the worker starts.
     pub steps_ahead: u64,
 }
 
+/// What a worker does to itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Deed {
+    /// SIGKILL.
+    Kill,
+    /// SIGSTOP; it is continued later.
+    Stop,
+    /// One bit of a weight is flipped.
+    Flip,
+}
+
 /// The points of a step at which a worker can be struck.
 pub const POINTS: [&str; 8] =
     ["data", "forward", "backward", "reduce", "optimizer", "checkpoint", "heal", "boundary"];
+/// Those at which a bit can be flipped so that the worker's own rank knows.
+pub const FLIP_POINTS: [&str; 3] = ["boundary", "reduce", "copy"];
 
 impl Kind {
     /// A word for it.
@@ -185,10 +198,14 @@ impl fmt::Display for Kind {
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let verb = if self.kills { "kills" } else { "stops" };
+        let deed = match self.deed {
+            Deed::Kill => "kills itself",
+            Deed::Stop => "stops itself",
+            Deed::Flip => "has a bit flipped",
+        };
         match self.point {
-            "checkpoint" | "heal" => write!(f, "then {verb} itself in its first `{}`", self.point),
-            point => write!(f, "then {verb} itself in `{point}` {} steps on", self.steps_ahead),
+            "checkpoint" | "heal" | "copy" => write!(f, "then {deed} in its first `{}`", self.point),
+            point => write!(f, "then {deed} in `{point}` {} steps on", self.steps_ahead),
         }
     }
 }
@@ -300,11 +317,14 @@ impl Draw {
             Sort::Kill => Kind::Kill { seat: self.busy_seat(at)?, away: self.between(0.1, 4.0), fault: None },
             Sort::Struck => {
                 let seat = self.busy_seat(at)?;
-                let fault = Fault {
-                    kills: self.stream.below(4) > 0,
-                    point: POINTS[self.stream.below(POINTS.len() as u64) as usize],
-                    steps_ahead: 1 + self.stream.below(60),
+                let deed = match self.stream.below(6) {
+                    0 => Deed::Stop,
+                    1 | 2 => Deed::Flip,
+                    _ => Deed::Kill,
                 };
+                let points = if deed == Deed::Flip { &FLIP_POINTS[..] } else { &POINTS };
+                let point = points[self.stream.below(points.len() as u64) as usize];
+                let fault = Fault { deed, point, steps_ahead: 1 + self.stream.below(60) };
                 Kind::Kill { seat, away: Duration::ZERO, fault: Some(fault) }
             }
             Sort::Replace => Kind::Replace { seat: self.busy_seat(at)? },

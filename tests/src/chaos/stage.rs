@@ -5,7 +5,7 @@
 
 use crate::chaos::actors::Actor;
 use crate::chaos::disk::SmallDisk;
-use crate::chaos::schedule::{Fault, HOSTS, Kind, SEATS, WORKERS};
+use crate::chaos::schedule::{Deed, Fault, HOSTS, Kind, SEATS, WORKERS};
 use crate::chaos::verdict::was_killed;
 use crate::hosts::{FIRST, Hosts, Way};
 use crate::place::Place;
@@ -392,13 +392,13 @@ impl Stage {
     fn tend_worker(&mut self, seat: usize, now: Duration) {
         let Some(worker) = &mut self.seats[seat] else { return };
         let name = worker.actor.name().to_owned();
-        if let Some(fault) = worker.armed.filter(|fault| !fault.kills && worker.actor.is_stopped()) {
+        if let Some(fault) = worker.armed.filter(|fault| fault.deed == Deed::Stop && worker.actor.is_stopped()) {
             worker.armed = None;
             self.history.struck.push((now, fault));
             self.due.push((now + fault.still(), Undo::ContinueWorker(name.clone())));
         }
         let ended = worker.actor.ended();
-        let struck = worker.armed.filter(|fault| fault.kills && ended.is_some_and(was_killed));
+        let struck = worker.armed.filter(|fault| fault.deed == Deed::Kill && ended.is_some_and(was_killed));
         match (worker.mood, ended) {
             (Mood::Running, Some(_)) if struck.is_some() => {
                 worker.mood = Mood::Away(now + RESTART_PAUSE);
@@ -448,12 +448,16 @@ impl Stage {
 }
 
 impl Fault {
-    /// As the worker's environment has it, whatever rank it is given. Not every step has a checkpoint or a heal: there it
-    /// is the first one.
+    /// As the worker's environment has it, whatever rank it is given. Not every step has a checkpoint, a heal or a copy:
+    /// there it is the first one.
     fn armed(&self, furthest: u64) -> String {
-        let verb = if self.kills { "kill" } else { "stop" };
+        let verb = match self.deed {
+            Deed::Kill => "kill",
+            Deed::Stop => "stop",
+            Deed::Flip => "flip",
+        };
         match self.point {
-            "checkpoint" | "heal" => format!("{verb}:phase={}", self.point),
+            "checkpoint" | "heal" | "copy" => format!("{verb}:phase={}", self.point),
             point => format!("{verb}:step={},phase={point}", furthest + self.steps_ahead),
         }
     }
