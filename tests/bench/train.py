@@ -62,7 +62,7 @@ def main():
     parser.add_argument("--coordinator", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder with the four IDX files")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--shards", type=int, default=4, help="logical shards of Lockstep's jobs")
+    parser.add_argument("--shards", type=int, default=2, help="logical shards of Lockstep's jobs: as many as cores")
     parser.add_argument("--memory-format", choices=["contiguous", "channels-last"], default="contiguous",
                         help="of Lockstep's jobs")
     parser.add_argument("--at-least", type=float, default=0.0, help="least ratio that is not a failure")

@@ -158,6 +158,9 @@ impl Agent {
         let threads = args
             .threads
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get() as u32));
+        // Updates of the weights. Another agent of this process would be as content with the first one's.
+        let updaters = rayon::ThreadPoolBuilder::new().num_threads(threads.max(1) as usize);
+        let _ = updaters.thread_name(|n| format!("update-{n}")).build_global();
         let shards = source::cache(home.path(), args.cache_bytes, &args.datasets, control.clone())?;
         let environment = Environment {
             control,

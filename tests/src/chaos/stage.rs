@@ -392,7 +392,9 @@ impl Stage {
     fn tend_worker(&mut self, seat: usize, now: Duration) {
         let Some(worker) = &mut self.seats[seat] else { return };
         let name = worker.actor.name().to_owned();
-        if let Some(fault) = worker.armed.filter(|fault| fault.deed == Deed::Stop && worker.actor.is_stopped()) {
+        if let Some(fault) =
+            worker.armed.filter(|fault| fault.deed == Deed::Stop && worker.actor.is_stopped())
+        {
             worker.armed = None;
             self.history.struck.push((now, fault));
             self.due.push((now + fault.still(), Undo::ContinueWorker(name.clone())));

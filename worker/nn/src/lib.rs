@@ -8,6 +8,7 @@
 //! it or what else runs there.
 
 pub mod bytes;
+pub mod checksum;
 pub mod error;
 pub mod forward;
 pub mod init;

@@ -324,7 +324,7 @@ impl Follow<'_> {
                         return Err(Ended::Never(format!("an update {problem}")));
                     }
                     let update = head.with(&gradients, &replica)?;
-                    replica.apply(update, &self.spec.clip)?;
+                    replica.apply(update, &self.spec.clip, false)?;
                     if newest.step.saturating_sub(replica.step) <= CLOSE {
                         self.tell(replica.position());
                     }

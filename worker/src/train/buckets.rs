@@ -10,6 +10,7 @@ use super::delivery::Deliveries;
 use super::error::TrainError;
 use lockstep_collectives::{CollectiveError, Group, Numbers, Tag, TagKind};
 use lockstep_nn::NnError;
+use lockstep_nn::shim::values_mut;
 use lockstep_nn::vars::Vars;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -23,6 +24,8 @@ pub(crate) struct BucketPlan {
     lengths: Vec<usize>,
     /// Parameters per bucket.
     members: Vec<usize>,
+    /// Where the sums go, phase after phase, per bucket; empty before the first.
+    sums: Mutex<Vec<Tensor>>,
 }
 
 pub(crate) struct Place {
@@ -61,7 +64,7 @@ impl BucketPlan {
             lengths[place.bucket] += place.elements;
             members[place.bucket] += 1;
         }
-        Self { places, lengths, members }
+        Self { places, lengths, members, sums: Mutex::default() }
     }
 
     /// Where the parameters of `bucket` lie in it.
@@ -107,7 +110,7 @@ pub(crate) fn never_sent(bucket: usize) -> TrainError {
 
 /// Sends a full bucket towards the other ranks.
 pub(crate) type Launch<T> =
-    dyn Fn(u32, Vec<Numbers<T>>) -> Result<Box<dyn Arriving>, CollectiveError> + Send + Sync;
+    dyn Fn(u32, Vec<Numbers<T>>) -> Result<Box<dyn Arriving<T>>, CollectiveError> + Send + Sync;
 
 /// The gradients of one phase.
 pub(crate) struct GradientBuckets<T> {
@@ -121,7 +124,7 @@ pub(crate) struct GradientBuckets<T> {
 struct Bucket<T> {
     /// Per owned shard; emptied when the bucket is sent.
     leaves: Vec<Mutex<Option<Numbers<T>>>>,
-    pending: Mutex<Option<Box<dyn Arriving>>>,
+    pending: Mutex<Option<Box<dyn Arriving<T>>>>,
 }
 
 impl<T: Number> GradientBuckets<T> {
@@ -190,14 +193,24 @@ impl<T: Number> GradientBuckets<T> {
         Ok(())
     }
 
-    /// The reduced gradients by parameter name, once they are there.
+    /// The reduced gradients by parameter name, once they are there. On the CPU they share memory with those of the plan's
+    /// next phase, so that no page of it is new to the kernel each time.
     pub(crate) fn wait(&self, device: Device) -> Result<Vec<(String, Tensor)>, TrainError> {
         let mut arriving = Vec::with_capacity(self.buckets.len());
         for (index, bucket) in self.buckets.iter().enumerate() {
             arriving.push(bucket.pending.lock().take().ok_or_else(|| never_sent(index))?);
         }
         arriving.iter_mut().try_for_each(|bucket| bucket.advance())?;
-        let flat = arriving.into_iter().map(|bucket| Ok(bucket.wait()?.f_to_device(device)?));
+        let mut sums = self.plan.sums.lock();
+        if sums.is_empty() {
+            let new =
+                self.plan.lengths().map(|length| Tensor::f_empty([length as i64], (T::KIND, Device::Cpu)));
+            *sums = new.collect::<Result<_, _>>()?;
+        }
+        let flat = arriving.into_iter().zip(&mut *sums).map(|(bucket, sum)| {
+            bucket.wait(values_mut::<T>(sum))?;
+            Ok(sum.f_to_device(device)?)
+        });
         self.plan.unpack(&flat.collect::<Result<Vec<Tensor>, TrainError>>()?)
     }
 

@@ -14,10 +14,10 @@ use lockstep_common::wire::Position;
 use lockstep_nn::NnError;
 use lockstep_nn::bytes::{RawTensor, describe};
 use lockstep_nn::forward::BnRecord;
-use lockstep_nn::optim::{NamedGradient, Optimizer, clip_norm, clip_value};
+use lockstep_nn::optim::{Checksums, NamedGradient, Optimizer, Trace, checksums, clip_norm, clip_value};
 use lockstep_nn::schedule::lr_factor;
 use lockstep_nn::shim::with_bytes;
-use lockstep_nn::vars::Vars;
+use lockstep_nn::vars::{Role, Vars};
 use std::collections::BTreeMap;
 use tch::Tensor;
 
@@ -41,8 +41,21 @@ pub(crate) struct Replica {
     samples: StepAudit,
     /// Whether it is of no use any more: an update has begun and not ended, or it has been [given up](Self::give_up).
     spoilt: bool,
-    /// What it was when it last changed on purpose, if it has been [sealed](Self::seal) since.
-    seal: Option<Fingerprint>,
+    /// What it was when it last changed on purpose, if that was noted.
+    seal: Option<Seal>,
+    /// Whether the last update found a state that was not as it was sealed.
+    changed: bool,
+}
+
+/// What a replica was when it last changed on purpose, by network.
+struct Seal(Vec<NetworkSeal>);
+
+#[derive(PartialEq)]
+struct NetworkSeal {
+    /// Of parameters and buffers.
+    vars: Checksums,
+    /// Of the optimizer's state.
+    state: Checksums,
 }
 
 /// What a phase does to every replica: the same on all of them.
@@ -106,6 +119,7 @@ impl Replica {
             samples: StepAudit::default(),
             spoilt: false,
             seal: None,
+            changed: false,
         })
     }
 
@@ -126,7 +140,9 @@ impl Replica {
 
     /// Notes what it is, so that a change that is not an update can be told.
     pub(crate) fn seal(&mut self) -> Result<(), TrainError> {
-        self.seal = Some(self.fingerprint()?);
+        let networks = (0..self.vars.len())
+            .map(|i| Ok(NetworkSeal { vars: self.var_checksums(i)?, state: self.state_checksums(i)? }));
+        self.seal = Some(Seal(networks.collect::<Result<_, TrainError>>()?));
         Ok(())
     }
 
@@ -135,15 +151,33 @@ impl Replica {
         self.seal.is_some()
     }
 
-    /// Its fingerprint, and whether that is the one it was sealed with; a replica without a seal is taken for intact.
-    pub(crate) fn examine(&self) -> Result<(Fingerprint, bool), TrainError> {
-        let fingerprint = self.fingerprint()?;
-        Ok((fingerprint, self.seal.is_none_or(|seal| seal == fingerprint)))
+    /// A fingerprint of it, and whether it is as it was sealed; one without a seal is taken for intact. Gradients come from
+    /// the parameters and buffers, so those are looked at. The optimizers' states are what the seal says, which an update
+    /// sees to, unless `wholly`.
+    pub(crate) fn examine(&self, wholly: bool) -> Result<(Fingerprint, bool), TrainError> {
+        let mut fingerprint = Fingerprinter::new();
+        let mut is_intact = !self.changed;
+        for (i, updates) in self.updates.iter().enumerate() {
+            let seal = self.seal.as_ref().map(|Seal(networks)| &networks[i]);
+            let vars = self.var_checksums(i)?;
+            fingerprint.add(&vars);
+            is_intact &= seal.is_none_or(|seal| seal.vars == vars);
+            match seal.filter(|_| !wholly) {
+                Some(seal) => fingerprint.add(&seal.state),
+                None => {
+                    let state = self.state_checksums(i)?;
+                    fingerprint.add(&state);
+                    is_intact &= seal.is_none_or(|seal| seal.state == state);
+                }
+            }
+            fingerprint.add_number(*updates);
+        }
+        Ok((fingerprint.finish(), is_intact))
     }
 
     /// Sees that it is what it was sealed as, before others get it from `rank`, which holds it.
     pub(crate) fn vouch(&mut self, rank: Rank, plan: &TaskPlan) -> Result<(), TrainError> {
-        if self.seal.is_none() || self.examine()?.1 {
+        if self.seal.is_none() || self.examine(true)?.1 {
             return Ok(());
         }
         self.give_up();
@@ -154,15 +188,12 @@ impl Replica {
         })
     }
 
-    /// A digest of all that updates go on from.
-    fn fingerprint(&self) -> Result<Fingerprint, TrainError> {
-        let mut fingerprinter = Fingerprinter::new();
-        for ((vars, optimizer), updates) in self.vars.iter().zip(&self.optimizers).zip(&self.updates) {
-            vars.iter().try_for_each(|(_, var)| fingerprinter.add(&var.tensor))?;
-            optimizer.state().values().try_for_each(|tensor| fingerprinter.add(tensor))?;
-            fingerprinter.add_number(*updates);
-        }
-        Ok(fingerprinter.finish())
+    fn var_checksums(&self, network: usize) -> Result<Checksums, TrainError> {
+        Ok(checksums(self.vars[network].iter().map(|(name, var)| (name, &var.tensor)))?)
+    }
+
+    fn state_checksums(&self, network: usize) -> Result<Checksums, TrainError> {
+        Ok(checksums(self.optimizers[network].state().iter().map(|(name, tensor)| (name.as_str(), tensor)))?)
     }
 
     /// What the phases of the next step that have been applied came to.
@@ -180,36 +211,74 @@ impl Replica {
         &self.updates
     }
 
-    /// Applies a phase. Returns the whole step's figures if that commits it.
+    /// Applies a phase, and seals what comes of it if `seals`. Returns the whole step's figures if that commits it.
     ///
     /// After an error the replica is of no use any more.
     pub(crate) fn apply(
         &mut self,
         mut update: PhaseUpdate,
         clip: &ClipSpec,
+        seals: bool,
     ) -> Result<Option<BTreeMap<String, f64>>, TrainError> {
         let after = update.after(self.position());
-        (self.spoilt, self.seal) = (true, None);
+        self.spoilt = true;
         if let Some(max) = clip.value {
             clip_value(&mut update.gradients, max)?;
         }
         if let Some(max) = clip.norm {
             clip_norm(&mut update.gradients, max)?;
         }
+        let seal = self.seal.take();
         let learner = update.network;
         let number = self.updates[learner];
-        self.optimizers[learner].step(&self.vars[learner], &update.gradients, update.lr, number)?;
+        let (vars, gradients) = (&self.vars[learner], &update.gradients);
+        let optimizer = &mut self.optimizers[learner];
+        let trace = match seals || seal.is_some() {
+            true => Some(optimizer.traced_step(vars, gradients, update.lr, number)?),
+            false => {
+                optimizer.step(vars, gradients, update.lr, number)?;
+                None
+            }
+        };
         self.updates[learner] += 1;
         for (network, vars) in self.vars.iter().enumerate() {
             let own = update.statistics.iter().filter(|r| usize::from(r.network) == network);
             statistics::apply(vars, own)?;
         }
+        if let (Some(seal), Some(trace)) = (&seal, &trace) {
+            let sealed = &seal.0[learner].state;
+            self.changed |= trace.state_before.iter().any(|(name, found)| sealed.get(name) != Some(found));
+            let average =
+                checksums(self.optimizers[learner].average_state().collect::<Vec<_>>().iter().map(pair))?;
+            self.changed |= average.iter().any(|(name, found)| sealed.get(name) != Some(found));
+        }
         self.optimizers[learner].average(&self.vars[learner], number)?;
+        match (seal, trace) {
+            (Some(seal), Some(trace)) if seals => self.seal = Some(self.renewed(seal, learner, trace)?),
+            _ if seals => self.seal()?,
+            _ => {}
+        }
         self.figures.append(&mut update.figures);
         let committed = update.commits.then(|| std::mem::take(&mut self.figures));
         (self.step, self.phase) = (after.step, after.phase);
         self.spoilt = false;
         Ok(committed)
+    }
+
+    /// `seal` after an update of `learner` that has left `trace`: what that has not touched is to be as it was.
+    fn renewed(&self, seal: Seal, learner: usize, trace: Trace) -> Result<Seal, TrainError> {
+        let Seal(mut networks) = seal;
+        for (network, vars) in networks.iter_mut().zip(&self.vars) {
+            let buffers = vars.iter().filter(|(_, var)| var.role != Role::Parameter);
+            network.vars.extend(checksums(buffers.map(|(name, var)| (name, &var.tensor)))?);
+        }
+        let own = &mut networks[learner];
+        own.vars.extend(trace.parameters);
+        own.state.extend(trace.state_after);
+        own.state.extend(checksums(
+            self.optimizers[learner].average_state().collect::<Vec<_>>().iter().map(pair),
+        )?);
+        Ok(Seal(networks))
     }
 
     /// Exchanges the weights with their averages, where the job keeps some; a second exchange undoes the first.
@@ -270,7 +339,7 @@ impl Replica {
                 all.iter().filter_map(|(n, t)| Some((n.strip_prefix(prefix)?.to_owned(), t.shallow_clone())));
             own.collect()
         };
-        (self.spoilt, self.seal) = (true, None);
+        (self.spoilt, self.seal, self.changed) = (true, None, false);
         for (i, network) in plan.networks.iter().enumerate() {
             self.vars[i].load(&part(weights, &self.prefixes[i]))?;
             let mut state = part(optimizer, &format!("{}/", network.name));
@@ -332,6 +401,10 @@ impl Replica {
         }
         Ok(tch::no_grad(|| var.tensor.f_detach()?.f_copy_(&raw.to_tensor()?).map_err(NnError::from))?)
     }
+}
+
+fn pair((name, tensor): &(String, Tensor)) -> (&str, &Tensor) {
+    (name, tensor)
 }
 
 /// The digest of tensors in name order, straight from their memory: no lane works on a replica between two steps.

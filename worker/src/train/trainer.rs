@@ -133,8 +133,8 @@ impl<T: Number> Trainer<T> {
             trainer.buckets.push(buckets);
         }
         // One that was sealed in another generation is to be as it was then.
-        if !trainer.replica.is_sealed() {
-            trainer.seal_replica()?;
+        if trainer.is_compared(trainer.replica.step) && !trainer.replica.is_sealed() {
+            trainer.replica.seal()?;
         }
         Ok(trainer)
     }
@@ -263,7 +263,7 @@ impl<T: Number> Trainer<T> {
             let records = lanes.into_iter().map(|l| l.records).collect();
             let statistics = PhaseStatistics::start(&self.group, step, phase, &self.modes, records)?;
             let comparison = self.is_compared(step).then(|| {
-                let report = timed(&mut done.times.check, || self.report(Vec::new()))?;
+                let report = timed(&mut done.times.check, || self.report(Vec::new(), false))?;
                 self.start_comparison(Tag::new(step, phase, TagKind::Digest), report)
             });
             let comparison = comparison.transpose()?;
@@ -292,8 +292,9 @@ impl<T: Number> Trainer<T> {
             if let Some(desk) = self.desk.as_ref().filter(|desk| desk.is_followed()) {
                 desk.note(&update, self.replica.position())?;
             }
-            let committed = timed(&mut done.times.optimizer, || self.replica.apply(update, &self.job.clip))?;
-            timed(&mut done.times.check, || self.seal_replica())?;
+            let seals = self.is_compared(update.after(self.replica.position()).step);
+            let committed =
+                timed(&mut done.times.optimizer, || self.replica.apply(update, &self.job.clip, seals))?;
             done.figures.extend(committed.into_iter().flatten());
         }
         match self.replica.step == step {
@@ -397,7 +398,7 @@ impl<T: Number> Trainer<T> {
     /// Compares weights, buffers and optimizers' states of all replicas; returns the digest of the weights and buffers.
     pub(crate) fn compare_replicas(&self) -> Result<String, TrainError> {
         let weights = self.replica.weights_digest()?;
-        let report = self.report(weights.clone().into_bytes())?;
+        let report = self.report(weights.clone().into_bytes(), true)?;
         // The next step's own comparison has the same position.
         let tag = Tag::new(self.replica.step, 0, TagKind::Digest).index(1);
         self.judge(self.start_comparison(tag, report)?)?;
@@ -410,17 +411,9 @@ impl<T: Number> Trainer<T> {
         every > 0 && (step + 1).is_multiple_of(every)
     }
 
-    /// Notes what the replica is, if that is to be compared before the next update.
-    fn seal_replica(&mut self) -> Result<(), TrainError> {
-        match self.is_compared(self.replica.step) {
-            true => self.replica.seal(),
-            false => Ok(()),
-        }
-    }
-
-    /// What this rank says of its replica, besides `more`.
-    fn report(&self, more: Vec<u8>) -> Result<ReplicaReport, TrainError> {
-        let (fingerprint, is_intact) = self.replica.examine()?;
+    /// What this rank says of its replica, besides `more`, after it has looked at it, [`wholly`](Replica::examine) or not.
+    fn report(&self, more: Vec<u8>, wholly: bool) -> Result<ReplicaReport, TrainError> {
+        let (fingerprint, is_intact) = self.replica.examine(wholly)?;
         Ok(ReplicaReport { digest: [fingerprint.as_slice(), &more].concat(), is_intact })
     }
 

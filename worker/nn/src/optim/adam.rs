@@ -1,6 +1,6 @@
 //! Adam (Kingma and Ba 2015) and AdamW (Loshchilov and Hutter 2019), as `torch.optim` has them.
 
-use super::{Rates, of, prefixed, zeros};
+use super::{Learning, Rates, of, prefixed, zeros};
 use crate::error::NnError;
 use crate::vars::Vars;
 use std::collections::BTreeMap;
@@ -35,15 +35,10 @@ impl Adam {
     }
 
     /// m ← β₁ m + (1 − β₁) g; v ← β₂ v + (1 − β₂) g²; p ← p − lr · m̂ / (√v̂ + ε), hats for bias-corrected.
-    pub(super) fn update(
-        &mut self,
-        name: &str,
-        parameter: &mut Tensor,
-        gradient: &Tensor,
-        rates: Rates,
-    ) -> Result<(), NnError> {
+    pub(super) fn update(&mut self, learning: &mut Learning<'_>) -> Result<(), NnError> {
+        let Learning { name, parameter, gradient, rates } = learning;
         let [beta1, beta2] = self.betas;
-        let Rates { lr, weight_decay } = rates;
+        let Rates { lr, weight_decay } = *rates;
         let g = if self.decoupled {
             if weight_decay != 0.0 {
                 let _ = parameter.f_mul_scalar_(1.0 - lr * weight_decay)?;

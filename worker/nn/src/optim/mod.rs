@@ -5,8 +5,10 @@ mod average;
 mod clip;
 mod rmsprop;
 mod sgd;
+mod trace;
 
 pub use clip::{clip_norm, clip_value};
+pub use trace::{Checksums, Trace, checksums};
 
 use crate::error::NnError;
 use crate::schedule;
@@ -44,6 +46,15 @@ enum Rule {
 struct Rates {
     lr: f64,
     weight_decay: f64,
+}
+
+/// A parameter that an update changes.
+struct Learning<'a> {
+    name: &'a str,
+    /// The parameter itself, outside of any graph.
+    parameter: Tensor,
+    gradient: &'a Tensor,
+    rates: Rates,
 }
 
 impl Rates {
@@ -110,22 +121,64 @@ impl Optimizer {
         lr: f64,
         step: u64,
     ) -> Result<(), NnError> {
-        no_grad(|| {
-            let momentum = schedule::momentum(&self.spec, step).unwrap_or(0.0);
-            for (name, gradient) in gradients {
-                let mut parameter = vars.var(name)?.tensor.f_detach()?;
-                let Some(own) = self.rates.get(name) else { return Err(not_a_parameter(name)) };
-                let rates = Rates { lr: lr * own.lr, ..*own };
-                match &mut self.rule {
-                    Rule::Sgd(sgd) => sgd.update(name, &mut parameter, gradient, rates, momentum)?,
-                    Rule::Adam(adam) => adam.update(name, &mut parameter, gradient, rates)?,
-                    Rule::Rmsprop(rmsprop) => {
-                        rmsprop.update(name, &mut parameter, gradient, rates, momentum)?;
-                    }
-                }
+        no_grad(|| self.update(vars, gradients, lr, step, false)).map(drop)
+    }
+
+    /// The same, with the checksums of the state that the update has found, and of that and the parameters that it has left,
+    /// which cost little where they come from the same pass over memory.
+    pub fn traced_step(
+        &mut self,
+        vars: &Vars,
+        gradients: &[NamedGradient],
+        lr: f64,
+        step: u64,
+    ) -> Result<Trace, NnError> {
+        no_grad(|| self.update(vars, gradients, lr, step, true))
+    }
+
+    fn update(
+        &mut self,
+        vars: &Vars,
+        gradients: &[NamedGradient],
+        lr: f64,
+        step: u64,
+        is_traced: bool,
+    ) -> Result<Trace, NnError> {
+        let momentum = schedule::momentum(&self.spec, step).unwrap_or(0.0);
+        let learning = gradients.iter().map(|(name, gradient)| {
+            let parameter = vars.var(name)?.tensor.f_detach()?;
+            let Some(own) = self.rates.get(name) else { return Err(not_a_parameter(name)) };
+            Ok(Learning { name, parameter, gradient, rates: Rates { lr: lr * own.lr, ..*own } })
+        });
+        let mut learning = learning.collect::<Result<Vec<_>, NnError>>()?;
+        if let Rule::Sgd(sgd) = &mut self.rule
+            && let Some(trace) = sgd.update_all(&mut learning, momentum, is_traced)?
+        {
+            return Ok(trace);
+        }
+        let state_before = if is_traced { self.state_checksums()? } else { Checksums::new() };
+        for learning in &mut learning {
+            match &mut self.rule {
+                Rule::Sgd(sgd) => sgd.update(learning, momentum)?,
+                Rule::Adam(adam) => adam.update(learning)?,
+                Rule::Rmsprop(rmsprop) => rmsprop.update(learning, momentum)?,
             }
-            Ok(())
-        })
+        }
+        if !is_traced {
+            return Ok(Trace::default());
+        }
+        let parameters = checksums(learning.iter().map(|learning| (learning.name, &learning.parameter)))?;
+        Ok(Trace { state_before, state_after: self.state_checksums()?, parameters })
+    }
+
+    /// The checksums of the state without that of the average.
+    fn state_checksums(&self) -> Result<Checksums, NnError> {
+        checksums(self.rule.state().iter().map(|(name, tensor)| (name.as_str(), tensor)))
+    }
+
+    /// The state of the average, by name.
+    pub fn average_state(&self) -> impl Iterator<Item = (String, Tensor)> + '_ {
+        self.average.iter().flat_map(Average::state)
     }
 
     /// Takes `vars` into the average, if there is one: weights and running statistics as they are after update `step`.
@@ -146,12 +199,8 @@ impl Optimizer {
 
     /// The state by name, such as `momentum_buffer.fc.weight`: the tensors themselves, not copies.
     pub fn state(&self) -> BTreeMap<String, Tensor> {
-        let mut state = match &self.rule {
-            Rule::Sgd(sgd) => sgd.state(),
-            Rule::Adam(adam) => adam.state(),
-            Rule::Rmsprop(rmsprop) => rmsprop.state(),
-        };
-        state.extend(self.average.iter().flat_map(Average::state));
+        let mut state = self.rule.state();
+        state.extend(self.average_state());
         state
     }
 
@@ -159,6 +208,16 @@ impl Optimizer {
     /// On an error, which names every key that does not fit, nothing has changed.
     pub fn load_state(&mut self, saved: &BTreeMap<String, Tensor>) -> Result<(), NnError> {
         load_tensors("optimizer state", &self.state(), saved)
+    }
+}
+
+impl Rule {
+    fn state(&self) -> BTreeMap<String, Tensor> {
+        match self {
+            Self::Sgd(sgd) => sgd.state(),
+            Self::Adam(adam) => adam.state(),
+            Self::Rmsprop(rmsprop) => rmsprop.state(),
+        }
     }
 }
 

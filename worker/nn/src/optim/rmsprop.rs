@@ -1,6 +1,6 @@
 //! RMSProp (Tieleman and Hinton, lecture 6e, 2012) as `torch.optim.RMSprop` and as TensorFlow's `ApplyRMSProp` has it.
 
-use super::{Rates, of, prefixed};
+use super::{Learning, of, prefixed};
 use crate::error::NnError;
 use crate::vars::Vars;
 use lockstep_common::job::RmspropForm;
@@ -36,14 +36,8 @@ impl Rmsprop {
     ///
     /// - PyTorch: b ← μ b + g / (√s + ε), p ← p − lr · b
     /// - TensorFlow: b ← μ b + lr · g / √(s + ε), p ← p − b
-    pub(super) fn update(
-        &mut self,
-        name: &str,
-        parameter: &mut Tensor,
-        gradient: &Tensor,
-        rates: Rates,
-        momentum: f64,
-    ) -> Result<(), NnError> {
+    pub(super) fn update(&mut self, learning: &mut Learning<'_>, momentum: f64) -> Result<(), NnError> {
+        let Learning { name, parameter, gradient, rates } = learning;
         let g = rates.with_penalty(gradient, parameter)?;
         let square = of(&mut self.square_avg, name)?;
         let _ = square.f_mul_scalar_(self.alpha)?.f_add_(&g.f_square()?.f_mul_scalar(1.0 - self.alpha)?)?;

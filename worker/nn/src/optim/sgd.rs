@@ -1,10 +1,24 @@
 //! Stochastic gradient descent with momentum, as `torch.optim.SGD` without dampening.
+//!
+//! On the CPU it is one pass over memory by all of rayon's threads, with the same bits as libtorch's operations one by one.
 
-use super::{Rates, of, prefixed, zeros};
+use super::trace::Trace;
+use super::{Learning, of, prefixed, zeros};
+use crate::checksum::{Checksum, ROW};
 use crate::error::NnError;
+use crate::shim::{values, values_mut};
 use crate::vars::Vars;
+use rayon::prelude::*;
 use std::collections::BTreeMap;
-use tch::Tensor;
+use std::ops::{Add, Mul, Sub};
+use tch::{Device, Kind, Tensor};
+
+/// Elements that one thread takes at a time.
+const PIECE: usize = 1 << 16;
+/// Elements that stay in the caches nearest to the core while several loops go over them.
+const BLOCK: usize = 1 << 11;
+/// With fewer elements in all, other threads are not worth waking.
+const FEW: usize = 1 << 17;
 
 #[derive(Debug)]
 pub(super) struct Sgd {
@@ -19,14 +33,8 @@ impl Sgd {
     }
 
     /// b ← μ b + (g + λ p), then p ← p − lr · b, or with Nesterov's step p ← p − lr · (g + λ p + μ b).
-    pub(super) fn update(
-        &mut self,
-        name: &str,
-        parameter: &mut Tensor,
-        gradient: &Tensor,
-        rates: Rates,
-        momentum: f64,
-    ) -> Result<(), NnError> {
+    pub(super) fn update(&mut self, learning: &mut Learning<'_>, momentum: f64) -> Result<(), NnError> {
+        let Learning { name, parameter, gradient, rates } = learning;
         let decayed = rates.with_penalty(gradient, parameter)?;
         let direction = if momentum == 0.0 {
             decayed
@@ -43,7 +51,313 @@ impl Sgd {
         Ok(())
     }
 
+    /// Updates all of `learning` at once, if that is on the CPU, of one kind and without gaps; `None`, and nothing has
+    /// changed, otherwise. The trace is empty unless it is wanted.
+    pub(super) fn update_all(
+        &mut self,
+        learning: &mut [Learning<'_>],
+        momentum: f64,
+        is_traced: bool,
+    ) -> Result<Option<Trace>, NnError> {
+        let is_plain = |kind: Kind, tensor: &Tensor| {
+            tensor.device() == Device::Cpu && tensor.kind() == kind && tensor.is_contiguous()
+        };
+        let Some(kind) = learning.first().map(|first| first.parameter.kind()) else {
+            return Ok(Some(Trace::default()));
+        };
+        for Learning { name, parameter, gradient, .. } in &*learning {
+            let buffer = of(&mut self.momentum_buffers, name)?;
+            let same = parameter.size() == gradient.size() && parameter.size() == buffer.size();
+            if !same || ![parameter, *gradient, buffer].iter().all(|tensor| is_plain(kind, tensor)) {
+                return Ok(None);
+            }
+        }
+        match kind {
+            Kind::Float => Ok(Some(self.sweep::<f32>(learning, momentum, is_traced))),
+            Kind::Double => Ok(Some(self.sweep::<f64>(learning, momentum, is_traced))),
+            _ => Ok(None),
+        }
+    }
+
+    fn sweep<T: Real>(&mut self, learning: &mut [Learning<'_>], momentum: f64, is_traced: bool) -> Trace {
+        let mut by_name: BTreeMap<&str, &mut Learning<'_>> =
+            learning.iter_mut().map(|learning| (learning.name, learning)).collect();
+        let mut names = Vec::new();
+        let mut pieces: Vec<Piece<'_, T>> = Vec::new();
+        for (name, buffer) in &mut self.momentum_buffers {
+            let Some(Learning { parameter, gradient, rates, .. }) = by_name.remove(name.as_str()) else {
+                continue;
+            };
+            let rule = Rule {
+                lr: T::from_f64(rates.lr),
+                decay: (rates.weight_decay != 0.0).then(|| T::from_f64(rates.weight_decay)),
+                momentum: (momentum != 0.0).then(|| T::from_f64(momentum)),
+                nesterov: self.nesterov,
+            };
+            let parameters = values_mut::<T>(parameter).chunks_mut(PIECE);
+            let of_all =
+                parameters.zip(values::<T>(gradient).chunks(PIECE)).zip(values_mut(buffer).chunks_mut(PIECE));
+            let owner = names.len();
+            pieces.extend(of_all.map(|((parameter, gradient), buffer)| Piece {
+                owner,
+                parameter,
+                gradient,
+                buffer,
+                rule,
+            }));
+            names.push(name.as_str());
+        }
+        let few = pieces.iter().map(|piece| piece.parameter.len()).sum::<usize>() < FEW;
+        let sums: Vec<Sums> = match few {
+            true => pieces.iter_mut().map(|piece| piece.update(is_traced)).collect(),
+            false => pieces.par_iter_mut().map(|piece| piece.update(is_traced)).collect(),
+        };
+        if !is_traced {
+            return Trace::default();
+        }
+        let mut whole = vec![Sums::default(); names.len()];
+        for (piece, sums) in pieces.iter().zip(&sums) {
+            whole[piece.owner].add(sums);
+        }
+        let mut trace = Trace::default();
+        for (name, sums) in names.into_iter().zip(whole) {
+            let state = state_name(name);
+            trace.state_before.insert(state.clone(), sums.buffer_before);
+            trace.state_after.insert(state, sums.buffer_after);
+            trace.parameters.insert(name.to_owned(), sums.parameter);
+        }
+        trace
+    }
+
     pub(super) fn state(&self) -> BTreeMap<String, Tensor> {
-        prefixed("momentum_buffer", &self.momentum_buffers).collect()
+        prefixed(MOMENTUM_BUFFER, &self.momentum_buffers).collect()
+    }
+}
+
+const MOMENTUM_BUFFER: &str = "momentum_buffer";
+
+fn state_name(parameter: &str) -> String {
+    format!("{MOMENTUM_BUFFER}.{parameter}")
+}
+
+/// An element of a parameter.
+trait Real:
+    tch::kind::Element
+    + bytemuck::Pod
+    + Send
+    + Sync
+    + Add<Output = Self>
+    + Mul<Output = Self>
+    + Sub<Output = Self>
+{
+    /// The nearest one.
+    fn from_f64(value: f64) -> Self;
+}
+
+impl Real for f32 {
+    fn from_f64(value: f64) -> Self {
+        value as Self
+    }
+}
+
+impl Real for f64 {
+    fn from_f64(value: f64) -> Self {
+        value
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Rule<T> {
+    lr: T,
+    decay: Option<T>,
+    momentum: Option<T>,
+    nesterov: bool,
+}
+
+/// A part of a parameter: whole rows of a checksum, but for the last part.
+struct Piece<'a, T> {
+    /// Which parameter.
+    owner: usize,
+    parameter: &'a mut [T],
+    gradient: &'a [T],
+    buffer: &'a mut [T],
+    rule: Rule<T>,
+}
+
+const _: () = assert!((BLOCK * size_of::<f32>()).is_multiple_of(ROW) && PIECE.is_multiple_of(BLOCK));
+
+#[derive(Clone, Copy, Default)]
+struct Sums {
+    buffer_before: Checksum,
+    buffer_after: Checksum,
+    parameter: Checksum,
+}
+
+impl Sums {
+    fn add(&mut self, next: &Self) {
+        self.buffer_before = self.buffer_before.then(&next.buffer_before);
+        self.buffer_after = self.buffer_after.then(&next.buffer_after);
+        self.parameter = self.parameter.then(&next.parameter);
+    }
+}
+
+impl<T: Real> Piece<'_, T> {
+    fn update(&mut self, is_traced: bool) -> Sums {
+        let mut sums = Sums::default();
+        let blocks = self.parameter.chunks_mut(BLOCK).zip(self.gradient.chunks(BLOCK));
+        for ((parameter, gradient), buffer) in blocks.zip(self.buffer.chunks_mut(BLOCK)) {
+            let checksum = |values: &[T]| Checksum::of(bytemuck::cast_slice(values));
+            let buffer_before = if is_traced { checksum(buffer) } else { Checksum::default() };
+            self.rule.apply(parameter, gradient, buffer);
+            if is_traced {
+                sums.add(&Sums {
+                    buffer_before,
+                    buffer_after: checksum(buffer),
+                    parameter: checksum(parameter),
+                });
+            }
+        }
+        sums
+    }
+}
+
+impl<T: Real> Rule<T> {
+    fn apply(self, parameter: &mut [T], gradient: &[T], buffer: &mut [T]) {
+        // The branches are outside of the loops, so that those become vector code.
+        match (self.decay, self.momentum) {
+            (None, None) => self.descend(parameter, gradient, buffer, |g, _| g, |d, _| d),
+            (Some(decay), None) => self.descend(parameter, gradient, buffer, |g, p| g + p * decay, |d, _| d),
+            (None, Some(momentum)) => self.heavy(parameter, gradient, buffer, momentum, |g, _| g),
+            (Some(decay), Some(momentum)) => {
+                self.heavy(parameter, gradient, buffer, momentum, |g, p| g + p * decay);
+            }
+        }
+    }
+
+    fn heavy(
+        self,
+        parameter: &mut [T],
+        gradient: &[T],
+        buffer: &mut [T],
+        momentum: T,
+        decayed: impl Fn(T, T) -> T,
+    ) {
+        match self.nesterov {
+            false => self.descend(parameter, gradient, buffer, decayed, |d, b| {
+                *b = *b * momentum + d;
+                *b
+            }),
+            true => self.descend(parameter, gradient, buffer, decayed, |d, b| {
+                *b = *b * momentum + d;
+                d + *b * momentum
+            }),
+        }
+    }
+
+    fn descend(
+        self,
+        parameter: &mut [T],
+        gradient: &[T],
+        buffer: &mut [T],
+        decayed: impl Fn(T, T) -> T,
+        direction: impl Fn(T, &mut T) -> T,
+    ) {
+        for ((p, g), b) in parameter.iter_mut().zip(gradient).zip(buffer) {
+            *p = *p - direction(decayed(*g, *p), b) * self.lr;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{NamedGradient, Rates};
+    use super::*;
+    use crate::init::Init;
+    use crate::optim::trace::checksums;
+    use tch::no_grad;
+
+    /// Parameters of which one has several pieces and a last row that is not whole.
+    fn vars(kind: Kind) -> Vars {
+        let mut vars = Vars::new("model", 3, kind, Device::Cpu);
+        for (name, size) in [("large", 2 * PIECE + BLOCK + 21), ("small", 5), ("still", 4)] {
+            let _ = vars.root().parameter(name, &[size as i64], Init::Normal { std: 1.0 }).unwrap();
+        }
+        vars
+    }
+
+    fn update(vars: &Vars, sgd: &mut Sgd, seed: i64, rates: Rates, momentum: f64, at_once: bool) -> Trace {
+        tch::manual_seed(seed);
+        let gradients: Vec<NamedGradient> = ["small", "large"]
+            .map(|name| (name.to_owned(), vars.var(name).unwrap().tensor.detach().randn_like()))
+            .into();
+        let mut learning: Vec<_> = gradients
+            .iter()
+            .map(|(name, gradient)| {
+                let parameter = vars.var(name).unwrap().tensor.detach();
+                Learning { name, parameter, gradient, rates }
+            })
+            .collect();
+        no_grad(|| match at_once {
+            true => sgd.update_all(&mut learning, momentum, true).unwrap().unwrap(),
+            false => {
+                learning.iter_mut().for_each(|learning| sgd.update(learning, momentum).unwrap());
+                Trace::default()
+            }
+        })
+    }
+
+    #[test]
+    fn one_pass_gives_the_bits_of_libtorchs_operations_and_the_checksums_of_what_it_saw() {
+        for kind in [Kind::Float, Kind::Double] {
+            for (nesterov, momentum, weight_decay) in [
+                (false, 0.9, 5e-4),
+                (true, 0.9, 5e-4),
+                (false, 0.9, 0.0),
+                (false, 0.0, 5e-4),
+                (false, 0.0, 0.0),
+            ] {
+                let rates = Rates { lr: 0.1, weight_decay };
+                let (one, other) = (vars(kind), vars(kind));
+                let mut sgds = [&one, &other].map(|vars| Sgd::new(nesterov, vars).unwrap());
+                for seed in 1..4 {
+                    let before = checksums(sgds[0].state().iter().map(|(n, t)| (n.as_str(), t))).unwrap();
+                    let trace = update(&one, &mut sgds[0], seed, rates, momentum, true);
+                    update(&other, &mut sgds[1], seed, rates, momentum, false);
+                    let state = sgds[0].state();
+                    for (name, var) in one.iter() {
+                        let (found, wanted) = (var.tensor.detach(), other.var(name).unwrap().tensor.detach());
+                        assert!(
+                            found.equal(&wanted),
+                            "{name} of {kind:?}, {nesterov} {momentum} {weight_decay}"
+                        );
+                        let buffer = state_name(name);
+                        assert!(state[&buffer].equal(&sgds[1].state()[&buffer]), "{buffer}");
+                        if name == "still" {
+                            assert!(!trace.parameters.contains_key(name), "nothing has touched it");
+                            continue;
+                        }
+                        assert_eq!(trace.parameters[name], Checksum::of_tensor(&found).unwrap(), "{name}");
+                        assert_eq!(trace.state_before[&buffer], before[&buffer], "{buffer}");
+                        assert_eq!(trace.state_after[&buffer], Checksum::of_tensor(&state[&buffer]).unwrap());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_plain_memory_is_left_to_libtorch() {
+        let vars = vars(Kind::Float);
+        let mut sgd = Sgd::new(false, &vars).unwrap();
+        let parameter = vars.var("small").unwrap().tensor.detach();
+        for gradient in [
+            parameter.to_kind(Kind::Double),
+            Tensor::zeros([10], (Kind::Float, Device::Cpu)).slice(0, 0, 10, 2),
+        ] {
+            let parameter = parameter.shallow_clone();
+            let rates = Rates { lr: 0.1, weight_decay: 0.0 };
+            let mut learning = [Learning { name: "small", parameter, gradient: &gradient, rates }];
+            assert_eq!(sgd.update_all(&mut learning, 0.9, true).unwrap(), None);
+        }
     }
 }

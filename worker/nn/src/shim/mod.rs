@@ -18,7 +18,8 @@ pub(crate) use batch_norm::batch_norm;
 pub use cuda::load_cuda;
 pub use hooks::{GradientHook, backward, on_gradient};
 pub use layout::channels_last;
-pub use memory::with_bytes;
+pub(crate) use memory::values;
+pub use memory::{values_mut, with_bytes};
 pub use streams::{SideStream, copy_async, pinned};
 
 use crate::error::NnError;

@@ -13,7 +13,7 @@ impl Wire<f32> for Bf16 {
         tag: Tag,
         _spans: Vec<Span>,
         leaves: Vec<Numbers<f32>>,
-    ) -> Result<Box<dyn Arriving>, CollectiveError> {
+    ) -> Result<Box<dyn Arriving<f32>>, CollectiveError> {
         Ok(Box::new(group.all_reduce_bf16(tag, leaves, ReduceOp::Sum)?))
     }
 }

@@ -9,7 +9,6 @@ use crate::train::error::TrainError;
 use lockstep_collectives::formats::Block8;
 use lockstep_collectives::{CollectiveError, Group, Numbers, Pending, ReduceOp, Tag};
 use std::sync::Arc;
-use tch::Tensor;
 
 pub(crate) struct Int8 {
     feedback: Feedback,
@@ -38,7 +37,7 @@ impl Wire<f32> for Int8 {
         tag: Tag,
         spans: Vec<Span>,
         leaves: Vec<Numbers<f32>>,
-    ) -> Result<Box<dyn Arriving>, CollectiveError> {
+    ) -> Result<Box<dyn Arriving<f32>>, CollectiveError> {
         let len = spans.iter().map(blocks).sum();
         let mut sent = Vec::with_capacity(leaves.len());
         for (slot, leaf) in leaves.iter().enumerate() {
@@ -61,16 +60,15 @@ impl Wire<f32> for Int8 {
     }
 }
 
-impl Arriving for Bucket {
-    fn wait(self: Box<Self>) -> Result<Tensor, TrainError> {
+impl Arriving<f32> for Bucket {
+    fn wait(self: Box<Self>, values: &mut [f32]) -> Result<(), TrainError> {
         let sum = self.pending.wait()?;
-        let mut values = vec![0.0; self.spans.iter().map(|s| s.range.len()).sum()];
         let mut rest = &sum[..];
         for span in &self.spans {
             let (own, others) = rest.split_at(blocks(span));
             Block8::dequantise(own, &mut values[span.range.clone()]);
             rest = others;
         }
-        Ok(Tensor::f_from_slice(&values)?)
+        Ok(())
     }
 }

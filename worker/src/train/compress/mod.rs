@@ -21,9 +21,9 @@ use super::error::TrainError;
 use feedback::Feedback;
 use lockstep_collectives::{CollectiveError, Element, Group, Numbers, Pending, ReduceOp, Tag};
 use lockstep_common::job::{CollectiveSpec, WireFormat};
+use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
-use tch::Tensor;
 
 /// A network's parameters as their gradients' wire sees them.
 pub(crate) struct Shapes {
@@ -58,7 +58,7 @@ pub(crate) trait Wire<T>: Send + Sync {
         tag: Tag,
         spans: Vec<Span>,
         leaves: Vec<Numbers<T>>,
-    ) -> Result<Box<dyn Arriving>, CollectiveError>;
+    ) -> Result<Box<dyn Arriving<T>>, CollectiveError>;
 
     /// What the owned shards have kept back, where the format loses anything.
     fn feedback(&self) -> Option<&Feedback> {
@@ -75,34 +75,47 @@ pub(crate) trait Wire<T>: Send + Sync {
 }
 
 /// A bucket on its way.
-pub(crate) trait Arriving: Send {
+pub(crate) trait Arriving<T>: Send {
     /// Waits for the first of two exchanges and starts the second. Called for all buckets before any is waited for.
     fn advance(&mut self) -> Result<(), TrainError> {
         Ok(())
     }
 
-    /// The sum over all shards, laid out as the leaves were; flat, on the CPU.
-    fn wait(self: Box<Self>) -> Result<Tensor, TrainError>;
+    /// Writes the sum over all shards to `sum`, laid out as the leaves were.
+    fn wait(self: Box<Self>, sum: &mut [T]) -> Result<(), TrainError>;
 }
 
 /// The numbers themselves.
 pub(crate) struct Plain;
 
-impl<T: Element + tch::kind::Element> Wire<T> for Plain {
+impl<T: Element> Wire<T> for Plain {
     fn send(
         self: Arc<Self>,
         group: &Group,
         tag: Tag,
         _spans: Vec<Span>,
         leaves: Vec<Numbers<T>>,
-    ) -> Result<Box<dyn Arriving>, CollectiveError> {
+    ) -> Result<Box<dyn Arriving<T>>, CollectiveError> {
         Ok(Box::new(group.all_reduce(tag, leaves, ReduceOp::Sum)?))
     }
 }
 
-impl<T: Element + tch::kind::Element> Arriving for Pending<Numbers<T>> {
-    fn wait(self: Box<Self>) -> Result<Tensor, TrainError> {
-        Ok(Tensor::f_from_slice(Pending::wait(&self)?.as_slice())?)
+impl<T: Element> Arriving<T> for Pending<Numbers<T>> {
+    fn wait(self: Box<Self>, sum: &mut [T]) -> Result<(), TrainError> {
+        /// Elements that one thread copies at a time.
+        const PIECE: usize = 1 << 18;
+        let found = Pending::wait(&self)?;
+        if sum.len() != found.len() {
+            return Err(TrainError::Fatal(format!(
+                "a bucket of {} numbers came back as {}",
+                sum.len(),
+                found.len()
+            )));
+        }
+        sum.par_chunks_mut(PIECE)
+            .zip(found.par_chunks(PIECE))
+            .for_each(|(to, from)| to.copy_from_slice(from));
+        Ok(())
     }
 }
 

@@ -17,7 +17,6 @@ use lockstep_collectives::{CollectiveError, Group, Numbers, Pending, ReduceOp, T
 use lockstep_common::rng::Stream;
 use parking_lot::Mutex;
 use std::sync::Arc;
-use tch::Tensor;
 
 pub(crate) struct PowerSgd {
     /// By parameter; `None` for those that are sent as they are.
@@ -68,7 +67,7 @@ impl Wire<f32> for PowerSgd {
         tag: Tag,
         spans: Vec<Span>,
         leaves: Vec<Numbers<f32>>,
-    ) -> Result<Box<dyn Arriving>, CollectiveError> {
+    ) -> Result<Box<dyn Arriving<f32>>, CollectiveError> {
         let first_len = |span: &Span| match &self.matrices[span.parameter] {
             Some(m) => m.rank * m.rows,
             None => span.range.len(),
@@ -169,19 +168,18 @@ impl Bucket {
     }
 }
 
-impl Arriving for Bucket {
+impl Arriving<f32> for Bucket {
     fn advance(&mut self) -> Result<(), TrainError> {
         self.between = Some(self.begin_second()?);
         Ok(())
     }
 
-    fn wait(mut self: Box<Self>) -> Result<Tensor, TrainError> {
+    fn wait(mut self: Box<Self>, values: &mut [f32]) -> Result<(), TrainError> {
         let Between { first, second } = match self.between.take() {
             Some(between) => between,
             None => self.begin_second()?,
         };
         let second = second.wait()?;
-        let mut values = vec![0.0; self.spans.iter().map(|s| s.range.len()).sum()];
         let (mut first, mut second) = (&first[..], &second[..]);
         for span in &self.spans {
             let target = &mut values[span.range.clone()];
@@ -208,6 +206,6 @@ impl Arriving for Bucket {
                 }
             }
         }
-        Ok(Tensor::f_from_slice(&values)?)
+        Ok(())
     }
 }

@@ -100,9 +100,11 @@ fn descend(spec: &CollectiveSpec, ranks: u32, steps: u64, disturb: Disturb, feed
 
 fn exchange(wire: &Arc<dyn Wire<f32>>, group: &Group, step: u64, leaves: Vec<Numbers<f32>>) -> Vec<f32> {
     let tag = Tag::new(step, 0, TagKind::Gradient);
-    let mut bucket: Box<dyn Arriving> = wire.clone().send(group, tag, spans(), leaves).unwrap();
+    let mut bucket: Box<dyn Arriving<f32>> = wire.clone().send(group, tag, spans(), leaves).unwrap();
     bucket.advance().unwrap();
-    bucket.wait().unwrap().try_into().unwrap()
+    let mut sum = vec![f32::NAN; spans().iter().map(|span| span.range.len()).sum()];
+    bucket.wait(&mut sum).unwrap();
+    sum
 }
 
 fn forget(wire: &dyn Wire<f32>) {

@@ -19,15 +19,15 @@ fn a_change_of_any_tensor_is_seen_and_an_update_is_none() {
         group::<f32, _>(&job, fresh::<f32>(&job, 1), |_, mut bench| {
             bench.step();
             let replica = &mut bench.trainer.replica;
-            assert!(replica.is_sealed() && replica.examine().unwrap().1);
+            assert!(replica.is_sealed() && replica.examine(true).unwrap().1);
             replica.vouch(Rank(0), &plan).unwrap();
             let mut state: Vec<_> = replica.weight_tensors().collect();
             state.extend(replica.optimizer_tensors(&plan).unwrap());
             for (name, tensor) in state.iter().filter(|(name, _)| !name.ends_with("/updates")) {
                 flip(tensor);
-                assert!(!replica.examine().unwrap().1, "{name}");
+                assert!(!replica.examine(true).unwrap().1, "{name}");
                 flip(tensor);
-                assert!(replica.examine().unwrap().1, "{name}");
+                assert!(replica.examine(true).unwrap().1, "{name}");
             }
             flip(&state[0].1);
             let error = replica.vouch(Rank(0), &plan).unwrap_err();
@@ -38,14 +38,30 @@ fn a_change_of_any_tensor_is_seen_and_an_update_is_none() {
     }
 }
 
-/// Steps until one fails; the verdict, the position and the weights.
-fn until_a_mismatch(bench: &mut Bench<f32>, odd: Option<u64>) -> (Mismatch, Position, String) {
+/// What changes by itself.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Part {
+    Weight,
+    /// The last of the last optimizer's tensors: a sum of gradients or their squares.
+    OptimizerState,
+}
+
+/// Steps until one fails, with a bit flipped before a step if this rank is the odd one; the verdict, and the position and the
+/// weights with which that step began.
+fn until_a_mismatch(bench: &mut Bench<f32>, odd: Option<(Part, u64)>) -> (Mismatch, Position, String) {
     loop {
         let replica = &bench.trainer.replica;
-        let before = (replica.position(), replica.weights_digest().unwrap());
-        if odd == Some(replica.step) {
-            replica.flip_bit().unwrap();
+        match odd {
+            Some((Part::Weight, step)) if step == replica.step => replica.flip_bit().unwrap(),
+            Some((Part::OptimizerState, step)) if step == replica.step => {
+                let state = replica.optimizer_tensors(&bench.trainer.plan).unwrap();
+                let is_sum =
+                    |(name, _): &&(String, Tensor)| name.contains("/momentum") || name.contains("/exp_avg.");
+                flip(&state.iter().rfind(is_sum).unwrap().1);
+            }
+            _ => {}
         }
+        let before = (replica.position(), replica.weights_digest().unwrap());
         match bench.try_step(Wishes::default()) {
             Ok(_) => {}
             Err(TrainError::Mismatch(mismatch)) => {
@@ -59,21 +75,42 @@ fn until_a_mismatch(bench: &mut Bench<f32>, odd: Option<u64>) -> (Mismatch, Posi
 
 #[test]
 fn a_flipped_bit_is_found_in_the_next_phase_and_the_others_go_on_as_if_nothing_had_been() {
+    let cases = [
+        (Part::Weight, 1, 4),
+        (Part::Weight, 2, 0),
+        (Part::Weight, 3, 5),
+        (Part::OptimizerState, 1, 4),
+        (Part::OptimizerState, 2, 7),
+        (Part::OptimizerState, 3, 5),
+    ];
     for job in jobs() {
         let (digest, _) = to_the_end::<f32>(&job, fresh::<f32>(&job, 1));
-        for (ranks, at) in [(1, 4), (2, 0), (2, 7), (3, 5)] {
+        for (part, ranks, at) in cases {
             let odd = ranks - 1;
             let ends = group::<f32, _>(&job, fresh::<f32>(&job, ranks), |rank, mut bench| {
-                let found = until_a_mismatch(&mut bench, (rank == odd).then_some(at));
+                let found = until_a_mismatch(&mut bench, (rank == odd).then_some((part, at)));
                 (found, bench.trainer.into_replica())
             });
             let mut right = Vec::new();
-            for (rank, ((mismatch, position, weights), replica)) in (0..).map(Rank).zip(ends) {
-                assert_eq!((position, replica.position()), (Position::at(at), Position::at(at)), "{rank}");
+            for (rank, ((mismatch, begun, weights), replica)) in (0..).map(Rank).zip(ends) {
+                match part {
+                    Part::Weight => {
+                        assert_eq!(
+                            (begun, replica.position()),
+                            (Position::at(at), Position::at(at)),
+                            "{rank}"
+                        );
+                        assert_eq!(replica.weights_digest().unwrap(), weights, "nothing has been applied");
+                    }
+                    // No gradient comes from it. So the update itself finds out, and the rank tells at the next one.
+                    Part::OptimizerState => {
+                        let soon = Position::at(at)..=Position::at(at + 1);
+                        assert!(soon.contains(&replica.position()), "{rank}: {}", replica.position());
+                    }
+                }
                 assert_eq!(mismatch.culprit(), Some(Rank(odd)));
                 assert_eq!(mismatch.is_true(rank), rank != Rank(odd));
                 if mismatch.is_true(rank) {
-                    assert_eq!(replica.weights_digest().unwrap(), weights, "nothing has been applied");
                     right.push(replica);
                 }
             }

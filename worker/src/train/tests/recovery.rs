@@ -148,7 +148,7 @@ fn a_replica_in_which_an_update_failed_is_not_whole() {
         statistics: Vec::new(),
         figures: BTreeMap::new(),
     };
-    assert!(replica.apply(update, &job.clip).is_err());
+    assert!(replica.apply(update, &job.clip, true).is_err());
     assert!(!replica.is_whole());
     assert_eq!(replica.position(), Position::at(0));
 }

@@ -1,0 +1,32 @@
+//! What an update has found and what it has left, as checksums.
+
+use crate::checksum::Checksum;
+use crate::error::NnError;
+use std::collections::BTreeMap;
+use tch::Tensor;
+
+/// Checksums by name.
+pub type Checksums = BTreeMap<String, Checksum>;
+
+/// The checksums that come with an update of one network, of all that it has touched.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Trace {
+    /// The optimizer's state as the update found it, by the names of [`Optimizer::state`](super::Optimizer::state).
+    pub state_before: Checksums,
+    /// That state as the update left it.
+    pub state_after: Checksums,
+    /// The parameters as the update left them.
+    pub parameters: Checksums,
+}
+
+/// The checksums of `tensors`.
+///
+/// # Errors
+///
+/// Those of [`Checksum::of_tensor`].
+pub fn checksums<'a, N: Into<String>>(
+    tensors: impl IntoIterator<Item = (N, &'a Tensor)>,
+) -> Result<Checksums, NnError> {
+    let checksum = |(name, tensor): (N, &Tensor)| Ok((name.into(), Checksum::of_tensor(tensor)?));
+    tensors.into_iter().map(checksum).collect()
+}
