@@ -4,7 +4,8 @@
 //! `kill:rank=1,step=7,phase=backward` or `flip:rank=2,step=40`. Without `rank` every rank is meant, without `step`
 //! every step. A fault happens once in a process, unless it says `always`. Steps count from 1. A step's points see the
 //! number of the step in progress, `checkpoint`, `boundary`, `evaluation`, `artifact` and `copy` that of the step that is committed.
-//! `flip` changes a weight at `boundary`, `reduce`, `optimizer` or `copy`; the first if it does not say.
+//! `flip` changes a weight at `boundary`, `reduce` or `copy`, as bad memory does, or a reduced gradient at `optimizer`, as bad
+//! arithmetic does; the first if it does not say.
 
 use lockstep_common::ids::Rank;
 use lockstep_common::suggest::did_you_mean;
@@ -62,7 +63,7 @@ enum Action {
     Kill(Point),
     /// SIGSTOP.
     Stop(Point),
-    /// One bit of a weight.
+    /// One bit of a weight, or of a gradient at the optimizer.
     Flip(Point),
 }
 
@@ -109,7 +110,7 @@ pub(crate) fn point(point: Point, step: u64) {
     }
 }
 
-/// Whether a weight is to be changed at this point of this step.
+/// Whether a bit is to be changed at this point of this step.
 pub(crate) fn flips(point: Point, step: u64) -> bool {
     FAULTS.get().is_some_and(|faults| due(faults, step, |action| action == Action::Flip(point)).is_some())
 }

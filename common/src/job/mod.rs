@@ -365,14 +365,22 @@ impl Default for CheckpointSpec {
 pub struct CheckSpec {
     /// A comparison before the update of every so-manieth step, besides those at the end of an epoch and before a
     /// checkpoint; 0 for only those. Only with 1 can no gradient of a wrong replica be applied.
-    pub digest_every_steps: u64,
+    pub digest_every_steps: Option<u64>,
     /// What follows.
     pub on_mismatch: OnMismatch,
 }
 
 impl Default for CheckSpec {
     fn default() -> Self {
-        Self { digest_every_steps: 1, on_mismatch: OnMismatch::Heal }
+        Self { digest_every_steps: None, on_mismatch: OnMismatch::Heal }
+    }
+}
+
+impl CheckSpec {
+    /// A comparison every so many steps on `devices` such as `cpu` or `cuda:0`: in each, if the job does not say, but
+    /// seldom where there are GPUs, whose memory corrects itself and whose steps are short.
+    pub fn every_steps<'a>(&self, mut devices: impl Iterator<Item = &'a str>) -> u64 {
+        self.digest_every_steps.unwrap_or_else(|| if devices.all(|device| device == "cpu") { 1 } else { 50 })
     }
 }
 

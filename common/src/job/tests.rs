@@ -174,9 +174,14 @@ fn wire_formats_are_checked_against_precision_and_rank() {
 fn checks_have_defaults_and_refuse_what_they_do_not_know() {
     let checks = |lines: &str| JobSpec::parse("tiny.toml", &format!("{GOOD}[checks]\n{lines}\n"));
     let spec = |digest_every_steps, on_mismatch| CheckSpec { digest_every_steps, on_mismatch };
-    assert_eq!(JobSpec::parse("tiny.toml", GOOD).unwrap().checks, spec(1, OnMismatch::Heal));
+    assert_eq!(JobSpec::parse("tiny.toml", GOOD).unwrap().checks, spec(None, OnMismatch::Heal));
     let stop = "digest_every_steps = 0\non_mismatch = \"stop\"";
-    assert_eq!(checks(stop).unwrap().checks, spec(0, OnMismatch::Stop));
+    assert_eq!(checks(stop).unwrap().checks, spec(Some(0), OnMismatch::Stop));
+    let every =
+        |lines: &str, devices: &[&str]| checks(lines).unwrap().checks.every_steps(devices.iter().copied());
+    assert_eq!(every("", &["cpu", "cpu"]), 1);
+    assert_eq!(every("", &["cpu", "cuda:0"]), 50);
+    assert_eq!(every("digest_every_steps = 7", &["cuda:0"]), 7);
     for (lines, start, part) in [
         ("digest_every_step = 5", "tiny.toml:21: unknown field", "did you mean `digest_every_steps`?"),
         ("digest_every_steps = -1", "tiny.toml:21: ", ""),

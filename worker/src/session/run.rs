@@ -88,10 +88,12 @@ impl<'a, T: Number> Session<'a, T> {
         };
         replica.set_samples(samples);
         let output = Output::new(environment, assignment, &ledger);
+        let every = job.checks.every_steps(assignment.peers.iter().map(|peer| &peer.device[..]));
         let trainer = Trainer::<T>::new(job, plan, group, replica, environment.threads)?
             .carried_by(carrier)
             .followed_at(desk.clone())
-            .leased_by(shared.lease.clone());
+            .leased_by(shared.lease.clone())
+            .compared_every(every);
         if let Some(wires) = wires {
             trainer.restore_wires(wires.as_ref())?;
         }

@@ -43,7 +43,7 @@ pub(crate) struct Replica {
     spoilt: bool,
     /// What it was when it last changed on purpose, if that was noted.
     seal: Option<Seal>,
-    /// Whether the last update found a state that was not as it was sealed.
+    /// Whether an update found it otherwise than it was sealed.
     changed: bool,
 }
 
@@ -80,6 +80,14 @@ impl PhaseUpdate {
     /// Where a replica that is at `before` is after it.
     pub(crate) fn after(&self, before: Position) -> Position {
         after(before, self.phase, self.commits)
+    }
+
+    /// Changes a high bit of one gradient, as bad arithmetic does: not so low a one that the update rounds it away.
+    pub(crate) fn flip_bit(&self) -> Result<(), TrainError> {
+        match self.gradients.first() {
+            Some((_, gradient)) => flip_bit(gradient, 2, 0x40),
+            None => Ok(()),
+        }
     }
 }
 
@@ -246,11 +254,14 @@ impl Replica {
             statistics::apply(vars, own)?;
         }
         if let (Some(seal), Some(trace)) = (&seal, &trace) {
-            let sealed = &seal.0[learner].state;
-            self.changed |= trace.state_before.iter().any(|(name, found)| sealed.get(name) != Some(found));
+            let NetworkSeal { vars, state } = &seal.0[learner];
             let average =
                 checksums(self.optimizers[learner].average_state().collect::<Vec<_>>().iter().map(pair))?;
-            self.changed |= average.iter().any(|(name, found)| sealed.get(name) != Some(found));
+            let differ = |found: &Checksums, sealed: &Checksums| {
+                found.iter().any(|(name, found)| sealed.get(name) != Some(found))
+            };
+            self.changed |= differ(&trace.parameters_before, vars);
+            self.changed |= differ(&trace.state_before, state) || differ(&average, state);
         }
         self.optimizers[learner].average(&self.vars[learner], number)?;
         match (seal, trace) {
@@ -273,7 +284,7 @@ impl Replica {
             network.vars.extend(checksums(buffers.map(|(name, var)| (name, &var.tensor)))?);
         }
         let own = &mut networks[learner];
-        own.vars.extend(trace.parameters);
+        own.vars.extend(trace.parameters_after);
         own.state.extend(trace.state_after);
         own.state.extend(checksums(
             self.optimizers[learner].average_state().collect::<Vec<_>>().iter().map(pair),
@@ -395,12 +406,17 @@ impl Replica {
         let Some((_, var)) = self.vars.first().and_then(|vars| vars.parameters().next()) else {
             return Ok(());
         };
-        let mut raw = RawTensor::copy_from(&var.tensor)?;
-        if let Some(byte) = raw.bytes.first_mut() {
-            *byte ^= 1;
-        }
-        Ok(tch::no_grad(|| var.tensor.f_detach()?.f_copy_(&raw.to_tensor()?).map_err(NnError::from))?)
+        flip_bit(&var.tensor, 0, 1)
     }
+}
+
+/// Changes these bits of that byte of a tensor's memory.
+fn flip_bit(tensor: &Tensor, byte: usize, bits: u8) -> Result<(), TrainError> {
+    let mut raw = RawTensor::copy_from(tensor)?;
+    if let Some(byte) = raw.bytes.get_mut(byte) {
+        *byte ^= bits;
+    }
+    Ok(tch::no_grad(|| tensor.f_detach()?.f_copy_(&raw.to_tensor()?).map_err(NnError::from))?)
 }
 
 fn pair((name, tensor): &(String, Tensor)) -> (&str, &Tensor) {

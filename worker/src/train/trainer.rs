@@ -55,6 +55,8 @@ pub(crate) struct Trainer<T> {
     carrier: Option<Arc<dyn Carrier>>,
     device: Device,
     threads: usize,
+    /// The replicas are compared before the updates of every so-manieth step.
+    compared_every: u64,
 }
 
 /// What a step came to, the same on all ranks.
@@ -126,15 +128,12 @@ impl<T: Number> Trainer<T> {
             lease: None,
             device,
             threads,
+            compared_every: 1,
         };
         for network in 0..trainer.replica.vars.len() {
             let order = initial_order(trainer.replica.vars[network].parameters().count());
             let buckets = trainer.bucket_plan(network, &order);
             trainer.buckets.push(buckets);
-        }
-        // One that was sealed in another generation is to be as it was then.
-        if trainer.is_compared(trainer.replica.step) && !trainer.replica.is_sealed() {
-            trainer.replica.seal()?;
         }
         Ok(trainer)
     }
@@ -152,6 +151,11 @@ impl<T: Number> Trainer<T> {
     /// Applies updates only while `lease` holds.
     pub(crate) fn leased_by(self, lease: Arc<Lease>) -> Self {
         Self { lease: Some(lease), ..self }
+    }
+
+    /// Compares the replicas before the updates of every so-manieth step, or never, with 0, instead of before each.
+    pub(crate) fn compared_every(self, steps: u64) -> Self {
+        Self { compared_every: steps, ..self }
     }
 
     fn bucket_plan(&self, network: usize, order: &[usize]) -> Arc<BucketPlan> {
@@ -208,6 +212,10 @@ impl<T: Number> Trainer<T> {
         wishes: Wishes,
     ) -> Result<StepDone, TrainError> {
         let Position { step, phase: applied } = self.replica.position();
+        // One that was sealed in another generation is to be as it was then.
+        if self.is_compared(step) && !self.replica.is_sealed() {
+            self.replica.seal()?;
+        }
         let mut done = StepDone {
             figures: BTreeMap::new(),
             wishes: Wishes::default(),
@@ -282,7 +290,7 @@ impl<T: Number> Trainer<T> {
             if !self.learnt[network] {
                 self.learn_order(step, phase, network, &buckets)?;
             }
-            self.fail_on_purpose(Point::Optimizer, step + 1)?;
+            fault::point(Point::Optimizer, step + 1);
             if let Some(lease) = &self.lease {
                 lease.check()?;
             }
@@ -291,6 +299,9 @@ impl<T: Number> Trainer<T> {
             let update = PhaseUpdate { phase, commits, network, lr, gradients, statistics, figures };
             if let Some(desk) = self.desk.as_ref().filter(|desk| desk.is_followed()) {
                 desk.note(&update, self.replica.position())?;
+            }
+            if fault::flips(Point::Optimizer, step + 1) {
+                update.flip_bit()?;
             }
             let seals = self.is_compared(update.after(self.replica.position()).step);
             let committed =
@@ -407,8 +418,7 @@ impl<T: Number> Trainer<T> {
 
     /// Whether the replicas are compared before the updates of the step after `step` are applied.
     fn is_compared(&self, step: u64) -> bool {
-        let every = self.job.checks.digest_every_steps;
-        every > 0 && (step + 1).is_multiple_of(every)
+        self.compared_every > 0 && (step + 1).is_multiple_of(self.compared_every)
     }
 
     /// What this rank says of its replica, besides `more`, after it has looked at it, [`wholly`](Replica::examine) or not.
@@ -426,7 +436,7 @@ impl<T: Number> Trainer<T> {
     fn judge(&self, comparison: Pending<Vec<Bytes>>) -> Result<(), TrainError> {
         let reports: Vec<_> =
             comparison.wait()?.iter().map(|bytes| ReplicaReport::from_bytes(bytes)).collect();
-        let is_guarded = self.job.checks.digest_every_steps == 1;
+        let is_guarded = self.compared_every == 1;
         match Mismatch::find(self.replica.position(), &reports, is_guarded) {
             Some(mismatch) => Err(TrainError::Mismatch(mismatch)),
             None => Ok(()),

@@ -124,8 +124,8 @@ impl Optimizer {
         no_grad(|| self.update(vars, gradients, lr, step, false)).map(drop)
     }
 
-    /// The same, with the checksums of the state that the update has found, and of that and the parameters that it has left,
-    /// which cost little where they come from the same pass over memory.
+    /// The same, with the checksums of the parameters and the state that the update has found and of those that it has left, which
+    /// cost little where they come from the same pass over memory.
     pub fn traced_step(
         &mut self,
         vars: &Vars,
@@ -156,7 +156,11 @@ impl Optimizer {
         {
             return Ok(trace);
         }
-        let state_before = if is_traced { self.state_checksums()? } else { Checksums::new() };
+        let mut trace = Trace::default();
+        if is_traced {
+            trace.state_before = self.state_checksums()?;
+            trace.parameters_before = parameter_checksums(&learning)?;
+        }
         for learning in &mut learning {
             match &mut self.rule {
                 Rule::Sgd(sgd) => sgd.update(learning, momentum)?,
@@ -164,11 +168,11 @@ impl Optimizer {
                 Rule::Rmsprop(rmsprop) => rmsprop.update(learning, momentum)?,
             }
         }
-        if !is_traced {
-            return Ok(Trace::default());
+        if is_traced {
+            trace.state_after = self.state_checksums()?;
+            trace.parameters_after = parameter_checksums(&learning)?;
         }
-        let parameters = checksums(learning.iter().map(|learning| (learning.name, &learning.parameter)))?;
-        Ok(Trace { state_before, state_after: self.state_checksums()?, parameters })
+        Ok(trace)
     }
 
     /// The checksums of the state without that of the average.
@@ -209,6 +213,10 @@ impl Optimizer {
     pub fn load_state(&mut self, saved: &BTreeMap<String, Tensor>) -> Result<(), NnError> {
         load_tensors("optimizer state", &self.state(), saved)
     }
+}
+
+fn parameter_checksums(learning: &[Learning<'_>]) -> Result<Checksums, NnError> {
+    checksums(learning.iter().map(|learning| (learning.name, &learning.parameter)))
 }
 
 impl Rule {

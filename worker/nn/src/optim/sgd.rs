@@ -124,7 +124,8 @@ impl Sgd {
             let state = state_name(name);
             trace.state_before.insert(state.clone(), sums.buffer_before);
             trace.state_after.insert(state, sums.buffer_after);
-            trace.parameters.insert(name.to_owned(), sums.parameter);
+            trace.parameters_before.insert(name.to_owned(), sums.parameter_before);
+            trace.parameters_after.insert(name.to_owned(), sums.parameter_after);
         }
         trace
     }
@@ -190,14 +191,16 @@ const _: () = assert!((BLOCK * size_of::<f32>()).is_multiple_of(ROW) && PIECE.is
 struct Sums {
     buffer_before: Checksum,
     buffer_after: Checksum,
-    parameter: Checksum,
+    parameter_before: Checksum,
+    parameter_after: Checksum,
 }
 
 impl Sums {
     fn add(&mut self, next: &Self) {
         self.buffer_before = self.buffer_before.then(&next.buffer_before);
         self.buffer_after = self.buffer_after.then(&next.buffer_after);
-        self.parameter = self.parameter.then(&next.parameter);
+        self.parameter_before = self.parameter_before.then(&next.parameter_before);
+        self.parameter_after = self.parameter_after.then(&next.parameter_after);
     }
 }
 
@@ -207,14 +210,11 @@ impl<T: Real> Piece<'_, T> {
         let blocks = self.parameter.chunks_mut(BLOCK).zip(self.gradient.chunks(BLOCK));
         for ((parameter, gradient), buffer) in blocks.zip(self.buffer.chunks_mut(BLOCK)) {
             let checksum = |values: &[T]| Checksum::of(bytemuck::cast_slice(values));
-            let buffer_before = if is_traced { checksum(buffer) } else { Checksum::default() };
+            let before = is_traced.then(|| (checksum(buffer), checksum(parameter)));
             self.rule.apply(parameter, gradient, buffer);
-            if is_traced {
-                sums.add(&Sums {
-                    buffer_before,
-                    buffer_after: checksum(buffer),
-                    parameter: checksum(parameter),
-                });
+            if let Some((buffer_before, parameter_before)) = before {
+                let (buffer_after, parameter_after) = (checksum(buffer), checksum(parameter));
+                sums.add(&Sums { buffer_before, buffer_after, parameter_before, parameter_after });
             }
         }
         sums
@@ -321,6 +321,7 @@ mod tests {
                 let mut sgds = [&one, &other].map(|vars| Sgd::new(nesterov, vars).unwrap());
                 for seed in 1..4 {
                     let before = checksums(sgds[0].state().iter().map(|(n, t)| (n.as_str(), t))).unwrap();
+                    let learnt = checksums(one.iter().map(|(name, var)| (name, &var.tensor))).unwrap();
                     let trace = update(&one, &mut sgds[0], seed, rates, momentum, true);
                     update(&other, &mut sgds[1], seed, rates, momentum, false);
                     let state = sgds[0].state();
@@ -333,10 +334,15 @@ mod tests {
                         let buffer = state_name(name);
                         assert!(state[&buffer].equal(&sgds[1].state()[&buffer]), "{buffer}");
                         if name == "still" {
-                            assert!(!trace.parameters.contains_key(name), "nothing has touched it");
+                            assert!(!trace.parameters_after.contains_key(name), "nothing has touched it");
                             continue;
                         }
-                        assert_eq!(trace.parameters[name], Checksum::of_tensor(&found).unwrap(), "{name}");
+                        assert_eq!(trace.parameters_before[name], learnt[name], "{name}");
+                        assert_eq!(
+                            trace.parameters_after[name],
+                            Checksum::of_tensor(&found).unwrap(),
+                            "{name}"
+                        );
                         assert_eq!(trace.state_before[&buffer], before[&buffer], "{buffer}");
                         assert_eq!(trace.state_after[&buffer], Checksum::of_tensor(&state[&buffer]).unwrap());
                     }

@@ -15,8 +15,10 @@ pub struct Trace {
     pub state_before: Checksums,
     /// That state as the update left it.
     pub state_after: Checksums,
+    /// The parameters as the update found them.
+    pub parameters_before: Checksums,
     /// The parameters as the update left them.
-    pub parameters: Checksums,
+    pub parameters_after: Checksums,
 }
 
 /// The checksums of `tensors`.
