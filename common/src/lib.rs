@@ -15,6 +15,7 @@ pub mod moments;
 pub mod net;
 pub mod one_line;
 pub mod placement;
+pub mod product;
 pub mod rng;
 pub mod sampler;
 pub mod suggest;

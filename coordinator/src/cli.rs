@@ -196,6 +196,13 @@ pub(crate) enum DatasetCommand {
         #[arg(long, value_name = "DATASET")]
         classes_of: Option<String>,
     },
+    /// Fit a ZCA whitening to a training set and add both as another dataset, for jobs with `whiten = "zca"`.
+    Whiten {
+        /// The training set.
+        name: String,
+        /// The name of the dataset that it is to become.
+        new: String,
+    },
     /// List the datasets.
     Ls {
         #[command(flatten)]

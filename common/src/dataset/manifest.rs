@@ -1,6 +1,7 @@
 //! The manifest: what a dataset is, and the hashes of the shards that hold it.
 
 use super::DatasetName;
+use super::whitening::{MAX_WHITENED, Whitening};
 use crate::digest::{is_blake3_hex, json_digest};
 use serde::{Deserialize, Serialize};
 
@@ -42,6 +43,9 @@ pub struct Manifest {
     pub skipped: u64,
     /// The shards in the order of their samples.
     pub shards: Vec<ShardEntry>,
+    /// The whitening that was fitted to the samples, if one was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub whitening: Option<Whitening>,
 }
 
 /// Channels, height and width of a sample.
@@ -59,6 +63,12 @@ impl SampleShape {
     /// The number of elements, or `None` if that overflows.
     pub fn elements(self) -> Option<u64> {
         u64::from(self.channels).checked_mul(u64::from(self.height))?.checked_mul(u64::from(self.width))
+    }
+}
+
+impl std::fmt::Display for SampleShape {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} x {} x {}", self.channels, self.height, self.width)
     }
 }
 
@@ -192,16 +202,13 @@ impl Manifest {
             },
             "its shape does not fit its encoding",
         )?;
-        let mut next = 0u64;
-        for shard in &self.shards {
-            inconsistent(!is_blake3_hex(&shard.hash), "a shard's name is not a hash")?;
-            inconsistent(
-                shard.samples == 0 || shard.first_sample != next,
-                "its shards leave a gap or overlap",
-            )?;
-            next = next.saturating_add(shard.samples);
-        }
-        inconsistent(next != self.samples, "its shards do not add up to its samples")
+        check_shards(&self.shards, self.samples)?;
+        let Some(Whitening { shards, .. }) = &self.whitening else { return Ok(()) };
+        let numbers =
+            self.shape.elements().filter(|n| self.encoding == Encoding::RawU8 && *n <= MAX_WHITENED);
+        let numbers =
+            numbers.ok_or(ManifestProblem::Inconsistent("its samples cannot be whitened and are"))?;
+        check_shards(shards, numbers + 1)
     }
 
     /// Completes a manifest whose other fields are final.
@@ -226,12 +233,36 @@ impl Manifest {
 
     /// The size of all shards.
     pub fn bytes(&self) -> u64 {
-        self.shards.iter().map(|s| s.bytes).sum()
+        self.all_shards().map(|s| s.bytes).sum()
+    }
+
+    /// The samples' shards, then those of the whitening.
+    pub fn all_shards(&self) -> impl Iterator<Item = &ShardEntry> {
+        self.shards.iter().chain(self.whitening.iter().flat_map(|whitening| &whitening.shards))
     }
 
     fn computed_id(&self) -> Result<String, ManifestProblem> {
         json_digest(&Self { id: String::new(), ..self.clone() })
             .map_err(|e| ManifestProblem::Syntax(e.to_string()))
+    }
+}
+
+/// Checks that `shards` hold `records` without gap or overlap.
+fn check_shards(shards: &[ShardEntry], records: u64) -> Result<(), ManifestProblem> {
+    let mut next = 0u64;
+    for shard in shards {
+        if !is_blake3_hex(&shard.hash) {
+            return Err(ManifestProblem::Inconsistent("a shard's name is not a hash"));
+        }
+        if shard.samples == 0 || shard.first_sample != next {
+            return Err(ManifestProblem::Inconsistent("its shards leave a gap or overlap"));
+        }
+        next = next.saturating_add(shard.samples);
+    }
+    if next == records {
+        Ok(())
+    } else {
+        Err(ManifestProblem::Inconsistent("its shards do not add up to its samples"))
     }
 }
 
@@ -264,6 +295,7 @@ mod tests {
             std: vec![1.0 / 3.0],
             skipped: 0,
             shards: vec![entry(0, 3), entry(3, 2)],
+            whitening: None,
         };
         draft.with_id().unwrap()
     }

@@ -13,6 +13,7 @@ mod name;
 mod reader;
 mod shard;
 mod store;
+mod whitening;
 
 pub use cache::{CacheError, FetchError, RecordBytes, ShardCache, ShardFetch};
 pub use idx::IdxProblem;
@@ -25,6 +26,7 @@ pub use name::{DatasetName, InvalidName};
 pub use reader::{DatasetReader, ReadError, Sample};
 pub use shard::{Record, ShardFile, ShardProblem};
 pub use store::{ShardReport, ShardState, Store, VerifyReport};
+pub use whitening::{MAX_WHITENED, Whitening, WhiteningMap, WhiteningProgress, contrast_table};
 
 use crate::durable::FileError;
 use std::path::PathBuf;
@@ -117,6 +119,14 @@ pub enum DatasetError {
     NoSource {
         /// The path given.
         path: PathBuf,
+    },
+    /// A dataset to which no whitening can be fitted.
+    #[error("dataset `{name}` cannot be whitened: {problem}")]
+    Whitening {
+        /// The dataset.
+        name: DatasetName,
+        /// Why.
+        problem: String,
     },
     /// A shard's name that is not a hash.
     #[error("`{0}` is not the hash of a shard (64 lower-case hex digits)")]

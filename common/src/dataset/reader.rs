@@ -2,7 +2,7 @@
 
 use super::DatasetName;
 use super::cache::{CacheError, RecordBytes, ShardCache};
-use super::manifest::{Encoding, Manifest, ManifestProblem, SampleShape};
+use super::manifest::{Encoding, Manifest, ManifestProblem, SampleShape, ShardEntry};
 use std::sync::Arc;
 
 /// Why a sample could not be read.
@@ -38,6 +38,12 @@ pub enum ReadError {
         index: u64,
         /// What is wrong with it.
         what: &'static str,
+    },
+    /// The whitening's records are intact and not what the manifest says.
+    #[error("the whitening of dataset `{dataset}` is not what the manifest says; whiten the dataset again")]
+    Whitening {
+        /// The dataset.
+        dataset: DatasetName,
     },
 }
 
@@ -105,8 +111,7 @@ impl DatasetReader {
         })?;
         let malformed = |what| ReadError::Malformed { dataset: manifest.name.clone(), index, what };
         let record = self
-            .cache
-            .record(manifest.name.as_str(), entry, (index - entry.first_sample) as usize)?
+            .record(entry, (index - entry.first_sample) as usize)?
             .ok_or_else(|| malformed("its shard has another number of records"))?;
         let &[label] = record.labels() else {
             return Err(malformed("it does not have exactly one label"));
@@ -120,5 +125,10 @@ impl DatasetReader {
             }
             Encoding::RawU8 | Encoding::Image => Ok(Sample { label, shape: manifest.shape, record }),
         }
+    }
+
+    /// Record `index` of one of the dataset's shards, or `None` if that has another number of records than it should.
+    pub(super) fn record(&self, entry: &ShardEntry, index: usize) -> Result<Option<RecordBytes>, CacheError> {
+        self.cache.record(self.manifest.name.as_str(), entry, index)
     }
 }

@@ -132,8 +132,7 @@ impl Store {
     pub fn verify(&self, name: &str) -> Result<VerifyReport, DatasetError> {
         let manifest = self.manifest(name)?;
         let shards = manifest
-            .shards
-            .iter()
+            .all_shards()
             .map(|entry| {
                 let path = self.shards.join(&entry.hash);
                 let state = match std::fs::read(&path) {
@@ -164,7 +163,7 @@ impl Store {
         let existing: Vec<bool> =
             datasets.iter().map(|(manifest, _)| self.holds(manifest)).collect::<Result<_, _>>()?;
         for (manifest, staging) in &datasets {
-            for hash in manifest.shards.iter().map(|s| &s.hash) {
+            for hash in manifest.all_shards().map(|s| &s.hash) {
                 let (from, to) = (staging.path().join(hash), self.shards.join(hash));
                 match std::fs::rename(&from, &to) {
                     Err(e) if e.kind() == io::ErrorKind::NotFound && to.exists() => {}

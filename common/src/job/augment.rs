@@ -1,6 +1,6 @@
 //! What is done to images before a network gets them, and which size they have then.
 
-use super::DataSpec;
+use super::{Crops, DataSpec, PixelScale};
 use crate::dataset::{Manifest, SampleShape, SampleSize};
 use serde::{Deserialize, Serialize};
 
@@ -96,6 +96,11 @@ impl Augment {
         }
     }
 
+    /// Whether it may follow a whitening: it only moves the numbers of an image, whatever they are.
+    fn only_moves(&self) -> bool {
+        matches!(self, Self::PadCrop { .. } | Self::Flip {})
+    }
+
     /// Whether it does the same to a sample every time.
     fn is_fixed(&self) -> bool {
         matches!(self, Self::Resize { .. } | Self::CenterCrop { .. })
@@ -174,11 +179,12 @@ impl DataSpec {
             return Some(("channels", "`channels` must be 1 (grey) or 3 (red, green, blue)".to_owned()));
         }
         let given = self.mean.is_some() || self.std.is_some();
-        if given
-            && (self.mean.is_none() || self.std.is_none() || self.scale != super::PixelScale::Standardize)
-        {
+        if given && (self.mean.is_none() || self.std.is_none() || self.scale != PixelScale::Standardize) {
             let what = "`mean` and `std` go together, with `scale = \"standardize\"`";
             return Some(("mean", what.to_owned()));
+        }
+        if let Some(fault) = self.whitening_problem() {
+            return Some(fault);
         }
         if self.mean.iter().flatten().any(|m| !m.is_finite()) {
             return Some((
@@ -195,9 +201,64 @@ impl DataSpec {
         None
     }
 
+    /// What does not go together with `whiten`, if the job has that.
+    fn whitening_problem(&self) -> Option<(&'static str, String)> {
+        self.whiten?;
+        if self.scale != PixelScale::Gcn {
+            return Some((
+                "whiten",
+                "`whiten` is fitted to images of normalized contrast; add `scale = \"gcn\"`".to_owned(),
+            ));
+        }
+        if self.channels.is_some() {
+            let what = "`whiten` is fitted to the channels that the images have; remove `channels`";
+            return Some(("channels", what.to_owned()));
+        }
+        if let Some(step) = self.augment.iter().find(|step| !step.only_moves()) {
+            let what = format!(
+                "`{}` changes pixels or sizes, and `whiten` is fitted to whole images as they are; with it `augment` takes `flip` and \
+                 `pad-crop`, which come behind it",
+                step.name()
+            );
+            return Some(("augment", what));
+        }
+        if !self.evaluate.is_empty() {
+            let what = "`whiten` is fitted to whole images as they are; remove `evaluate`";
+            return Some(("evaluate", what.to_owned()));
+        }
+        None
+    }
+
+    /// What is wrong with `train` as the training set by which images are whitened, if they are: the end of a sentence.
+    pub fn lacking_whitening(&self, train: &Manifest) -> Option<String> {
+        let name = &train.name;
+        (self.whiten.is_some() && train.whitening.is_none()).then(|| {
+            format!(
+                "dataset `{name}` has no whitening; `coordinator dataset whiten {name} {name}-zca` makes `{name}-zca` of it, which \
+                 has one"
+            )
+        })
+    }
+
+    /// What keeps samples of `data` from being whitened in an evaluation with `crops`: the end of a sentence.
+    pub(super) fn unwhitenable(&self, data: &Manifest, crops: Crops) -> Option<String> {
+        self.whiten?;
+        if data.fixed_size().is_none() {
+            return Some(format!(
+                "the images of `{}` differ in size, and those that are whitened are all of one",
+                data.name
+            ));
+        }
+        let what = "a whitening is fitted to whole images, and crops are resized; leave `crops` at 1";
+        (crops != Crops::One).then(|| what.to_owned())
+    }
+
     /// The shape of every training sample of `data` when a network gets it; or the key that does not fit the dataset, and
     /// what is wrong.
     pub fn training_shape(&self, data: &Manifest) -> Result<SampleShape, (&'static str, String)> {
+        if let Some(what) = self.lacking_whitening(data) {
+            return Err(("whiten", what));
+        }
         self.shape(data, "augment", &self.augment)
     }
 

@@ -89,6 +89,9 @@ impl DataSpec {
     /// The shape of every view of a sample of `data` when a network gets it in an evaluation; or the key that does not fit
     /// the dataset, and what is wrong. Of several crops each is a square of the size that `evaluate` gives.
     pub fn test_shape(&self, data: &Manifest, crops: Crops) -> Result<SampleShape, (&'static str, String)> {
+        if let Some(what) = self.unwhitenable(data, crops) {
+            return Err(("whiten", what));
+        }
         let shape = self.shape(data, "evaluate", &self.evaluate)?;
         if crops != Crops::One && shape.height != shape.width {
             let (SampleShape { height, width, .. }, name) = (shape, &data.name);

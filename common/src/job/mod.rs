@@ -196,6 +196,9 @@ pub struct DataSpec {
     /// How raw pixels become numbers.
     #[serde(default)]
     pub scale: PixelScale,
+    /// How the numbers of a whole image are made uncorrelated then, if they are: before `augment`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub whiten: Option<Whiten>,
     /// What `standardize` subtracts from each channel of pixels from 0 to 1, instead of the training set's mean.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mean: Option<Vec<f64>>,
@@ -218,6 +221,16 @@ pub enum PixelScale {
     /// of 0.99; a constant image becomes zero. `global_contrast_normalize` of pylearn2 (`expr/preprocessing.py`) with
     /// `scale=55`, as its CIFAR sets for Maxout and Network in Network are made with.
     Gcn,
+}
+
+/// How the numbers of a whole image are made uncorrelated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Whiten {
+    /// An image x, its contrast normalized, becomes (x - m) P, where m is the training images' mean and, with their covariance C =
+    /// V diag(l) Vᵀ, 0.1 added to its diagonal, P = V diag(l^(-1/2)) Vᵀ: `ZCA` of pylearn2 (`datasets/preprocessing.py`), by which
+    /// its CIFAR sets for Maxout and Network in Network are made. m and P are the training set's (`coordinator dataset whiten`).
+    Zca,
 }
 
 /// The loss of a `classify` job.

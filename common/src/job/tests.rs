@@ -206,6 +206,39 @@ fn contrast_normalization_takes_no_mean_and_std() {
 }
 
 #[test]
+fn whitening_takes_whole_images_of_normalized_contrast() {
+    let with = |lines: &str, augment: &str| {
+        let text = GOOD.replace("[data]", &format!("[data]\n{lines}"));
+        let own = "[{ name = \"pad-crop\", pixels = 2 }, { name = \"flip\" }]";
+        JobSpec::parse("tiny.toml", &text.replace(own, augment))
+    };
+    let zca = "scale = \"gcn\"\nwhiten = \"zca\"";
+    let moves = "[{ name = \"flip\" }, { name = \"pad-crop\", pixels = 4 }]";
+    assert_eq!(with(zca, moves).unwrap().data.whiten, Some(Whiten::Zca));
+    assert_eq!(with("scale = \"gcn\"", "[]").unwrap().data.whiten, None);
+    let channels = format!("{zca}\nchannels = 3");
+    let evaluate = format!("{zca}\nevaluate = [{{ name = \"center-crop\", size = 8 }}]");
+    let resized = "[{ name = \"random-resized-crop\", size = 24 }]";
+    for (lines, augment, start, part) in [
+        ("whiten = \"zca\"", "[]", "tiny.toml:13: ", "add `scale = \"gcn\"`"),
+        ("scale = \"gcn\"\nwhiten = \"pca\"", "[]", "tiny.toml:14: unknown variant `pca`", "`zca`"),
+        (&channels, "[]", "tiny.toml:15: ", "remove `channels`"),
+        (&evaluate, "[]", "tiny.toml:15: ", "remove `evaluate`"),
+        (
+            zca,
+            resized,
+            "tiny.toml:16: `random-resized-crop` changes",
+            "`augment` takes `flip` and `pad-crop`",
+        ),
+        (zca, "[{ name = \"color-jitter\", hue = 0.1 }]", "tiny.toml:16: `color-jitter` changes", "`whiten`"),
+    ] {
+        let message = with(lines, augment).unwrap_err().to_string();
+        assert!(message.starts_with(start) && message.contains(part), "{message}");
+        assert_eq!(message.lines().count(), 1, "{message}");
+    }
+}
+
+#[test]
 fn caller_faults_point_at_the_value() {
     let e = JobSpec::fault("tiny.toml", GOOD, &["data", "train"], "unknown dataset".into());
     assert_eq!(e.to_string(), "tiny.toml:13: unknown dataset");

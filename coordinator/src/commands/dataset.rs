@@ -24,6 +24,7 @@ pub(super) fn run(dir: &DataDir, command: DatasetCommand) -> Result<ExitCode> {
             let images = ImageImport { inspect: &Inspector, skip_corrupt, classes_of };
             add(&store, &name, source_format(format), &path, images)
         }
+        DatasetCommand::Whiten { name, new } => whiten(&store, &name, &new),
         DatasetCommand::Ls { json } => ls(&store, json.json),
         DatasetCommand::Verify { name } => verify(&store, name.as_deref()),
     }
@@ -46,10 +47,7 @@ fn add(
     path: &Path,
     images: ImageImport<'_>,
 ) -> Result<ExitCode> {
-    let bar = ProgressBar::no_length();
-    if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}") {
-        bar.set_style(style);
-    }
+    let bar = progress_bar();
     let imported = store.import(name, format, path, images, |progress| {
         bar.set_message(progress.dataset.to_string());
         progress.total.map_or_else(|| bar.unset_length(), |total| bar.set_length(total));
@@ -83,6 +81,33 @@ fn add(
     Ok(ExitCode::SUCCESS)
 }
 
+fn progress_bar() -> ProgressBar {
+    let bar = ProgressBar::no_length();
+    if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}") {
+        bar.set_style(style);
+    }
+    bar
+}
+
+fn whiten(store: &Store, name: &str, new: &str) -> Result<ExitCode> {
+    let bar = progress_bar();
+    let outcome = store.whiten(name, new, |progress| {
+        bar.set_message(progress.part);
+        bar.set_length(progress.total);
+        bar.set_position(progress.done);
+    });
+    bar.finish_and_clear();
+    let outcome = outcome?;
+    let what = match outcome {
+        ImportOutcome::Added(_) => "added",
+        ImportOutcome::Unchanged(_) => "is there already:",
+    };
+    let Manifest { name: new, samples, .. } = outcome.manifest();
+    say(format_args!("{what} `{new}`, the {samples} samples of `{name}` and their whitening"));
+    hint(format_args!("name it in a job file: train = \"{new}\", scale = \"gcn\", whiten = \"zca\""));
+    Ok(ExitCode::SUCCESS)
+}
+
 fn ls(store: &Store, json: bool) -> Result<ExitCode> {
     let datasets = store.list()?;
     if json {
@@ -99,6 +124,7 @@ fn ls(store: &Store, json: bool) -> Result<ExitCode> {
                 "class_names": m.class_names,
                 "skipped": m.skipped,
                 "shards": m.shards.len(),
+                "whitening": m.whitening.is_some(),
                 "bytes": m.bytes(),
             })
         };

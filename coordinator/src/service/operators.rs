@@ -120,6 +120,7 @@ pub(crate) fn check_job(shared: &Shared, file: &str, toml: &str) -> Result<NewJo
     let file = Path::new(file).file_name().map_or_else(|| "job.toml".into(), |n| n.to_string_lossy());
     let spec = JobSpec::parse(&file, toml).map_err(|e| refuse("job_file", e))?;
     let mut datasets = Vec::new();
+    let mut whitened = None;
     let named = [("train", Some(&spec.data.train)), ("test", spec.data.test.as_ref())];
     for (key, name) in named.into_iter().filter_map(|(key, name)| Some((key, name?))) {
         let manifest = shared.datasets.manifest(name).map_err(|e| {
@@ -136,6 +137,13 @@ pub(crate) fn check_job(shared: &Shared, file: &str, toml: &str) -> Result<NewJo
             _ => spec.data.test_shape(&manifest, spec.evaluation.crops),
         };
         let shape = shape.map_err(|(key, what)| refuse_key("data", key, what))?;
+        if let Some(trained) = whitened.filter(|trained| *trained != shape) {
+            let what = format!(
+                "the images of `{name}` are of {shape}, and those that its whitening fits of {trained}"
+            );
+            return Err(refuse_key("data", key, what));
+        }
+        whitened = spec.data.whiten.and(Some(shape));
         if let Some((option, what)) = misfit(&spec, &manifest, shape) {
             return Err(refuse_key("model", option, what));
         }

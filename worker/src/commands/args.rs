@@ -184,6 +184,7 @@ impl WeightsArgs {
             augment: Vec::new(),
             evaluate: resize.into_iter().chain(crop).collect(),
             scale,
+            whiten: None,
             mean: self.mean.clone(),
             std: self.std.clone(),
         })

@@ -6,7 +6,7 @@ use super::progress::Progress;
 use crate::cli::DeviceArg;
 use crate::data::batch::Decoder;
 use crate::data::pool::Pool;
-use crate::data::preparation::Use;
+use crate::data::preparation::{Basis, Use};
 use crate::evaluation::candidate::Candidate;
 use crate::evaluation::contest::{Division, Entrant, Entry, hold};
 use crate::evaluation::judge;
@@ -178,13 +178,13 @@ impl<'a> Contest<'a> {
     fn entry<T: Number>(&self, candidate: &Candidate) -> Result<Entry<T>> {
         let device = device(self.args.common.device);
         let JobSpec { data, seed, .. } = &candidate.job;
-        let train = statistics(&self.stores, data)?;
-        let train = train.as_ref().unwrap_or(&self.test);
+        let basis = basis(&self.stores, data)?;
+        let basis = basis.unwrap_or_else(|| Basis::without_whitening(self.test.clone()));
         let reader = self.stores.reader(&self.dataset)?;
         let purpose = Use::Evaluate(self.crops);
         let shape = data.test_shape(&self.test, self.crops).map_err(|(_, what)| anyhow!(what))?;
         candidate.check_channels(shape.channels)?;
-        let data = Decoder::new(reader, data, purpose, train, *seed, device, self.pool.clone())?;
+        let data = Decoder::new(reader, data, purpose, &basis, *seed, device, self.pool.clone())?;
         Ok(Entry { network: candidate.network(device)?, data: Arc::new(data) })
     }
 }
@@ -195,8 +195,14 @@ fn same<T: PartialEq>(mut values: impl Iterator<Item = T>) -> Option<T> {
     values.all(|value| value == first).then_some(first)
 }
 
-/// The training set by whose statistics pixels are scaled, if they are by any.
-pub(super) fn statistics(stores: &Stores, data: &DataSpec) -> Result<Option<Manifest>> {
+/// What the training set decides about the preparation of images, if it does.
+pub(super) fn basis<T: Number>(stores: &Stores, data: &DataSpec) -> Result<Option<Basis<T>>> {
+    if data.whiten.is_some() {
+        let name = &data.train;
+        let train =
+            stores.reader(name).with_context(|| format!("images are whitened by what fits `{name}`"))?;
+        return Ok(Some(Basis::read(data, &train)?));
+    }
     if data.scale != PixelScale::Standardize || data.mean.is_some() {
         return Ok(None);
     }
@@ -206,5 +212,6 @@ pub(super) fn statistics(stores: &Stores, data: &DataSpec) -> Result<Option<Mani
         );
     }
     let train = stores.manifest(&data.train);
-    Ok(Some(train.with_context(|| format!("pixels are scaled by the statistics of `{}`", data.train))?))
+    let train = train.with_context(|| format!("pixels are scaled by the statistics of `{}`", data.train))?;
+    Ok(Some(Basis::without_whitening(train)))
 }

@@ -2,7 +2,7 @@
 
 use super::args::PredictArgs;
 use super::candidates::{self, shown};
-use super::eval::statistics;
+use super::eval::basis;
 use crate::cli::DeviceArg;
 use crate::data::preparation::Preparation;
 use crate::evaluation::candidate::Candidate;
@@ -106,6 +106,7 @@ fn numbers<T: Number>(preparation: &Preparation<T>, bench: &mut Workbench, path:
     preparation
         .run(bench, Source::Encoded(&bytes), &mut stream, &mut numbers)
         .map_err(|what| anyhow!(what))?;
+    preparation.finish(std::slice::from_mut(&mut stream), &mut numbers);
     Ok(numbers)
 }
 
@@ -126,7 +127,7 @@ fn prepared<T: Number>(
     let given = |name: &String| !name.is_empty();
     let name = args.dataset.as_ref().or(data.test.as_ref()).or(Some(&data.train)).filter(|name| given(name));
     let own = name.map(|name| stores.manifest(name)).transpose()?;
-    let train = statistics(stores, data)?;
+    let basis = basis(stores, data)?;
     let shape = match &own {
         Some(own) => data.test_shape(own, crops).map_err(|(_, what)| anyhow!(what))?,
         None => told_shape(data, candidate.channels()?).context(
@@ -134,8 +135,10 @@ fn prepared<T: Number>(
         )?,
     };
     candidate.check_channels(shape.channels).with_context(|| shown(&args.checkpoint))?;
-    let preparation = Preparation::for_pictures(data, crops, shape, train.as_ref())?;
-    let names = own.and_then(|own| own.class_names).or_else(|| train.and_then(|train| train.class_names));
+    let preparation = Preparation::for_pictures(data, crops, shape, basis.as_ref())?;
+    let names = own
+        .and_then(|own| own.class_names)
+        .or_else(|| basis.and_then(|basis| basis.manifest().class_names.clone()));
     Ok(Prepared { preparation, names })
 }
 

@@ -1,7 +1,7 @@
 //! Decoding samples into tensors.
 
 use super::pool::Pool;
-use super::preparation::{Preparation, Use};
+use super::preparation::{Basis, Preparation, Use};
 use crate::train::Number;
 use crate::train::error::TrainError;
 use crate::train::phase::ShardBatch;
@@ -32,17 +32,17 @@ pub(crate) struct ViewBatch {
 }
 
 impl<T: Number> Decoder<T> {
-    /// `train` is the training set, by whose statistics the test set is scaled too.
+    /// Of the samples of `reader`.
     pub(crate) fn new(
         reader: DatasetReader,
         data: &DataSpec,
         purpose: Use,
-        train: &Manifest,
+        basis: &Basis<T>,
         seed: u64,
         device: Device,
         pool: Arc<Pool>,
     ) -> Result<Self, TrainError> {
-        let preparation = Preparation::new(data, purpose, reader.manifest(), train)?;
+        let preparation = Preparation::new(data, purpose, reader.manifest(), basis)?;
         Ok(Self { reader, preparation, seed, device, pool })
     }
 
@@ -84,12 +84,12 @@ impl<T: Number> Decoder<T> {
         let length = self.preparation.len() * self.views();
         let mut values = vec![T::default(); samples.len() * length];
         let mut labels = vec![0i64; samples.len()];
-        let work = values.par_chunks_exact_mut(length).zip(&mut labels).zip(samples);
         self.pool.install(|| {
-            work.try_for_each(|((values, label), &sample)| -> Result<(), TrainError> {
-                *label = super::pool::with_bench(|bench| self.prepare(bench, epoch, sample, values))?;
-                Ok(())
-            })
+            let together = self.preparation.together(samples.len(), rayon::current_num_threads());
+            let (values, labels) =
+                (values.par_chunks_mut(length * together), labels.par_chunks_mut(together));
+            let work = values.zip(labels).zip(samples.par_chunks(together));
+            work.try_for_each(|((values, labels), samples)| self.prepare(epoch, samples, values, labels))
         })?;
         let n = (samples.len() * self.views()) as i64;
         let images = Tensor::f_from_slice(&values)?.f_view([
@@ -101,12 +101,30 @@ impl<T: Number> Decoder<T> {
         Ok((images.f_to_device(self.device)?, labels))
     }
 
-    /// Writes one sample's numbers and returns its label. They depend on seed, epoch and sample alone.
+    /// Writes some samples' numbers and labels. They depend on seed, epoch and sample alone.
     fn prepare(
         &self,
-        bench: &mut Workbench,
         epoch: u64,
+        samples: &[u64],
+        values: &mut [T],
+        labels: &mut [i64],
+    ) -> Result<(), TrainError> {
+        let streams = samples.iter().map(|sample| Stream::new(self.seed, "augment", &[epoch, *sample]));
+        let mut streams: Vec<_> = streams.collect();
+        let length = values.len() / samples.len().max(1);
+        let each = samples.iter().zip(values.chunks_exact_mut(length)).zip(&mut streams).zip(labels);
+        for (((&sample, values), stream), label) in each {
+            *label = super::pool::with_bench(|bench| self.prepare_one(bench, sample, stream, values))?;
+        }
+        self.preparation.finish(&mut streams, values);
+        Ok(())
+    }
+
+    fn prepare_one(
+        &self,
+        bench: &mut Workbench,
         sample: u64,
+        stream: &mut Stream,
         values: &mut [T],
     ) -> Result<i64, TrainError> {
         let raw = self.reader.sample(sample).map_err(|e| TrainError::Fatal(e.to_string()))?;
@@ -114,8 +132,7 @@ impl<T: Number> Decoder<T> {
             Encoding::RawU8 => Source::Planes(raw.shape, raw.bytes()),
             Encoding::Image => Source::Encoded(raw.bytes()),
         };
-        let mut stream = Stream::new(self.seed, "augment", &[epoch, sample]);
-        self.preparation.run(bench, source, &mut stream, values).map_err(|what| {
+        self.preparation.run(bench, source, stream, values).map_err(|what| {
             let name = &self.reader.manifest().name;
             TrainError::Fatal(format!("sample {sample} of dataset `{name}` cannot be prepared: {what}"))
         })?;

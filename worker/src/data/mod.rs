@@ -5,3 +5,4 @@ pub(crate) mod loader;
 pub(crate) mod pool;
 pub(crate) mod preparation;
 pub(crate) mod source;
+pub(crate) mod whitening;

@@ -1,11 +1,13 @@
 //! What is done to each sample of a job: from its bytes to the numbers that a network gets.
 
+use super::whitening::{Move, Whitening, together};
 use crate::train::Number;
 use crate::train::error::TrainError;
-use lockstep_common::dataset::{Manifest, SampleShape};
+use lockstep_common::dataset::{DatasetReader, Manifest, SampleShape, contrast_table};
 use lockstep_common::job::{Augment, Crops, DataSpec, PixelScale};
 use lockstep_common::rng::Stream;
 use lockstep_images::{CropPlan, Picture, Pipeline, Source, Workbench};
+use std::sync::Arc;
 
 /// What samples are for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +18,37 @@ pub(crate) enum Use {
     Evaluate(Crops),
 }
 
+/// What the preparation of every sample, those of the test set too, takes from the training set.
+pub(crate) struct Basis<T> {
+    train: Manifest,
+    whitening: Option<Arc<Whitening<T>>>,
+}
+
+impl<T: Number> Basis<T> {
+    /// Reads it where the job needs it. Blocks while shards are fetched.
+    pub(crate) fn read(data: &DataSpec, train: &DatasetReader) -> Result<Self, TrainError> {
+        let basis = Self::without_whitening(train.manifest().clone());
+        if data.whiten.is_none() {
+            return Ok(basis);
+        }
+        if let Some(what) = data.lacking_whitening(train.manifest()) {
+            return Err(TrainError::Fatal(what));
+        }
+        let map = train.whitening().map_err(|e| TrainError::Fatal(e.to_string()))?;
+        Ok(Self { whitening: map.map(|map| Arc::new(Whitening::new(&map))), ..basis })
+    }
+
+    /// Of a job that does not whiten.
+    pub(crate) fn without_whitening(train: Manifest) -> Self {
+        Self { train, whitening: None }
+    }
+
+    /// The training set.
+    pub(crate) fn manifest(&self) -> &Manifest {
+        &self.train
+    }
+}
+
 /// How samples become numbers.
 pub(crate) struct Preparation<T> {
     pipeline: Pipeline,
@@ -24,6 +57,14 @@ pub(crate) struct Preparation<T> {
     /// Of every view.
     shape: SampleShape,
     scaling: Scaling<T>,
+    /// What follows then, if images are whitened.
+    whitened: Option<Whitened<T>>,
+}
+
+/// What is done to numbers.
+struct Whitened<T> {
+    whitening: Arc<Whitening<T>>,
+    moves: Vec<Move>,
 }
 
 /// How raw values become numbers.
@@ -34,44 +75,63 @@ enum Scaling<T> {
     Contrast,
 }
 
-/// The Euclidean norm that an image's contrast is normalized to: pylearn2's for CIFAR, `gcn=55.`.
-const CONTRAST_NORM: f64 = 55.0;
-
 impl<T: Number> Preparation<T> {
-    /// For the samples of `own`. `train` is the training set, by whose statistics the test set is scaled too.
+    /// For the samples of `own`.
     pub(crate) fn new(
         data: &DataSpec,
         purpose: Use,
         own: &Manifest,
-        train: &Manifest,
+        basis: &Basis<T>,
     ) -> Result<Self, TrainError> {
         let (steps, shape, crops) = match purpose {
             Use::Train => (&data.augment, data.training_shape(own), Crops::One),
             Use::Evaluate(crops) => (&data.evaluate, data.test_shape(own, crops), crops),
         };
         let shape = shape.map_err(|(_, what)| TrainError::Fatal(what))?;
-        let pipeline = Pipeline::new(data.channels, steps.clone());
-        Self::over(pipeline, crops, shape, data.scale, data.statistics(train)).map_err(|channels| {
+        // A whitening is fitted to whole images: what a job does to them besides comes behind it.
+        let (before, behind) =
+            if data.whiten.is_some() { (&[][..], &steps[..]) } else { (&steps[..], &[][..]) };
+        let pipeline = Pipeline::new(data.channels, before.to_vec());
+        let preparation = Self::over(pipeline, crops, shape, data.scale, data.statistics(&basis.train))
+            .map_err(|channels| {
+                let what = format!(
+                    "dataset `{}` has {} channels, the training set {channels}",
+                    own.name, shape.channels
+                );
+                TrainError::Fatal(what)
+            })?;
+        preparation.whitened(basis, behind)
+    }
+
+    /// The same with the whitening of `basis`, if there is one, and `steps` behind it.
+    fn whitened(self, basis: &Basis<T>, steps: &[Augment]) -> Result<Self, TrainError> {
+        let Some(whitening) = basis.whitening.clone() else { return Ok(self) };
+        if whitening.len() != self.len() {
             let what = format!(
-                "dataset `{}` has {} channels, the training set {channels}",
-                own.name, shape.channels
+                "the whitening of dataset `{}` is of images of {}, and these are of {}",
+                basis.train.name, basis.train.shape, self.shape
             );
-            TrainError::Fatal(what)
-        })
+            return Err(TrainError::Fatal(what));
+        }
+        let moves: Option<Vec<Move>> = steps.iter().map(Move::of).collect();
+        let moves = moves.ok_or_else(|| {
+            TrainError::Fatal("only `flip` and `pad-crop` can come behind a whitening".to_owned())
+        })?;
+        Ok(Self { whitened: Some(Whitened { whitening, moves }), ..self })
     }
 
     /// For pictures of any size and colour, so that the network gets what it gets of test samples, `shape`: where the job's
-    /// steps leave the size as it is, the shorter side is resized and the middle taken. `train` is needed where pixels are
-    /// standardized by its statistics.
+    /// steps leave the size as it is, the shorter side is resized and the middle taken. `basis` is needed where pixels are
+    /// standardized by the training set's statistics, or whitened.
     pub(crate) fn for_pictures(
         data: &DataSpec,
         crops: Crops,
         shape: SampleShape,
-        train: Option<&Manifest>,
+        basis: Option<&Basis<T>>,
     ) -> Result<Self, TrainError> {
         let channels = shape.channels as usize;
-        let statistics = match (train, &data.mean, &data.std) {
-            (Some(train), _, _) => data.statistics(train),
+        let statistics = match (basis, &data.mean, &data.std) {
+            (Some(basis), _, _) => data.statistics(&basis.train),
             (None, Some(mean), Some(std)) => (mean.clone(), std.clone()),
             (None, _, _) => (vec![0.0; channels], vec![1.0; channels]),
         };
@@ -84,11 +144,15 @@ impl<T: Number> Preparation<T> {
             steps.push(Augment::CenterCrop { size });
         }
         let pipeline = Pipeline::new(Some(shape.channels), steps);
-        Self::over(pipeline, crops, shape, data.scale, statistics).map_err(|given| {
+        let preparation = Self::over(pipeline, crops, shape, data.scale, statistics).map_err(|given| {
             let what =
                 format!("images have {channels} channels, and mean and standard deviation are of {given}");
             TrainError::Fatal(what)
-        })
+        })?;
+        match basis {
+            Some(basis) => preparation.whitened(basis, &[]),
+            None => Ok(preparation),
+        }
     }
 
     /// Fails with the channels of the statistics if they are others than those of `shape`.
@@ -115,7 +179,8 @@ impl<T: Number> Preparation<T> {
             }
             PixelScale::Gcn => Scaling::Contrast,
         };
-        Ok(Self { pipeline, crops: CropPlan::new(crops, shape.height as usize), shape, scaling })
+        let crops = CropPlan::new(crops, shape.height as usize);
+        Ok(Self { pipeline, crops, shape, scaling, whitened: None })
     }
 
     /// The shape of every view of a sample.
@@ -133,8 +198,23 @@ impl<T: Number> Preparation<T> {
         [self.shape.channels, self.shape.height, self.shape.width].map(|n| n as usize).iter().product()
     }
 
-    /// Writes a sample's views one after the other. `values` has room for just that. All that is random comes from `stream`.
-    /// Fails with the end of a sentence.
+    /// How many of `samples` one of `threads` threads had best prepare at a time.
+    pub(crate) fn together(&self, samples: usize, threads: usize) -> usize {
+        if self.whitened.is_some() { together(samples, threads) } else { 1 }
+    }
+
+    /// Does what is done to numbers, behind [`Self::run`], to samples that lie one after the other; each has its stream. Every
+    /// sample gets the same bits whichever others are there.
+    pub(crate) fn finish(&self, streams: &mut [Stream], values: &mut [T]) {
+        let Some(Whitened { whitening, moves }) = &self.whitened else { return };
+        whitening.apply(values);
+        for (stream, image) in streams.iter_mut().zip(values.chunks_exact_mut(self.len())) {
+            moves.iter().for_each(|step| step.apply(self.shape, stream, image));
+        }
+    }
+
+    /// Writes a sample's views one after the other, up to what [`Self::finish`] does. `values` has room for just that. All that
+    /// is random comes from `stream`. Fails with the end of a sentence.
     pub(crate) fn run(
         &self,
         bench: &mut Workbench,
@@ -169,7 +249,7 @@ impl<T: Number> Preparation<T> {
         let table = match &self.scaling {
             Scaling::Fixed(table) => table,
             Scaling::Contrast => {
-                contrast = vec![contrast_table(picture.values()); channels];
+                contrast = vec![contrast_table(picture.values()).map(T::from_f64); channels];
                 &contrast
             }
         };
@@ -181,25 +261,6 @@ impl<T: Number> Preparation<T> {
         }
         Ok(())
     }
-}
-
-/// The number for each raw value x of an image of the values `image`: 55 (x - m) / |image - m|, where m is the image's mean.
-/// Zero for a constant image, which has no contrast.
-///
-/// The sums are of whole numbers and exact: an image and its mirror image get the same table.
-fn contrast_table<T: Number>(image: &[u8]) -> [T; 256] {
-    let count = image.len() as u64;
-    let (sum, squares) = image.iter().fold((0_u64, 0_u64), |(sum, squares), raw| {
-        let raw = u64::from(*raw);
-        (sum + raw, squares + raw * raw)
-    });
-    // count² times the variance: more than 64 bits for the largest images.
-    let spread = u128::from(count) * u128::from(squares) - u128::from(sum) * u128::from(sum);
-    let factor = if spread == 0 { 0.0 } else { CONTRAST_NORM / (spread as f64 * count as f64).sqrt() };
-    std::array::from_fn(|raw| {
-        let centred = (raw as u64 * count) as f64 - sum as f64;
-        T::from_f64(factor * centred)
-    })
 }
 
 #[cfg(test)]
@@ -215,6 +276,7 @@ mod tests {
             augment: Vec::new(),
             evaluate: Vec::new(),
             scale: PixelScale::Gcn,
+            whiten: None,
             mean: None,
             std: None,
         };

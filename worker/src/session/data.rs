@@ -3,7 +3,7 @@
 use super::Environment;
 use crate::data::batch::Decoder;
 use crate::data::loader::{Loader, Timetable};
-use crate::data::preparation::Use;
+use crate::data::preparation::{Basis, Use};
 use crate::data::source;
 use crate::tasks::TaskPlan;
 use crate::train::Number;
@@ -35,10 +35,10 @@ impl<T: Number> Data<T> {
         let open = |name: &str| source::open(name, datasets, &environment.shards, control);
         let train = open(&job.data.train)?;
         check_classes(job, &train)?;
-        let manifest = train.manifest().clone();
+        let basis = Basis::read(&job.data, &train)?;
         let decoder = |reader, purpose| {
             let pool = environment.decoders.clone();
-            Decoder::<T>::new(reader, &job.data, purpose, &manifest, job.seed, device, pool)
+            Decoder::<T>::new(reader, &job.data, purpose, &basis, job.seed, device, pool)
         };
         let test = match &job.data.test {
             Some(name) => {

@@ -38,7 +38,9 @@ use lockstep_common::job::JobSpec;
 use std::sync::Arc;
 
 /// The number type of a job's weights, gradients and arithmetic.
-pub(crate) trait Number: lockstep_collectives::Element + tch::kind::Element + Default {
+pub(crate) trait Number:
+    lockstep_collectives::Element + tch::kind::Element + lockstep_common::product::Real
+{
     /// The nearest value.
     fn from_f64(value: f64) -> Self;
 

@@ -8,13 +8,14 @@ mod shards;
 mod statistics;
 mod tar;
 
+pub(super) use shards::ShardWriter;
+
 pub use images::{Corrupt, ImageFacts, InspectImage};
 pub use statistics::ChannelSums;
 
 use super::manifest::{DType, Encoding, Manifest, SampleShape, SampleSize};
 use super::{DatasetError, DatasetName, Store};
 use crate::durable::{FileError, TemporaryDir};
-use shards::ShardWriter;
 use statistics::Statistics;
 use std::path::{Path, PathBuf};
 
@@ -173,6 +174,7 @@ fn stage(store: &Store, shards: ShardWriter, finished: Finished) -> Result<Stage
         std: finished.statistics.std(),
         skipped: finished.left_out.len() as u64,
         shards: entries,
+        whitening: None,
     };
     let manifest = manifest.with_id().map_err(|problem| store.manifest_error(&finished.name, problem))?;
     Ok(Staged { manifest, shards: staging, left_out: finished.left_out })

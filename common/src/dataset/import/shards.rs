@@ -10,7 +10,7 @@ use crate::durable::{FileError, TemporaryDir};
 const SHARD_BYTES: usize = 4 << 20;
 
 /// Writes shards of [`SHARD_BYTES`] into a temporary folder.
-pub(super) struct ShardWriter {
+pub(in crate::dataset) struct ShardWriter {
     staging: TemporaryDir,
     builder: ShardBuilder,
     entries: Vec<ShardEntry>,
@@ -18,12 +18,12 @@ pub(super) struct ShardWriter {
 }
 
 impl ShardWriter {
-    pub(super) fn new(staging: TemporaryDir) -> Self {
+    pub(in crate::dataset) fn new(staging: TemporaryDir) -> Self {
         Self { staging, builder: ShardBuilder::default(), entries: Vec::new(), written: 0 }
     }
 
     /// Appends a record; true if that completed a shard.
-    pub(super) fn push(&mut self, label: u32, payload: &[u8]) -> Result<bool, FileError> {
+    pub(in crate::dataset) fn push(&mut self, label: u32, payload: &[u8]) -> Result<bool, FileError> {
         self.builder.push(&[label], payload);
         if self.builder.bytes() < SHARD_BYTES {
             return Ok(false);
@@ -46,7 +46,7 @@ impl ShardWriter {
         Ok(())
     }
 
-    pub(super) fn finish(mut self) -> Result<(TemporaryDir, Vec<ShardEntry>), FileError> {
+    pub(in crate::dataset) fn finish(mut self) -> Result<(TemporaryDir, Vec<ShardEntry>), FileError> {
         if self.builder.len() > 0 {
             self.flush()?;
         }

@@ -3,6 +3,7 @@
 mod cache;
 mod import;
 mod sources;
+mod whitening;
 
 use super::{ImportOutcome, Manifest, Store};
 use std::io::Write;

@@ -6,6 +6,7 @@ mod guard;
 mod recipes;
 pub(crate) mod recovery;
 mod systems;
+mod whitening;
 
 use super::Number;
 use super::error::TrainError;
@@ -16,7 +17,7 @@ use super::wishes::Wishes;
 use crate::data::batch::Decoder;
 use crate::data::loader::{Loader, Timetable};
 use crate::data::pool::Pool;
-use crate::data::preparation::Use;
+use crate::data::preparation::{Basis, Use};
 use crate::evaluation::report::Report;
 use crate::tasks::TaskPlan;
 use lockstep_collectives::{CollectiveError, Group};
@@ -48,12 +49,13 @@ fn write_idx(folder: &Path) {
     std::fs::write(folder.join("train-labels-idx1-ubyte"), labels).unwrap();
 }
 
-/// A store with those images.
+/// A store with those images as `tiny/train`, and with their whitening as `tiny/white`.
 fn tiny() -> (tempfile::TempDir, Store) {
     let folder = tempfile::tempdir().unwrap();
     write_idx(folder.path());
     let store = Store::open(&folder.path().join("store")).unwrap();
     store.import_idx("tiny", folder.path(), |_| {}).unwrap();
+    store.whiten("tiny/train", "tiny/white", |_| {}).unwrap();
     (folder, store)
 }
 
@@ -152,10 +154,11 @@ impl<T: Number> Bench<T> {
     ) -> Self {
         let pool = Arc::new(Pool::new(2).unwrap());
         let decoder = |purpose| {
-            let manifest = Arc::new(store.manifest("tiny/train").unwrap());
-            let reader = DatasetReader::new(manifest.clone(), cache.clone()).unwrap();
+            let manifest = Arc::new(store.manifest(&job.data.train).unwrap());
+            let reader = DatasetReader::new(manifest, cache.clone()).unwrap();
+            let basis = Basis::read(&job.data, &reader).unwrap();
             let pool = pool.clone();
-            Decoder::<T>::new(reader, &job.data, purpose, &manifest, job.seed, Device::Cpu, pool).unwrap()
+            Decoder::<T>::new(reader, &job.data, purpose, &basis, job.seed, Device::Cpu, pool).unwrap()
         };
         let sampler =
             Sampler::new(job.seed, 70, u64::from(job.global_batch), job.logical_shards, true).unwrap();
