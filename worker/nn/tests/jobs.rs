@@ -31,10 +31,11 @@ fn manifest(name: &str) -> Manifest {
         other => panic!("no dataset `{other}` is known to this test"),
     };
     let shape = json!({ "channels": channels, "height": side, "width": side });
+    let whitening = name.ends_with("-zca").then(|| json!({ "filter_bias": 0.1, "shards": [] }));
     serde_json::from_value(json!({
         "format": 1, "id": "", "name": name, "samples": 50_000, "shape": shape, "smallest": smallest, "dtype": "u8",
         "classes": classes, "class_names": null, "encoding": if channels == 1 { "raw-u8" } else { "image" },
-        "mean": vec![0.5; channels], "std": vec![0.25; channels], "shards": [],
+        "mean": vec![0.5; channels], "std": vec![0.25; channels], "shards": [], "whitening": whitening,
     }))
     .unwrap()
 }

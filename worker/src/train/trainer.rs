@@ -135,6 +135,10 @@ impl<T: Number> Trainer<T> {
             let buckets = trainer.bucket_plan(network, &order);
             trainer.buckets.push(buckets);
         }
+        // One that was sealed in another generation is to be as it was then.
+        if !trainer.replica.is_sealed() {
+            trainer.replica.seal()?;
+        }
         Ok(trainer)
     }
 
@@ -212,10 +216,6 @@ impl<T: Number> Trainer<T> {
         wishes: Wishes,
     ) -> Result<StepDone, TrainError> {
         let Position { step, phase: applied } = self.replica.position();
-        // One that was sealed in another generation is to be as it was then.
-        if self.is_compared(step) && !self.replica.is_sealed() {
-            self.replica.seal()?;
-        }
         let mut done = StepDone {
             figures: BTreeMap::new(),
             wishes: Wishes::default(),
