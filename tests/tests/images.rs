@@ -349,6 +349,8 @@ fn jobs_that_do_not_fit_their_images_are_refused_with_file_and_line() {
     let grey =
         set(&Job::default().to_string(), "augment", "augment = [{ name = \"random-crop\", size = 20 }]");
     check(&grey, "augment", &["20 x 20 pixels of images of `tiny/train` that have 16 x 16", "`resize`"]);
+    let blue_first = set(&Job::default().to_string(), "augment", "augment = []\nchannel_order = \"bgr\"");
+    check(&blue_first, "channel_order", &["`tiny/train` have no colours to reorder", "`channels = 3`"]);
     let unknown = good.replace("\"lighting\"", "\"lightning\"");
     refused(place.start_run(unknown, 1).wait(), &["`lightning`", "did you mean `lighting`"]);
 }

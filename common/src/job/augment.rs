@@ -1,6 +1,6 @@
 //! What is done to images before a network gets them, and which size they have then.
 
-use super::{Crops, DataSpec, PixelScale};
+use super::{ChannelOrder, Crops, DataSpec, PixelScale};
 use crate::dataset::{Manifest, SampleShape, SampleSize};
 use serde::{Deserialize, Serialize};
 
@@ -214,6 +214,10 @@ impl DataSpec {
             let what = "`whiten` is fitted to the channels that the images have; remove `channels`";
             return Some(("channels", what.to_owned()));
         }
+        if self.channel_order != ChannelOrder::Rgb {
+            let what = "`whiten` is fitted to red, green and blue in this order; remove `channel_order`";
+            return Some(("channel_order", what.to_owned()));
+        }
         if let Some(step) = self.augment.iter().find(|step| !step.only_moves()) {
             let what = format!(
                 "`{}` changes pixels or sizes, and `whiten` is fitted to whole images as they are; with it `augment` takes `flip` and \
@@ -270,6 +274,11 @@ impl DataSpec {
     ) -> Result<SampleShape, (&'static str, String)> {
         let name = &data.name;
         let channels = self.channels.unwrap_or(data.shape.channels);
+        if self.channel_order == ChannelOrder::Bgr && channels != 3 {
+            let what =
+                format!("the images of `{name}` have no colours to reorder; set `channels = 3` or remove it");
+            return Err(("channel_order", what));
+        }
         let mut size = data.fixed_size();
         for step in steps {
             size = match *step {

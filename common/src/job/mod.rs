@@ -187,6 +187,9 @@ pub struct DataSpec {
     /// Makes every image grey (1) or coloured (3), before all else; without it they stay as they are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub channels: Option<u32>,
+    /// In which order a network gets the channels of coloured images, which are red, green and blue everywhere else.
+    #[serde(default, skip_serializing_if = "ChannelOrder::is_rgb")]
+    pub channel_order: ChannelOrder,
     /// Applied to every training sample, in this order.
     #[serde(default)]
     pub augment: Vec<Augment>,
@@ -205,6 +208,24 @@ pub struct DataSpec {
     /// What it divides by, instead of the training set's standard deviation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub std: Option<Vec<f64>>,
+}
+
+/// The order of a coloured image's channels.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ChannelOrder {
+    /// Red, green, blue.
+    #[default]
+    Rgb,
+    /// Blue, green, red, as OpenCV reads images: for weights from Caffe.
+    Bgr,
+}
+
+impl ChannelOrder {
+    /// Whether it is the usual one.
+    pub fn is_rgb(&self) -> bool {
+        *self == Self::Rgb
+    }
 }
 
 /// How raw pixels 0..=255 become numbers.

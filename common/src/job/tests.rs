@@ -217,12 +217,14 @@ fn whitening_takes_whole_images_of_normalized_contrast() {
     assert_eq!(with(zca, moves).unwrap().data.whiten, Some(Whiten::Zca));
     assert_eq!(with("scale = \"gcn\"", "[]").unwrap().data.whiten, None);
     let channels = format!("{zca}\nchannels = 3");
+    let order = format!("{zca}\nchannel_order = \"bgr\"");
     let evaluate = format!("{zca}\nevaluate = [{{ name = \"center-crop\", size = 8 }}]");
     let resized = "[{ name = \"random-resized-crop\", size = 24 }]";
     for (lines, augment, start, part) in [
         ("whiten = \"zca\"", "[]", "tiny.toml:13: ", "add `scale = \"gcn\"`"),
         ("scale = \"gcn\"\nwhiten = \"pca\"", "[]", "tiny.toml:14: unknown variant `pca`", "`zca`"),
         (&channels, "[]", "tiny.toml:15: ", "remove `channels`"),
+        (&order, "[]", "tiny.toml:15: ", "remove `channel_order`"),
         (&evaluate, "[]", "tiny.toml:15: ", "remove `evaluate`"),
         (
             zca,

@@ -3,7 +3,7 @@
 use crate::cli::DeviceArg;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use lockstep_common::job::{Augment, Crops, DataSpec, JobSpec, PixelScale, Precision};
+use lockstep_common::job::{Augment, ChannelOrder, Crops, DataSpec, JobSpec, PixelScale, Precision};
 use std::path::PathBuf;
 
 /// `worker eval`.
@@ -74,7 +74,7 @@ pub(crate) struct CommonArgs {
 #[command(next_help_heading = "Files of weights")]
 pub(crate) struct WeightsArgs {
     /// A job file that says which network the weights are of and how images are prepared.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["channels", "resize", "center_crop", "scale", "mean", "std", "train"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["channels", "channel_order", "resize", "center_crop", "scale", "mean", "std", "train"])]
     job: Option<PathBuf>,
     /// Make images grey (1) or coloured (3).
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=3))]
@@ -85,6 +85,9 @@ pub(crate) struct WeightsArgs {
     /// Take the middle square of so many pixels a side.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
     center_crop: Option<u32>,
+    /// The order in which the network gets the channels; `bgr` for weights from Caffe.
+    #[arg(long, value_enum)]
+    channel_order: Option<ChannelOrderArg>,
     /// How pixels become numbers: from 0 to 1, standardized by mean and std, or each image by its own contrast (`gcn`).
     #[arg(long, value_enum)]
     scale: Option<ScaleArg>,
@@ -105,6 +108,13 @@ enum ScaleArg {
     Unit,
     Standardize,
     Gcn,
+}
+
+/// The order of a coloured image's channels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum ChannelOrderArg {
+    Rgb,
+    Bgr,
 }
 
 /// A number type.
@@ -149,10 +159,11 @@ impl WeightsArgs {
 
     /// Whether any option says how images are prepared.
     pub(crate) fn prepares(&self) -> bool {
-        let Self { job: _, channels, resize, center_crop, scale, mean, std, train } = self;
+        let Self { job: _, channels, channel_order, resize, center_crop, scale, mean, std, train } = self;
         channels.is_some()
             || resize.is_some()
             || center_crop.is_some()
+            || channel_order.is_some()
             || scale.is_some()
             || mean.is_some()
             || std.is_some()
@@ -183,6 +194,10 @@ impl WeightsArgs {
             channels: self.channels,
             augment: Vec::new(),
             evaluate: resize.into_iter().chain(crop).collect(),
+            channel_order: match self.channel_order {
+                Some(ChannelOrderArg::Bgr) => ChannelOrder::Bgr,
+                Some(ChannelOrderArg::Rgb) | None => ChannelOrder::Rgb,
+            },
             scale,
             whiten: None,
             mean: self.mean.clone(),

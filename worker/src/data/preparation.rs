@@ -4,7 +4,7 @@ use super::whitening::{Move, Whitening, together};
 use crate::train::Number;
 use crate::train::error::TrainError;
 use lockstep_common::dataset::{DatasetReader, Manifest, SampleShape, contrast_table};
-use lockstep_common::job::{Augment, Crops, DataSpec, PixelScale};
+use lockstep_common::job::{Augment, ChannelOrder, Crops, DataSpec, PixelScale};
 use lockstep_common::rng::Stream;
 use lockstep_images::{CropPlan, Picture, Pipeline, Source, Workbench};
 use std::sync::Arc;
@@ -57,6 +57,7 @@ pub(crate) struct Preparation<T> {
     /// Of every view.
     shape: SampleShape,
     scaling: Scaling<T>,
+    order: ChannelOrder,
     /// What follows then, if images are whitened.
     whitened: Option<Whitened<T>>,
 }
@@ -92,8 +93,8 @@ impl<T: Number> Preparation<T> {
         let (before, behind) =
             if data.whiten.is_some() { (&[][..], &steps[..]) } else { (&steps[..], &[][..]) };
         let pipeline = Pipeline::new(data.channels, before.to_vec());
-        let preparation = Self::over(pipeline, crops, shape, data.scale, data.statistics(&basis.train))
-            .map_err(|channels| {
+        let preparation =
+            Self::over(pipeline, crops, shape, data, data.statistics(&basis.train)).map_err(|channels| {
                 let what = format!(
                     "dataset `{}` has {} channels, the training set {channels}",
                     own.name, shape.channels
@@ -144,7 +145,7 @@ impl<T: Number> Preparation<T> {
             steps.push(Augment::CenterCrop { size });
         }
         let pipeline = Pipeline::new(Some(shape.channels), steps);
-        let preparation = Self::over(pipeline, crops, shape, data.scale, statistics).map_err(|given| {
+        let preparation = Self::over(pipeline, crops, shape, data, statistics).map_err(|given| {
             let what =
                 format!("images have {channels} channels, and mean and standard deviation are of {given}");
             TrainError::Fatal(what)
@@ -160,7 +161,7 @@ impl<T: Number> Preparation<T> {
         pipeline: Pipeline,
         crops: Crops,
         shape: SampleShape,
-        scale: PixelScale,
+        data: &DataSpec,
         (mean, std): (Vec<f64>, Vec<f64>),
     ) -> Result<Self, usize> {
         let channels = shape.channels as usize;
@@ -171,7 +172,7 @@ impl<T: Number> Preparation<T> {
             let table = |c| std::array::from_fn(|raw| T::from_f64(number(c, raw as f64 / 255.0)));
             Scaling::Fixed((0..channels).map(table).collect())
         };
-        let scaling = match scale {
+        let scaling = match data.scale {
             PixelScale::Unit => fixed(&|_, unit| unit),
             // A constant channel carries nothing; it becomes zero.
             PixelScale::Standardize => {
@@ -180,7 +181,7 @@ impl<T: Number> Preparation<T> {
             PixelScale::Gcn => Scaling::Contrast,
         };
         let crops = CropPlan::new(crops, shape.height as usize);
-        Ok(Self { pipeline, crops, shape, scaling, whitened: None })
+        Ok(Self { pipeline, crops, shape, scaling, order: data.channel_order, whitened: None })
     }
 
     /// The shape of every view of a sample.
@@ -253,7 +254,12 @@ impl<T: Number> Preparation<T> {
                 &contrast
             }
         };
-        for ((c, table), values) in table.iter().enumerate().zip(values.chunks_exact_mut(plane)) {
+        for (place, values) in values.chunks_exact_mut(plane).enumerate() {
+            let c = match self.order {
+                ChannelOrder::Rgb => place,
+                ChannelOrder::Bgr => channels - 1 - place,
+            };
+            let table = &table[c];
             let raw = picture.values().iter().skip(c).step_by(channels);
             for (value, raw) in values.iter_mut().zip(raw) {
                 *value = table[usize::from(*raw)];
@@ -269,19 +275,27 @@ mod tests {
 
     /// The numbers of an image of 2 x 2 pixels, given channel by channel.
     fn normalized(channels: u32, image: &[u8]) -> Vec<f64> {
-        let data = DataSpec {
+        prepared(&spec(PixelScale::Gcn), channels, image)
+    }
+
+    fn spec(scale: PixelScale) -> DataSpec {
+        DataSpec {
             train: String::new(),
             test: None,
             channels: None,
             augment: Vec::new(),
             evaluate: Vec::new(),
-            scale: PixelScale::Gcn,
+            channel_order: ChannelOrder::Rgb,
+            scale,
             whiten: None,
             mean: None,
             std: None,
-        };
+        }
+    }
+
+    fn prepared(data: &DataSpec, channels: u32, image: &[u8]) -> Vec<f64> {
         let shape = SampleShape { channels, height: 2, width: 2 };
-        let preparation = Preparation::<f64>::for_pictures(&data, Crops::One, shape, None).unwrap();
+        let preparation = Preparation::<f64>::for_pictures(data, Crops::One, shape, None).unwrap();
         let mut values = vec![f64::NAN; image.len()];
         let source = Source::Planes(shape, image);
         let mut stream = Stream::new(1, "augment", &[0, 0]);
@@ -306,6 +320,21 @@ mod tests {
         let expected = [[-1.0; 4], [0.0; 4], [1.0; 4]].concat();
         let expected: Vec<f64> = expected.iter().map(|x| 550.0 * x / 800_f64.sqrt()).collect();
         assert_near(&normalized(3, &colours), &expected);
+    }
+
+    /// As Caffe's networks want them: bytes less 104, 117 and 123, blue first.
+    #[test]
+    fn channels_come_in_the_order_that_is_asked_for_each_with_its_own_mean() {
+        let (mean, std) = ([123.0, 117.0, 104.0].map(|m| m / 255.0), [1.0 / 255.0; 3]);
+        let rgb =
+            DataSpec { mean: Some(mean.into()), std: Some(std.into()), ..spec(PixelScale::Standardize) };
+        let bgr = DataSpec { channel_order: ChannelOrder::Bgr, ..rgb.clone() };
+        let (red, green, blue) = ([1, 2, 3, 4], [50, 60, 70, 80], [100, 150, 200, 250]);
+        let less = |plane: [u8; 4], mean: f64| plane.map(|raw| f64::from(raw) - mean);
+        let image = [red, green, blue].concat();
+        let [red, green, blue] = [less(red, 123.0), less(green, 117.0), less(blue, 104.0)];
+        assert_near(&prepared(&rgb, 3, &image), &[red, green, blue].concat());
+        assert_near(&prepared(&bgr, 3, &image), &[blue, green, red].concat());
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub(super) const INFO: ModelInfo = ModelInfo {
     name: "bn-inception",
     summary: "BN-Inception (Inception v2): GoogLeNet with batch norm and two 3x3 for each 5x5",
     role: ModelRole::Classifier,
-    input: "[N, 3, H, W], 224x224 in the paper; at least 7x7; published weights: BGR, 0-255 minus (104,117,128)",
+    input: "[N, 3, H, W], 224x224 in the paper; at least 7x7; published weights: `channel_order = \"bgr\"`, 0-255 minus (104,117,128)",
     reference: "Ioffe, Szegedy 2015, arXiv:1502.03167; Cadene/pretrained-models.pytorch bninception",
     options: &[
         CLASSES,
