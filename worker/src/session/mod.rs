@@ -207,6 +207,7 @@ fn run(
         return Err(TrainError::Fatal("the coordinator placed other shards than the job has".to_owned()));
     }
     let keeps = !compress::keeps_state(&job.collective);
+    let checks = job.checks.clone();
     // Filled as soon as there is a state, so that whatever comes after that does not lose it.
     let mut state = None;
     let result = match job.precision {
@@ -219,8 +220,15 @@ fn run(
         Ok(outcome) => matches!(outcome, Outcome::Stopped { .. } | Outcome::Lost { .. }),
         Err(error) => !matches!(error.outcome(0), Outcome::Failed { .. }),
     };
-    if let Some(state) = state.filter(|_| keeps && goes_on) {
-        environment.kept.put(assignment.job, state);
+    if let Some(mut state) = state.filter(|_| keeps && goes_on) {
+        // One that has changed by itself is not to be counted on.
+        match state.replica.vouch(assignment.rank, &checks) {
+            Ok(()) => environment.kept.put(assignment.job, state),
+            Err(error) => {
+                environment.metrics.mismatched();
+                tracing::warn!("{} {}: {error}", assignment.job, assignment.generation);
+            }
+        }
     }
     result
 }
@@ -302,7 +310,7 @@ fn connect(
                 () = shared.abort.notified() => return Err(TrainError::Aborted),
                 () = desk.asked(), if !shown => {
                     if let Some(state) = state.as_mut() {
-                        state.replica.vouch(assignment.rank, plan).inspect_err(|_| environment.metrics.mismatched())?;
+                        state.replica.vouch(assignment.rank, &job.checks).inspect_err(|_| environment.metrics.mismatched())?;
                         desk.show(Copied::of(&state.replica, plan)?.pack(assignment.job)?, &state.ledger);
                     }
                     shown = true;

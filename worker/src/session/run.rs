@@ -163,8 +163,8 @@ impl<'a, T: Number> Session<'a, T> {
     fn copy(&mut self, step: u64) -> Result<(), TrainError> {
         self.trainer.fail_on_purpose(Point::Copy, step)?;
         let (rank, metrics) = (self.assignment.rank, &self.environment.metrics);
-        let Trainer { replica, plan, .. } = &mut self.trainer;
-        replica.vouch(rank, plan).inspect_err(|_| metrics.mismatched())?;
+        let Trainer { replica, plan, job, .. } = &mut self.trainer;
+        replica.vouch(rank, &job.checks).inspect_err(|_| metrics.mismatched())?;
         self.desk.copy(Copied::of(replica, plan)?, &self.ledger)
     }
 
@@ -266,10 +266,10 @@ impl<'a, T: Number> Session<'a, T> {
     pub(super) fn part(&mut self, error: TrainError) -> Result<Outcome, TrainError> {
         let TrainError::Mismatch(mismatch) = error else { return Err(error) };
         let what = mismatch::describe(&mismatch, &self.assignment.peers);
-        if mismatch.is_odd(self.assignment.rank) {
+        if mismatch.is_at_fault(self.assignment.rank) {
             self.environment.metrics.mismatched();
         }
-        if !mismatch.is_true(self.assignment.rank) {
+        if !mismatch.is_right(self.assignment.rank) {
             self.trainer.replica.give_up();
         }
         let culprit = mismatch.culprit();

@@ -1,12 +1,12 @@
 //! Replicas that are not the same: who is wrong, as far as that can be told.
 //!
-//! Every rank takes a [fingerprint](super::fingerprint) of its replica after an update (the *seal*), and another one after
-//! the gradients of the next update have been computed from it, before that update is applied. The second one is exchanged,
-//! with whether it is the first. So
+//! Every rank notes what an update has left of its replica (the *seal*) and, when the gradients of the next update have been
+//! computed from it and before that is applied, sees whether it still is that. Fingerprints of the seals are exchanged, with
+//! whether they hold. So
 //! - a replica that has changed between two updates is known by its own rank, even by a job's only one;
-//! - replicas that updates have made different are told apart by their majority;
-//! - gradients from a wrong replica are never applied: the others' state is that of an undisturbed run, and the odd one
-//!   gets it from them.
+//! - replicas that updates have made different are told apart by the majority of the seals;
+//! - gradients from a wrong replica are never applied: the state of a rank whose seal is that of most and holds is that of an
+//!   undisturbed run, and the others get it from there.
 //!
 //! A job that compares less often than in every phase may have applied such gradients; then all give up their state for the
 //! newest checkpoint, before which all replicas were seen to be the same. All ranks decide by the same rule from the same
@@ -22,9 +22,9 @@ pub(crate) const CHANGED_BY_ITSELF: &str =
 /// What a rank says of its replica.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ReplicaReport {
-    /// Equal for equal replicas.
+    /// Equal for replicas that the last update has left equal.
     pub(crate) digest: Vec<u8>,
-    /// Whether it is as its last update left it, as far as its rank knows.
+    /// Whether it is still as that update left it, as far as its rank knows.
     pub(crate) is_intact: bool,
 }
 
@@ -46,45 +46,55 @@ impl ReplicaReport {
 pub(crate) struct Mismatch {
     /// Where the replicas were.
     at: Position,
-    /// Those that have changed between two updates.
+    /// Those that have changed by themselves.
     changed: Vec<Rank>,
-    /// Those that differ from more than half of the others; without such a majority, those that differ from the first.
+    /// Those that updates have made other than more than half of all; without such a majority, other than the first.
     odd: Vec<Rank>,
+    /// The others.
+    same: Vec<Rank>,
     has_majority: bool,
-    /// Whether some rank's state is that of an undisturbed run.
-    has_truth: bool,
+    /// Those whose state is that of an undisturbed run.
+    right: Vec<Rank>,
 }
 
 impl Mismatch {
     /// The verdict on `reports`, by rank, on replicas at `at`; `None` if they are intact and all the same. `is_guarded`:
     /// every update of this job is preceded by a comparison, so that nothing wrong has been applied.
     pub(crate) fn find(at: Position, reports: &[ReplicaReport], is_guarded: bool) -> Option<Self> {
-        let ranks = || (0..).map(Rank).zip(reports);
-        let changed: Vec<_> = ranks().filter(|(_, r)| !r.is_intact).map(|(rank, _)| rank).collect();
-        let intact: Vec<_> = ranks().filter(|(_, r)| r.is_intact).collect();
-        let same = |digest: &[u8]| intact.iter().filter(|(_, other)| other.digest == digest).count();
-        let majority = intact.iter().find(|(_, report)| 2 * same(&report.digest) > intact.len());
-        let reference = majority.or(intact.first()).map(|(_, report)| &report.digest);
-        let odd: Vec<_> =
-            intact.iter().filter(|(_, r)| Some(&r.digest) != reference).map(|(rank, _)| *rank).collect();
+        let count = |digest: &[u8]| reports.iter().filter(|other| other.digest == digest).count();
+        let majority = reports.iter().find(|report| 2 * count(&report.digest) > reports.len());
+        let reference = &majority.or(reports.first())?.digest;
         let has_majority = majority.is_some();
-        let has_truth = is_guarded && has_majority;
-        (!odd.is_empty() || !changed.is_empty()).then_some(Self { at, changed, odd, has_majority, has_truth })
+        let ranks = |is: &dyn Fn(&ReplicaReport) -> bool| -> Vec<_> {
+            (0..).map(Rank).zip(reports).filter(|(_, report)| is(report)).map(|(rank, _)| rank).collect()
+        };
+        let changed = ranks(&|report| !report.is_intact);
+        let odd = ranks(&|report| report.digest != *reference);
+        let same = ranks(&|report| report.digest == *reference);
+        let right = ranks(&|r| is_guarded && has_majority && r.is_intact && r.digest == *reference);
+        (!odd.is_empty() || !changed.is_empty()).then_some(Self {
+            at,
+            changed,
+            odd,
+            same,
+            has_majority,
+            right,
+        })
     }
 
-    /// Whether this rank's replica is, or may be, at fault.
-    pub(crate) fn is_odd(&self, rank: Rank) -> bool {
-        self.changed.contains(&rank) || self.odd.contains(&rank)
+    /// Whether this rank's replica is known to be at fault.
+    pub(crate) fn is_at_fault(&self, rank: Rank) -> bool {
+        self.changed.contains(&rank) || self.has_majority && self.odd.contains(&rank)
     }
 
     /// Whether some rank's state is to be gone on from, by all.
     pub(crate) fn has_truth(&self) -> bool {
-        self.has_truth
+        !self.right.is_empty()
     }
 
     /// Whether this rank's state is to be gone on from.
-    pub(crate) fn is_true(&self, rank: Rank) -> bool {
-        self.has_truth && !self.is_odd(rank)
+    pub(crate) fn is_right(&self, rank: Rank) -> bool {
+        self.right.contains(&rank)
     }
 
     /// The rank to blame, if that can be told.
@@ -94,48 +104,41 @@ impl Mismatch {
     }
 }
 
-/// The line for people; `peers` are all ranks.
+/// The line for people: who, where, why; `peers` are all ranks.
 pub(crate) fn describe(mismatch: &Mismatch, peers: &[Peer]) -> String {
     let name = |rank: &Rank| match peers.get(rank.index()) {
         Some(peer) => format!("{rank} ({} on {})", peer.worker, peer.host),
         None => rank.to_string(),
     };
     let names = |ranks: &[Rank]| ranks.iter().map(name).collect::<Vec<_>>().join(", ");
-    let Mismatch { at, changed, odd, has_majority, has_truth } = mismatch;
+    let Mismatch { at, changed, odd, same, has_majority, .. } = mismatch;
     let mut parts = Vec::new();
     if !changed.is_empty() {
-        parts.push(format!("after {at} {} {CHANGED_BY_ITSELF}", names(changed)));
+        parts.push(format!("{} {CHANGED_BY_ITSELF}", names(changed)));
     }
     if !odd.is_empty() && *has_majority {
         parts.push(format!(
-            "after {at} {} held another state than most ranks: that host's memory or processor is at fault, or its libtorch \
-             differs",
+            "{} held another state than most ranks: that host's memory or processor is at fault, or its libtorch differs",
             names(odd)
         ));
-    } else if let Some(first) =
-        (0..).map(Rank).find(|rank| !mismatch.is_odd(*rank)).filter(|_| !odd.is_empty())
-    {
+    } else if !odd.is_empty() {
         parts.push(format!(
-            "after {at} {} held another state than {}, and it cannot be told who is right: a host's memory or processor is at \
-             fault, or its libtorch differs",
+            "{} held another state than {}, and it cannot be told who is right: a host's memory or processor is at fault, or \
+             its libtorch differs",
             names(odd),
-            name(&first)
+            names(same)
         ));
     }
-    let next = match has_truth {
-        true => "the others' state is right, and goes on",
-        false => "all go back to the newest checkpoint",
-    };
-    format!("{}; {next}", parts.join("; "))
+    format!("after {at} {}", parts.join("; "))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// The verdict on replicas whose digests are these letters; one that is not intact has a capital letter.
-    fn find(digests: &str, is_guarded: bool) -> Option<Mismatch> {
-        let reports: Vec<_> = digests
+    /// The verdict on replicas whose seals are these letters; one that does not hold is a capital letter.
+    fn find(seals: &str, is_guarded: bool) -> Option<Mismatch> {
+        let reports: Vec<_> = seals
             .bytes()
             .map(|b| ReplicaReport {
                 digest: vec![b.to_ascii_lowercase()],
@@ -149,11 +152,12 @@ mod tests {
     }
 
     /// The ranks at fault, the one to blame, and those whose state is to be gone on from.
-    fn verdict(digests: &str) -> Option<(Vec<u32>, Option<u32>, Vec<u32>)> {
-        let found = find(digests, true)?;
-        let ranks = |is: &dyn Fn(Rank) -> bool| (0..digests.len() as u32).filter(|r| is(Rank(*r))).collect();
-        assert_eq!(found.has_truth(), (0..digests.len() as u32).any(|rank| found.is_true(Rank(rank))));
-        Some((ranks(&|r| found.is_odd(r)), found.culprit().map(|r| r.0), ranks(&|r| found.is_true(r))))
+    fn verdict(seals: &str) -> Option<(Vec<u32>, Option<u32>, Vec<u32>)> {
+        let found = find(seals, true)?;
+        let ranks = |is: &dyn Fn(Rank) -> bool| (0..seals.len() as u32).filter(|r| is(Rank(*r))).collect();
+        let right: Vec<u32> = ranks(&|r| found.is_right(r));
+        assert_eq!(found.has_truth(), !right.is_empty());
+        Some((ranks(&|r| found.is_at_fault(r)), found.culprit().map(|r| r.0), right))
     }
 
     #[test]
@@ -168,42 +172,54 @@ mod tests {
     }
 
     #[test]
-    fn one_that_knows_of_its_change_is_at_fault_whatever_the_others_are() {
+    fn one_whose_seal_does_not_hold_is_at_fault_and_its_seal_bears_the_others_out() {
         assert_eq!(verdict("A"), Some((vec![0], Some(0), vec![])));
-        assert_eq!(verdict("aB"), Some((vec![1], Some(1), vec![0])));
-        assert_eq!(verdict("Ba"), Some((vec![0], Some(0), vec![1])));
-        assert_eq!(verdict("BBa"), Some((vec![0, 1], Some(0), vec![2])));
-        assert_eq!(verdict("aAa"), Some((vec![1], Some(1), vec![0, 2])));
-        assert_eq!(verdict("aabC"), Some((vec![2, 3], Some(3), vec![0, 1])));
-        assert_eq!(verdict("abC"), Some((vec![1, 2], Some(2), vec![])));
+        assert_eq!(verdict("aA"), Some((vec![1], Some(1), vec![0])));
+        assert_eq!(verdict("Aa"), Some((vec![0], Some(0), vec![1])));
+        assert_eq!(verdict("AAa"), Some((vec![0, 1], Some(0), vec![2])));
+        assert_eq!(verdict("aAb"), Some((vec![1, 2], Some(1), vec![0])));
+        assert_eq!(verdict("aabC"), Some((vec![3], Some(3), vec![])), "two of four are no majority");
+    }
+
+    /// What only one rank says for itself is no truth: its update may have come to something wrong.
+    #[test]
+    fn nobody_is_right_for_want_of_others() {
+        assert_eq!(verdict("aB"), Some((vec![1], Some(1), vec![])));
+        assert_eq!(verdict("Ba"), Some((vec![0], Some(0), vec![])));
+        assert_eq!(verdict("BBa"), Some((vec![0, 1, 2], Some(0), vec![])));
+        assert_eq!(verdict("abC"), Some((vec![2], Some(2), vec![])));
     }
 
     #[test]
     fn without_a_majority_those_that_differ_from_the_first_are_named_and_nobody_is_blamed() {
-        assert_eq!(verdict("ab"), Some((vec![1], None, vec![])));
-        assert_eq!(verdict("abba"), Some((vec![1, 2], None, vec![])));
-        assert_eq!(verdict("abc"), Some((vec![1, 2], None, vec![])));
+        assert_eq!(verdict("ab"), Some((vec![], None, vec![])));
+        assert_eq!(verdict("abba"), Some((vec![], None, vec![])));
+        assert_eq!(verdict("abc"), Some((vec![], None, vec![])));
     }
 
     #[test]
     fn where_wrong_gradients_may_have_been_applied_nobody_is_right() {
-        for digests in ["aab", "aB", "A"] {
-            let found = find(digests, false).unwrap();
-            assert!(!found.has_truth() && (0..3).all(|rank| !found.is_true(Rank(rank))), "{digests}");
-            assert_eq!(found.culprit(), find(digests, true).unwrap().culprit());
+        for seals in ["aab", "aA", "A"] {
+            let found = find(seals, false).unwrap();
+            assert!(!found.has_truth() && (0..3).all(|rank| !found.is_right(Rank(rank))), "{seals}");
+            assert_eq!(found.culprit(), find(seals, true).unwrap().culprit());
         }
     }
 
     #[test]
-    fn the_line_says_who_and_what_follows() {
-        let line = |digests, is_guarded| describe(&find(digests, is_guarded).unwrap(), &[]);
-        assert!(line("aba", true).starts_with("after step 7 rank 1 held another state than most ranks"));
-        assert!(line("aba", true).ends_with("the others' state is right, and goes on"));
-        assert!(line("aba", false).ends_with("all go back to the newest checkpoint"));
-        assert!(line("aB", true).starts_with("after step 7 rank 1 found its state changed"));
-        let tie = line("Cab", true);
-        assert!(tie.contains("rank 0 found its state changed"), "{tie}");
-        assert!(tie.contains("rank 2 held another state than rank 1, and it cannot be told"), "{tie}");
-        assert!(tie.ends_with("all go back to the newest checkpoint"), "{tie}");
+    fn the_line_says_where_and_who() {
+        let line = |seals| describe(&find(seals, true).unwrap(), &[]);
+        assert!(line("aba").starts_with("after step 7 rank 1 held another state than most ranks"));
+        assert!(line("aA").starts_with("after step 7 rank 1 found its state changed"));
+        assert!(
+            line("ab")
+                .starts_with("after step 7 rank 1 held another state than rank 0, and it cannot be told")
+        );
+        let both = line("Cab");
+        assert!(both.starts_with("after step 7 rank 0 found its state changed"), "{both}");
+        assert!(
+            both.contains("rank 1, rank 2 held another state than rank 0, and it cannot be told"),
+            "{both}"
+        );
     }
 }

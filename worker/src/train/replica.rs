@@ -9,7 +9,7 @@ use crate::tasks::TaskPlan;
 use lockstep_common::audit::{ShardSamples, StepAudit};
 use lockstep_common::digest::{TensorBytes, TensorHasher};
 use lockstep_common::ids::Rank;
-use lockstep_common::job::{ClipSpec, JobSpec};
+use lockstep_common::job::{CheckSpec, ClipSpec, JobSpec, OnMismatch};
 use lockstep_common::wire::Position;
 use lockstep_nn::NnError;
 use lockstep_nn::bytes::{RawTensor, describe};
@@ -159,23 +159,23 @@ impl Replica {
         self.seal.is_some()
     }
 
-    /// A fingerprint of it, and whether it is as it was sealed; one without a seal is taken for intact. Gradients come from
-    /// the parameters and buffers, so those are looked at. The optimizers' states are what the seal says, which an update
-    /// sees to, unless `wholly`.
+    /// A fingerprint of what it was sealed as, and whether it still is that. One without a seal is taken for intact, and the
+    /// fingerprint is of what it is. Gradients come from the parameters and buffers, so those are looked at; the update that
+    /// reads them sees to the optimizers' states, unless this looks at it `wholly`.
     pub(crate) fn examine(&self, wholly: bool) -> Result<(Fingerprint, bool), TrainError> {
         let mut fingerprint = Fingerprinter::new();
         let mut is_intact = !self.changed;
         for (i, updates) in self.updates.iter().enumerate() {
-            let seal = self.seal.as_ref().map(|Seal(networks)| &networks[i]);
             let vars = self.var_checksums(i)?;
-            fingerprint.add(&vars);
-            is_intact &= seal.is_none_or(|seal| seal.vars == vars);
-            match seal.filter(|_| !wholly) {
-                Some(seal) => fingerprint.add(&seal.state),
+            match self.seal.as_ref().map(|Seal(networks)| &networks[i]) {
+                Some(seal) => {
+                    is_intact &= seal.vars == vars && (!wholly || seal.state == self.state_checksums(i)?);
+                    fingerprint.add(&seal.vars);
+                    fingerprint.add(&seal.state);
+                }
                 None => {
-                    let state = self.state_checksums(i)?;
-                    fingerprint.add(&state);
-                    is_intact &= seal.is_none_or(|seal| seal.state == state);
+                    fingerprint.add(&vars);
+                    fingerprint.add(&self.state_checksums(i)?);
                 }
             }
             fingerprint.add_number(*updates);
@@ -184,15 +184,15 @@ impl Replica {
     }
 
     /// Sees that it is what it was sealed as, before others get it from `rank`, which holds it.
-    pub(crate) fn vouch(&mut self, rank: Rank, plan: &TaskPlan) -> Result<(), TrainError> {
-        if self.seal.is_none() || self.examine(true)?.1 {
+    pub(crate) fn vouch(&mut self, rank: Rank, checks: &CheckSpec) -> Result<(), TrainError> {
+        if self.spoilt || self.examine(true)?.1 {
             return Ok(());
         }
         self.give_up();
-        let what = format!("{rank} {} after {}", mismatch::CHANGED_BY_ITSELF, self.position());
-        Err(match plan.stops_on_mismatch() {
-            true => TrainError::Fatal(what),
-            false => TrainError::Unavailable { what, culprit: Some(rank) },
+        let what = format!("after {} {rank} {}", self.position(), mismatch::CHANGED_BY_ITSELF);
+        Err(match checks.on_mismatch {
+            OnMismatch::Stop => TrainError::Fatal(what),
+            OnMismatch::Heal => TrainError::Unavailable { what, culprit: Some(rank) },
         })
     }
 

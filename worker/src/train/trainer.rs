@@ -271,7 +271,7 @@ impl<T: Number> Trainer<T> {
             let records = lanes.into_iter().map(|l| l.records).collect();
             let statistics = PhaseStatistics::start(&self.group, step, phase, &self.modes, records)?;
             let comparison = self.is_compared(step).then(|| {
-                let report = timed(&mut done.times.check, || self.report(Vec::new(), false))?;
+                let report = timed(&mut done.times.check, || self.report(false))?;
                 self.start_comparison(Tag::new(step, phase, TagKind::Digest), report)
             });
             let comparison = comparison.transpose()?;
@@ -409,7 +409,7 @@ impl<T: Number> Trainer<T> {
     /// Compares weights, buffers and optimizers' states of all replicas; returns the digest of the weights and buffers.
     pub(crate) fn compare_replicas(&self) -> Result<String, TrainError> {
         let weights = self.replica.weights_digest()?;
-        let report = self.report(weights.clone().into_bytes(), true)?;
+        let report = self.report(true)?;
         // The next step's own comparison has the same position.
         let tag = Tag::new(self.replica.step, 0, TagKind::Digest).index(1);
         self.judge(self.start_comparison(tag, report)?)?;
@@ -421,10 +421,10 @@ impl<T: Number> Trainer<T> {
         self.compared_every > 0 && (step + 1).is_multiple_of(self.compared_every)
     }
 
-    /// What this rank says of its replica, besides `more`, after it has looked at it, [`wholly`](Replica::examine) or not.
-    fn report(&self, more: Vec<u8>, wholly: bool) -> Result<ReplicaReport, TrainError> {
+    /// What this rank says of its replica, after it has looked at it, [`wholly`](Replica::examine) or not.
+    fn report(&self, wholly: bool) -> Result<ReplicaReport, TrainError> {
         let (fingerprint, is_intact) = self.replica.examine(wholly)?;
-        Ok(ReplicaReport { digest: [fingerprint.as_slice(), &more].concat(), is_intact })
+        Ok(ReplicaReport { digest: fingerprint.to_vec(), is_intact })
     }
 
     /// Tells the others `report` and asks for theirs.
