@@ -397,6 +397,12 @@ impl Core {
         Who { rank: Rank(rank as u32), worker, host: self.workers.host(worker).to_owned() }
     }
 
+    /// The member of the job's present membership with this rank, if there is one.
+    fn member(&self, id: JobId, rank: usize) -> Option<Who> {
+        let member = self.jobs.get(&id)?.live()?.members.get(rank)?;
+        Some(self.who(member.worker, rank))
+    }
+
     fn handle_ended(
         &mut self,
         worker: WorkerId,
@@ -452,8 +458,10 @@ impl Core {
                     member.accused_until_ms.get_or_insert(accused_until);
                 }
                 let blamed = culprit.map(|c| format!(", caused by {c}")).unwrap_or_default();
+                let other = culprit.filter(|c| c.index() != rank);
+                let culprit = other.and_then(|c| self.member(id, c.index()));
                 self.log(id, format!("{who} lost its peers: {error}{blamed}"));
-                self.begin_ending(id, next(Cause::PeersLost { who, error }), now_ms);
+                self.begin_ending(id, next(Cause::PeersLost { who, error, culprit }), now_ms);
             }
             Outcome::Failed { error } => {
                 self.log(id, format!("{who} failed: {error}"));

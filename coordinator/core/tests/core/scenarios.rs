@@ -70,7 +70,8 @@ fn worker_death_reported_by_a_peer_starts_the_next_generation_with_who_is_left()
     world.pass(1_100);
     assert_eq!(
         world.reason(J1),
-        "needs 2 workers, 1 is free; it was stopped by: rank 0 (w1 on host1): step 7, phase backward, bucket 2"
+        "needs 2 workers, 1 is free; it was stopped by: rank 1 (w2 on host2), as rank 0 (w1 on host1) says: step 7, phase \
+         backward, bucket 2"
     );
     world.connect(2);
     world.find(Some(40));
@@ -80,6 +81,22 @@ fn worker_death_reported_by_a_peer_starts_the_next_generation_with_who_is_left()
         _ => None,
     });
     assert_eq!(resumes.next_back(), Some(Resumption::Checkpoint { step: 40 }));
+}
+
+/// It began with the rank that had told of it, as if that were to blame.
+#[test]
+fn the_reason_of_a_recovery_begins_with_the_culprit_where_there_is_one() {
+    let check = |culprit: Option<u32>, reason: &str| {
+        let mut world = running();
+        let outcome = Outcome::Lost { error: "silence".to_owned(), culprit: culprit.map(Rank) };
+        world.end(1, J1, 1, outcome);
+        assert_eq!(world.reason(J1), reason);
+    };
+    check(Some(1), "recovers: rank 1 (w2 on host2), as rank 0 (w1 on host1) says: silence");
+    check(None, "recovers: rank 0 (w1 on host1): silence");
+    check(Some(0), "recovers: rank 0 (w1 on host1): silence");
+    // What a worker says is not trusted.
+    check(Some(9), "recovers: rank 0 (w1 on host1): silence");
 }
 
 #[test]
