@@ -69,8 +69,13 @@ pub struct Config {
     pub accused_ms: u64,
     /// How long a worker that is away may take to come back once its membership has been aborted.
     pub rejoin_ms: u64,
-    /// How long a worker that its peers cannot reach, though the coordinator can, is left out of their job.
+    /// How long a worker that its peers cannot reach, though the coordinator can, is left out of their job for the first
+    /// time; every further time doubles it, ...
     pub bench_ms: u64,
+    /// ... up to this, ...
+    pub max_bench_ms: u64,
+    /// ... until a membership with it has stepped for this long.
+    pub bench_forget_ms: u64,
     /// How long a newcomer that is ready waits for others that are about to be.
     pub gather_ms: u64,
     /// How long a leaving worker waits for others that leave at the same time.
@@ -98,6 +103,10 @@ impl Default for Config {
             // Two tries of a worker that has just noticed a coordinator's restart.
             rejoin_ms: 1_000,
             bench_ms: 10_000,
+            // A collective times out after 10 s by default: a fiftieth of the time is lost at most.
+            max_bench_ms: 600_000,
+            // Six time-outs: who could not be reached for that long would have ended the membership.
+            bench_forget_ms: 60_000,
             gather_ms: 1_000,
             // Those who end many workers at once do it within some milliseconds.
             leave_ms: 100,
@@ -278,6 +287,9 @@ impl Core {
             FromWorker::Steps { records, .. } => {
                 if let Some(known) = self.jobs.get_mut(&job) {
                     records.iter().for_each(|r| known.step_done(r));
+                    if let Some(live) = known.live_mut() {
+                        live.steps_since_ms.get_or_insert(now_ms);
+                    }
                 }
             }
             FromWorker::Metrics { values, .. } => {

@@ -576,6 +576,60 @@ fn a_worker_that_its_peers_cannot_reach_is_left_out_for_a_while() {
     assert!(matches!(world.inbox()[..], [(WorkerId(3), ToWorker::Follow(_))]), "then it is tried again");
 }
 
+/// It was taken in again every 10 s, and the others stood still for a time-out each time.
+#[test]
+fn a_worker_that_its_peers_cannot_reach_is_tried_ever_more_seldom_until_it_has_stepped_for_a_while() {
+    let mut world = running_on(3, 1);
+    let cut_off = |world: &mut World, generation: u64| {
+        for (worker, culprit) in [(1, 2), (2, 2), (3, 0)] {
+            world.end_with(worker, J1, generation, lost(culprit), Position::at(5));
+        }
+        world.inbox();
+    };
+    // It is taken in again after so many seconds, and not before; the generation in which it is.
+    let taken_in_after = |world: &mut World, seconds: u64, generation: u64| {
+        world.pass(1000 * seconds - 100);
+        assert_eq!(world.inbox(), [], "not before {seconds} s");
+        world.pass(200);
+        assert!(matches!(world.inbox()[..], [(WorkerId(3), ToWorker::Follow(_))]), "after {seconds} s");
+        world.following(3, J1, generation, 5);
+        for worker in [1, 2] {
+            world.end_with(worker, J1, generation, stopped(5), Position::at(5));
+        }
+        assert_eq!(starts(world).len(), 3);
+        generation + 1
+    };
+    let mut generation = 1;
+    for seconds in [10, 20, 40] {
+        cut_off(&mut world, generation);
+        generation = taken_in_after(&mut world, seconds, generation + 1);
+    }
+    world.step(1, J1, generation, 6);
+    world.pass(60_000);
+    cut_off(&mut world, generation);
+    generation = taken_in_after(&mut world, 10, generation + 1);
+    // A few steps are no proof.
+    world.step(1, J1, generation, 7);
+    world.pass(59_000);
+    cut_off(&mut world, generation);
+    taken_in_after(&mut world, 20, generation + 1);
+}
+
+#[test]
+fn a_job_that_lacks_workers_takes_one_back_that_its_peers_could_not_reach_after_the_first_time() {
+    let mut world = running();
+    for generation in 1..=4 {
+        for worker in [1, 2] {
+            let outcome = lost(2 - worker as u32);
+            world.end_with(worker, J1, generation, outcome, Position::at(5));
+        }
+        world.pass(9_900);
+        assert_eq!(world.state(J1), JobState::Queued, "{}", world.reason(J1));
+        world.pass(200);
+        assert_eq!(world.generation(J1), Generation(generation + 1), "{}", world.reason(J1));
+    }
+}
+
 #[test]
 fn workers_that_kept_the_state_while_the_coordinator_was_away_go_on_from_it() {
     let mut world = running_on(3, 1).restart();
