@@ -475,6 +475,17 @@ impl Core {
                 self.log(id, format!("{who} lost its peers: {error}{blamed}"));
                 self.begin_ending(id, next(Cause::PeersLost { who, error, culprit }), now_ms);
             }
+            Outcome::Unstored { error } => {
+                let newest = match job.record.checkpoint {
+                    Some(step) => format!("the checkpoint of step {step}"),
+                    None => "the start".to_owned(),
+                };
+                let error = format!(
+                    "the coordinator's disk has not taken the last checkpoint: {error}; then resume the job, which goes on from \
+                     {newest}"
+                );
+                self.begin_ending(id, Ending::Fail { error }, now_ms);
+            }
             Outcome::Failed { error } => {
                 self.log(id, format!("{who} failed: {error}"));
                 let error = format!("{who}: {error}");

@@ -177,7 +177,9 @@ pub(crate) fn start(
                 error: "internal error: the training thread panicked; see the worker's log".to_owned(),
             },
         };
-        if let Outcome::Lost { error, .. } | Outcome::Failed { error } = &outcome {
+        if let Outcome::Lost { error, .. } | Outcome::Failed { error } | Outcome::Unstored { error } =
+            &outcome
+        {
             tracing::warn!("{job} {generation}: {error}");
         }
         *shared.group.lock() = None;
@@ -217,7 +219,7 @@ fn run(
     };
     let goes_on = match &result {
         Ok(outcome) => matches!(outcome, Outcome::Stopped { .. }),
-        Err(error) => !matches!(error.outcome(0), Outcome::Failed { .. }),
+        Err(error) => !matches!(error.outcome(0), Outcome::Failed { .. } | Outcome::Unstored { .. }),
     };
     if let Some(state) = state.filter(|_| keeps && goes_on) {
         environment.kept.put(assignment.job, state);

@@ -99,6 +99,27 @@ fn the_reason_of_a_recovery_begins_with_the_culprit_where_there_is_one() {
     check(Some(9), "recovers: rank 0 (w1 on host1): silence");
 }
 
+/// The worker that waited for it was blamed.
+#[test]
+fn a_last_checkpoint_that_the_disk_does_not_take_is_blamed_on_no_worker_and_the_job_can_be_resumed() {
+    let mut world = running();
+    world.core.handle_checkpoint_stored(J1, 90);
+    for worker in [1, 2] {
+        world.end(worker, J1, 1, Outcome::Unstored { error: "`/disk` is full; free space there".to_owned() });
+    }
+    assert_eq!(world.state(J1), JobState::Failed);
+    assert_eq!(
+        world.reason(J1),
+        "the coordinator's disk has not taken the last checkpoint: `/disk` is full; free space there; then resume the job, \
+         which goes on from the checkpoint of step 90"
+    );
+    world.core.resume(J1, world.now_ms).unwrap();
+    world.pump();
+    world.inbox();
+    world.find(Some(90));
+    assert_eq!(starts(&mut world), [1, 2].map(|w| (w, Resumption::Checkpoint { step: 90 })));
+}
+
 #[test]
 fn a_worker_that_only_the_coordinator_cannot_reach_disturbs_nobody_until_a_peer_misses_it() {
     let mut world = running();
