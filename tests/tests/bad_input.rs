@@ -7,7 +7,6 @@ use lockstep_tests::process::{Ended, Process, command};
 use std::fs;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
 
 /// One line of standard error starts with `error: `; hints may follow, and nothing else.
 #[track_caller]
