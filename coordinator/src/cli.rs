@@ -159,6 +159,8 @@ pub(crate) enum TokenCommand {
         /// For controlling jobs from another host, instead of for workers.
         #[arg(long)]
         operator: bool,
+        #[command(flatten)]
+        json: Json,
     },
 }
 

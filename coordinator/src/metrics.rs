@@ -34,6 +34,7 @@ pub struct Metrics {
     refused: IntCounterVec,
     stale_messages: IntCounter,
     checkpoint_seconds: Histogram,
+    checkpoints_unstored: GaugeVec,
     shard_hash_failures: IntCounter,
     per_job: parking_lot::Mutex<BTreeMap<JobId, Option<u64>>>,
 }
@@ -69,13 +70,20 @@ impl Metrics {
             )?,
             stale_messages: IntCounter::with_opts(opts("lockstep_stale_messages_total", stale))?,
             checkpoint_seconds: Histogram::with_opts(checkpoint.buckets(buckets))?,
+            checkpoints_unstored: GaugeVec::new(
+                opts(
+                    "lockstep_checkpoints_unstored",
+                    "A job's newest checkpoints in a row that could not be stored",
+                ),
+                &["job"],
+            )?,
             shard_hash_failures: IntCounter::with_opts(opts(
                 "lockstep_shard_hash_failures_total",
                 "Dataset shards refused because their bytes do not match their hash",
             ))?,
             per_job: parking_lot::Mutex::default(),
         };
-        let collectors: [Box<dyn Collector>; 11] = [
+        let collectors: [Box<dyn Collector>; 12] = [
             Box::new(metrics.jobs.clone()),
             Box::new(metrics.workers.clone()),
             Box::new(metrics.generation.clone()),
@@ -86,6 +94,7 @@ impl Metrics {
             Box::new(metrics.refused.clone()),
             Box::new(metrics.stale_messages.clone()),
             Box::new(metrics.checkpoint_seconds.clone()),
+            Box::new(metrics.checkpoints_unstored.clone()),
             Box::new(metrics.shard_hash_failures.clone()),
         ];
         for collector in collectors {
@@ -109,6 +118,11 @@ impl Metrics {
         self.checkpoint_seconds.observe(seconds);
     }
 
+    /// Notes how many of a job's checkpoints in a row could not be stored.
+    pub fn checkpoints_unstored(&self, job: JobId, checkpoints: u64) {
+        self.checkpoints_unstored.with_label_values(&[job.to_string()]).set(checkpoints as f64);
+    }
+
     /// Notes committed steps of a job.
     pub fn stepped(&self, job: JobId, records: &[StepRecord]) {
         let label = [job.to_string()];
@@ -128,6 +142,10 @@ impl Metrics {
                 by_state[count] += 1.0;
             }
             let is_final = job.state.is_final();
+            if is_final {
+                // Nobody stores any more; most jobs never had this series.
+                let _ = self.checkpoints_unstored.remove_label_values(&[job.id.to_string()]);
+            }
             if is_final && !per_job.contains_key(&job.id) {
                 continue; // It ended long ago.
             }

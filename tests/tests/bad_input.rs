@@ -2,14 +2,11 @@
 
 use lockstep_tests::cluster::Cluster;
 use lockstep_tests::job::{Job, gan};
-use lockstep_tests::place::{Place, report};
+use lockstep_tests::place::Place;
 use lockstep_tests::process::{Ended, Process, command};
 use std::fs;
-use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
-use std::process::Command;
 
 /// One line of standard error starts with `error: `; hints may follow, and nothing else.
 #[track_caller]
@@ -233,72 +230,6 @@ fn a_data_directory_that_cannot_be_written_is_named() {
         one_line(&serve.refused(1, &[&place.dir().to_string_lossy()]));
     }
     fs::set_permissions(place.dir(), fs::Permissions::from_mode(0o700)).expect("permissions");
-}
-
-#[test]
-fn a_full_disk_fails_the_job_with_one_line() {
-    let place = Place::new();
-    let Some(_small) = SmallDisk::mount(place.dir().join("jobs"), "256k") else { return };
-    let job = Job { width: 32, ..Job::default() };
-    let ended = place.start_run(&job, 1).wait();
-    let log = place.log("j1");
-    let ended = ended.refused(1, &["error: j1 failed"]);
-    assert!(
-        ended.stderr.contains("o space left") || ended.stderr.contains("disk"),
-        "{}\n{log}",
-        ended.stderr
-    );
-}
-
-#[test]
-fn a_job_that_a_full_disk_failed_goes_on_from_its_checkpoint_once_there_is_room() {
-    let place = Place::new();
-    let Some(small) = SmallDisk::mount(place.dir().join("jobs"), "8m") else { return };
-    let job = Job { steps: 120, ..Job::default() };
-    let mut run = place.start_run(&job, 1);
-    run.until("a checkpoint", || (!place.checkpoints("j1").is_empty()).then_some(()));
-    let filler = small.0.join("filler");
-    let mut file = fs::File::create(&filler).expect("a file");
-    while file.write_all(&[0; 4096]).is_ok() {}
-    drop(file);
-    let failed = run.wait().refused(1, &["error: j1 failed", "hint: the same command goes on"]);
-    assert_eq!(failed.stderr.matches("ERROR cannot append").count(), 1, "{}", failed.stderr);
-
-    fs::remove_file(&filler).expect("removed");
-    let newest = place.checkpoints("j1")[0];
-    assert!(newest < job.steps, "the last checkpoint had no room");
-    let ended = place.start_run(&job, 1).wait().ok();
-    let resumed = format!("resuming j1 from step {newest} after its failure: ");
-    assert!(ended.stderr.contains(&resumed), "`{resumed}` is not in: {}", ended.stderr);
-    assert_eq!(report(&ended).digest(), Place::new().run(&job, 1).digest());
-}
-
-/// A small file system in memory, while this lives.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    /// `None`, with the reason printed, where it cannot be had.
-    #[allow(clippy::print_stdout, reason = "a test that is skipped says why")]
-    fn mount(path: PathBuf, size: &str) -> Option<Self> {
-        if !is_root() {
-            println!("skipped: mounting a small tmpfs needs root");
-            return None;
-        }
-        fs::create_dir_all(&path).expect("a folder");
-        let size = format!("size={size}");
-        let mount = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(&path).status();
-        if !mount.is_ok_and(|status| status.success()) {
-            println!("skipped: tmpfs cannot be mounted here");
-            return None;
-        }
-        Some(Self(path))
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
 }
 
 fn is_root() -> bool {

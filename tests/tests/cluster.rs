@@ -216,6 +216,25 @@ fn a_worker_that_slept_through_its_lease_commits_nothing_when_it_wakes() {
     cluster.place.prove(&id);
 }
 
+/// It ended without a word.
+#[test]
+fn a_worker_that_leaves_while_its_coordinator_is_away_says_what_is_lost() {
+    let mut cluster = Cluster::start(Place::new());
+    let (busy, idle) = (cluster.worker(), cluster.worker());
+    let id = cluster.submit(Job { steps: 100_000, every_steps: 20, max_workers: 1, ..Job::default() });
+    let status = cluster.until_status(&id, "in mid-run", |status| status.step > 20);
+    assert_eq!(status.workers, ["w1"]);
+    cluster.stop();
+    for (worker, words) in
+        [(busy, "what this worker held of j1, up to step "), (idle, "held nothing of any job")]
+    {
+        worker.signal(libc::SIGTERM);
+        let ended = worker.wait().ok();
+        let last = ended.stderr.lines().last().unwrap_or_default();
+        assert!(last.contains("the coordinator is away") && last.contains(words), "{}", ended.stderr);
+    }
+}
+
 #[test]
 fn an_operator_on_another_host_logs_in_with_a_token_and_controls_jobs() {
     let cluster = Cluster::start(Place::new());

@@ -12,6 +12,7 @@ use lockstep_tests::job::Job;
 use lockstep_tests::place::Place;
 use lockstep_tests::process::{Process, command};
 use lockstep_tests::wait::until;
+use serde_json::json;
 use std::net::{SocketAddr, UdpSocket};
 
 const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
@@ -97,6 +98,21 @@ fn a_token_is_good_for_so_many_uses_and_no_more() {
     worker.signal(libc::SIGTERM);
     worker.wait().ok();
     refused(&mut cluster, &token, "the token has been used up; make a new one", "token_used_up");
+}
+
+/// `--json` was refused here, of all commands the one that scripts begin with.
+#[test]
+fn a_token_for_scripts_is_json_with_all_that_a_worker_needs() {
+    let mut cluster = Cluster::start(Place::empty());
+    let made = cluster.place.json(&["token", "new", "--uses", "1", "--ttl", "5m"]);
+    let told = [&made["purpose"], &made["uses"], &made["ttl_s"]];
+    assert_eq!(told, [&json!("worker"), &json!(1), &json!(300)], "{made}");
+    let address = made["coordinator"].as_str().expect("where to join");
+    assert!(address.ends_with(&cluster.address()[cluster.address().rfind(':').expect("a port")..]), "{made}");
+    let command = cluster.join_command(made["token"].as_str().expect("a token"));
+    cluster.join(command);
+    let operators = cluster.place.json(&["token", "new", "--operator"]);
+    assert_eq!(operators["purpose"], "operator", "{operators}");
 }
 
 #[test]

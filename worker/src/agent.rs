@@ -14,6 +14,7 @@ use crate::state::follow::{Follower, Ready};
 use crate::uptime::uptime;
 use anyhow::{Context, Result, bail};
 use lockstep_common::http::{self, Readiness};
+use lockstep_common::ids::JobId;
 use lockstep_common::net::{
     Exchange, Identity, NetError, Role, bind, bind_as, client_config, connect, host_key, interface_addresses,
     resolve, server_config,
@@ -78,6 +79,8 @@ struct Agent {
     leaves: Option<(Leave, Instant)>,
     /// Whether there is nobody left to say farewell to.
     orphaned: bool,
+    /// Where the last session ended: its job and the last step that it has committed.
+    ended: Option<(JobId, u64)>,
 }
 
 /// What happens to a worker beside its talk with the coordinator.
@@ -201,6 +204,7 @@ impl Agent {
             started: uptime(),
             leaves: None,
             orphaned: false,
+            ended: None,
         };
         let result = agent.serve(&home, &mut events).await;
         agent.endpoint.close(0u32.into(), b"leaving");
@@ -214,6 +218,8 @@ impl Agent {
     async fn serve(&mut self, home: &Home, events: &mut Events) -> Result<()> {
         let mut away = false;
         let mut ever_welcome = false;
+        // Whether the last session with the coordinator ended because this worker left, and all was handed in.
+        let mut parted = false;
         loop {
             let patience = self.patience();
             let register = self.register();
@@ -241,11 +247,12 @@ impl Agent {
                     self.readiness.set(false);
                     let _ = self.feed.connection.send(None);
                     connection.close(0u32.into(), b"session ended");
-                    if let Err(error) = end {
+                    if let Err(error) = &end {
                         tracing::debug!("{error}");
                     }
                     self.member.handle_disconnected(self.now_ms());
                     self.act();
+                    parted = end.is_ok() && self.feed.is_drained();
                 }
                 Some(Err(NetError::Refused { reason, message })) if reason == "unknown_worker" => {
                     identity::forget(home);
@@ -257,11 +264,11 @@ impl Agent {
             if self.has_left() {
                 return match self.leaves.take() {
                     Some((Leave::Dismissed { reason }, _)) => bail!("dismissed by the coordinator: {reason}"),
-                    Some((Leave::CoordinatorAway, _)) => {
-                        tracing::warn!("the coordinator is away: left without handing in the last steps");
+                    Some((Leave::CoordinatorAway | Leave::Done, _)) if !parted => {
+                        tracing::warn!("{}", self.last_words());
                         Ok(())
                     }
-                    Some((Leave::Done, _)) | None => Ok(()),
+                    Some((Leave::CoordinatorAway | Leave::Done, _)) | None => Ok(()),
                 };
             }
             if !away && !self.member.is_leaving() {
@@ -313,7 +320,8 @@ impl Agent {
                 self.orphaned = true;
             }
             Event::SessionEnded(SessionEnd { job, generation, outcome, held }) => {
-                self.current = None;
+                self.ended =
+                    self.current.take().map(|session| session.progress()).map(|(job, _, step)| (job, step));
                 self.member.handle_session_ended(job, generation, outcome, held, now_ms);
             }
             Event::Followed(Ready { job, generation, position }) => {
@@ -391,6 +399,22 @@ impl Agent {
                 Some((Leave::Done, since)) => self.feed.is_drained() || since.elapsed() > FAREWELL,
                 Some((Leave::CoordinatorAway | Leave::Dismissed { .. }, _)) => true,
             }
+    }
+
+    /// What becomes of the state of a worker that leaves without having handed over.
+    fn last_words(&self) -> String {
+        let running = self.current.as_ref().map(SessionHandle::progress).map(|(job, _, step)| (job, step));
+        let (_, held) = self.member.register();
+        let kept = held.map(|held| (held.job, held.position.step));
+        let unheard = self.ended.filter(|_| !self.feed.is_drained());
+        match running.or(kept).or(unheard) {
+            Some((job, step)) => format!(
+                "left without having handed over, as the coordinator is away: what this worker held of {job}, up to step \
+                 {step}, is gone with it. {job} goes on from what its other workers hold, if there are any, and otherwise \
+                 from its newest checkpoint"
+            ),
+            None => "left while the coordinator is away; this worker held nothing of any job".to_owned(),
+        }
     }
 
     /// What to introduce this worker as; its addresses depend on the connection.

@@ -175,6 +175,10 @@ pub struct Refusal {
     pub message: String,
 }
 
+/// The [reason](Refusal::reason) for which a checkpoint is refused that the coordinator could not write to its disk. It has
+/// said so in the job's log.
+pub const NOT_STORED: &str = "not_stored";
+
 /// A file that follows a message as raw bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileHead {
@@ -625,6 +629,11 @@ pub enum Outcome {
         /// One line: what, where, what to do.
         error: String,
     },
+    /// The job's last step is committed, and the coordinator could not store its checkpoint, which was tried for a while.
+    Unstored {
+        /// One line, the coordinator's own: what, where, what to do.
+        error: String,
+    },
 }
 
 /// The state of a job.
@@ -703,6 +712,23 @@ pub struct JobSummary {
     pub flight: Option<FlightSummary>,
     /// Its ranks that are persistently slow.
     pub stragglers: Vec<Straggler>,
+    /// Its newest checkpoints, if they could not be stored.
+    pub checkpoint_failure: Option<CheckpointFailure>,
+}
+
+/// Checkpoints in a row that the coordinator could not store.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointFailure {
+    /// The step of the newest.
+    pub step: u64,
+    /// What kept it from being stored.
+    pub error: String,
+    /// How many they are.
+    pub checkpoints: u64,
+    /// The step of the first.
+    pub first_step: u64,
+    /// The step of the newest that is stored.
+    pub stored: Option<u64>,
 }
 
 /// A rank that is persistently slow.

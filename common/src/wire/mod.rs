@@ -10,8 +10,8 @@ pub use codec::{
 };
 pub use flight::{FlightReport, FlightSummary, InFlight, Missing, PastCollective, RankFlight};
 pub use messages::{
-    Assignment, CheckpointPart, DatasetBrief, FileHead, Following, FromWorker, Held, InterfaceAddress,
-    JobState, JobSummary, LEASE_GRACE_MS, LEASE_MARGIN_MS, LogLine, MAX_ADDRESSES, Outcome, Pace, PartFile,
-    Peer, Position, Refusal, Register, Request, Response, Resumption, Running, StepRecord, StopMode,
-    Straggler, ToWorker, TokenPurpose, WorkerSummary,
+    Assignment, CheckpointFailure, CheckpointPart, DatasetBrief, FileHead, Following, FromWorker, Held,
+    InterfaceAddress, JobState, JobSummary, LEASE_GRACE_MS, LEASE_MARGIN_MS, LogLine, MAX_ADDRESSES,
+    NOT_STORED, Outcome, Pace, PartFile, Peer, Position, Refusal, Register, Request, Response, Resumption,
+    Running, StepRecord, StopMode, Straggler, ToWorker, TokenPurpose, WorkerSummary,
 };

@@ -31,6 +31,9 @@ pub enum Cause {
         who: Who,
         /// Its error, which names the rank, step, phase and bucket.
         error: String,
+        /// Another rank, which is to blame for it, if that can be told.
+        #[serde(default)]
+        culprit: Option<Who>,
     },
     /// A rank left without having been told to.
     StoppedByItself {
@@ -123,7 +126,10 @@ impl Cause {
 impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::PeersLost { who, error } => write!(f, "{who}: {error}"),
+            Self::PeersLost { who, error, culprit: None } => write!(f, "{who}: {error}"),
+            Self::PeersLost { who, error, culprit: Some(culprit) } => {
+                write!(f, "{culprit}, as {who} says: {error}")
+            }
             Self::StoppedByItself { who } => write!(f, "{who} stopped on its own account"),
             Self::Gone { who, how } => write!(f, "{who} {how}"),
             Self::Leaves { who } => write!(f, "{who} leaves"),

@@ -69,8 +69,13 @@ pub struct Config {
     pub accused_ms: u64,
     /// How long a worker that is away may take to come back once its membership has been aborted.
     pub rejoin_ms: u64,
-    /// How long a worker that its peers cannot reach, though the coordinator can, is left out of their job.
+    /// How long a worker that its peers cannot reach, though the coordinator can, is left out of their job for the first
+    /// time; every further time doubles it, ...
     pub bench_ms: u64,
+    /// ... up to this, ...
+    pub max_bench_ms: u64,
+    /// ... until a membership with it has stepped for this long.
+    pub bench_forget_ms: u64,
     /// How long a newcomer that is ready waits for others that are about to be.
     pub gather_ms: u64,
     /// How long a leaving worker waits for others that leave at the same time.
@@ -98,6 +103,10 @@ impl Default for Config {
             // Two tries of a worker that has just noticed a coordinator's restart.
             rejoin_ms: 1_000,
             bench_ms: 10_000,
+            // A collective times out after 10 s by default: a fiftieth of the time is lost at most.
+            max_bench_ms: 600_000,
+            // Six time-outs: who could not be reached for that long would have ended the membership.
+            bench_forget_ms: 60_000,
             gather_ms: 1_000,
             // Those who end many workers at once do it within some milliseconds.
             leave_ms: 100,
@@ -278,6 +287,9 @@ impl Core {
             FromWorker::Steps { records, .. } => {
                 if let Some(known) = self.jobs.get_mut(&job) {
                     records.iter().for_each(|r| known.step_done(r));
+                    if let Some(live) = known.live_mut() {
+                        live.steps_since_ms.get_or_insert(now_ms);
+                    }
                 }
             }
             FromWorker::Metrics { values, .. } => {
@@ -397,6 +409,12 @@ impl Core {
         Who { rank: Rank(rank as u32), worker, host: self.workers.host(worker).to_owned() }
     }
 
+    /// The member of the job's present membership with this rank, if there is one.
+    fn member(&self, id: JobId, rank: usize) -> Option<Who> {
+        let member = self.jobs.get(&id)?.live()?.members.get(rank)?;
+        Some(self.who(member.worker, rank))
+    }
+
     fn handle_ended(
         &mut self,
         worker: WorkerId,
@@ -452,8 +470,21 @@ impl Core {
                     member.accused_until_ms.get_or_insert(accused_until);
                 }
                 let blamed = culprit.map(|c| format!(", caused by {c}")).unwrap_or_default();
+                let other = culprit.filter(|c| c.index() != rank);
+                let culprit = other.and_then(|c| self.member(id, c.index()));
                 self.log(id, format!("{who} lost its peers: {error}{blamed}"));
-                self.begin_ending(id, next(Cause::PeersLost { who, error }), now_ms);
+                self.begin_ending(id, next(Cause::PeersLost { who, error, culprit }), now_ms);
+            }
+            Outcome::Unstored { error } => {
+                let newest = match job.record.checkpoint {
+                    Some(step) => format!("the checkpoint of step {step}"),
+                    None => "the start".to_owned(),
+                };
+                let error = format!(
+                    "the coordinator's disk has not taken the last checkpoint: {error}; then resume the job, which goes on from \
+                     {newest}"
+                );
+                self.begin_ending(id, Ending::Fail { error }, now_ms);
             }
             Outcome::Failed { error } => {
                 self.log(id, format!("{who} failed: {error}"));

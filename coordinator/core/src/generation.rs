@@ -67,6 +67,8 @@ pub(crate) struct Live {
     pub(crate) stop: Option<StopMode>,
     /// When ranks that were told to abort and still have not ended count as lost.
     pub(crate) abort_by_ms: Option<u64>,
+    /// When its first step was reported.
+    pub(crate) steps_since_ms: Option<u64>,
 }
 
 impl Live {
@@ -78,7 +80,7 @@ impl Live {
     ) -> Self {
         let member = |&worker| Member { worker, state: state.clone(), accused_until_ms: None, accusers: 0 };
         let members = workers.iter().map(member).collect();
-        Self { generation, members, placement, stop: None, abort_by_ms: None }
+        Self { generation, members, placement, stop: None, abort_by_ms: None, steps_since_ms: None }
     }
 
     pub(crate) fn rank_of(&self, worker: WorkerId) -> Option<usize> {

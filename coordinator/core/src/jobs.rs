@@ -1,5 +1,6 @@
 //! A job in the core, and what an operator can ask of it.
 
+use crate::bench::Bench;
 use crate::core::{Action, Core};
 use crate::flight::Board;
 use crate::generation::Live;
@@ -8,7 +9,6 @@ use crate::record::{Ending, JobRecord, NewJob};
 use crate::start::CONNECTING;
 use lockstep_common::ids::{Generation, JobId, WorkerId};
 use lockstep_common::wire::{FlightSummary, JobState, StepRecord};
-use std::collections::BTreeMap;
 use thiserror::Error;
 
 /// Why a command was refused.
@@ -61,8 +61,8 @@ pub(crate) struct Job {
     pub(crate) wanted: Option<Vec<(WorkerId, u32)>>,
     /// When the members that are being shut down are let go.
     pub(crate) leave_at_ms: Option<u64>,
-    /// Workers that its other workers could not reach, and until when they are left out.
-    pub(crate) benched: BTreeMap<WorkerId, u64>,
+    /// Workers that its other workers could not reach.
+    pub(crate) bench: Bench,
     /// The membership whose ranks were found to hold different states: nobody goes on from those.
     pub(crate) spoilt: Option<Generation>,
 }
@@ -79,7 +79,7 @@ impl Job {
             rebalance_from_ms: 0,
             wanted: None,
             leave_at_ms: None,
-            benched: BTreeMap::new(),
+            bench: Bench::default(),
             spoilt: None,
         }
     }

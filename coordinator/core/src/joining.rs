@@ -19,9 +19,9 @@ impl Core {
             let (_, max) = job.range(true);
             let coming = self.workers.followers(id).len();
             let room = (max as usize).saturating_sub(members + coming);
-            let barred = |w: &WorkerId| job.benched.get(w).is_some_and(|until| *until > now_ms);
+            let barred = job.bench.barred(now_ms);
             let newcomers: Vec<_> =
-                self.workers.idle().into_iter().filter(|w| !barred(w)).take(room).collect();
+                self.workers.idle().into_iter().filter(|w| !barred.contains(w)).take(room).collect();
             if newcomers.is_empty() {
                 continue;
             }

@@ -6,6 +6,7 @@
 //! core knows neither sockets, files, clocks nor randomness, so that any sequence of events can be tried on it.
 
 mod addresses;
+mod bench;
 mod cause;
 mod core;
 mod decide;

@@ -74,12 +74,8 @@ impl Core {
         let Some(job) = self.jobs.get(&id) else { return };
         let host = |worker| self.workers.host(worker).to_owned();
         let Some(verdict) = job.live().and_then(|live| verdict(&job.record, live, host)) else { return };
-        let until_ms = now_ms + self.config.bench_ms;
+        self.bench(id, now_ms);
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        job.benched.retain(|_, until| *until > now_ms);
-        if let Some(worker) = job.live().and_then(cut_off) {
-            job.benched.insert(worker, until_ms);
-        }
         job.phase = Phase::Idle;
         job.pace_s = None;
         job.leave_at_ms = None;
@@ -130,6 +126,21 @@ impl Core {
         self.schedule(now_ms);
     }
 
+    /// Leaves the worker out for a while that was cut off from its peers in the membership that is over, if one was.
+    fn bench(&mut self, id: JobId, now_ms: u64) {
+        let config = self.config;
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let Phase::Live(live) = &job.phase else { return };
+        if live.steps_since_ms.is_some_and(|since_ms| now_ms >= since_ms + config.bench_forget_ms) {
+            live.members.iter().for_each(|member| job.bench.absolve(member.worker));
+        }
+        let Some(rank) = cut_off(live) else { return };
+        let worker = live.members[rank].worker;
+        let seconds = job.bench.seat(worker, &config, now_ms).div_ceil(1000);
+        let who = self.who(worker, rank);
+        self.log(id, format!("{who} is left out for {seconds} s: the others and it cannot reach each other"));
+    }
+
     /// Nobody need keep or follow the job's state any longer.
     pub(crate) fn let_go(&mut self, id: JobId) {
         let followers = self.workers.followers(id).into_iter().map(|(worker, _)| worker);
@@ -148,17 +159,16 @@ fn strength(mode: StopMode) -> u8 {
     }
 }
 
-/// The worker that the others cannot reach, though it lives and the coordinator can reach it: the one that most accuse,
+/// The rank that the others cannot reach, though it lives and the coordinator can reach it: the one that most accuse,
 /// if it accuses others itself. It is left out for a while, since no membership with it could step.
-fn cut_off(live: &Live) -> Option<WorkerId> {
+fn cut_off(live: &Live) -> Option<usize> {
     let accuses_others = |(rank, state): (usize, &MemberState)| match state {
         MemberState::Ended(Outcome::Lost { culprit: Some(culprit), .. }) => culprit.index() != rank,
         _ => false,
     };
     let ranks = live.members.iter().enumerate();
     let suspects = ranks.filter(|(rank, m)| m.accusers > 0 && accuses_others((*rank, &m.state)));
-    let (_, suspect) = suspects.max_by_key(|(rank, m)| (m.accusers, *rank))?;
-    Some(suspect.worker)
+    suspects.max_by_key(|(rank, m)| (m.accusers, *rank)).map(|(rank, _)| rank)
 }
 
 /// How a paused job is: what its newest checkpoint lacks is kept by its workers, as long as they have nothing else to do.

@@ -55,20 +55,26 @@ impl Core {
             .iter()
             .filter(|(_, job)| job.waits())
             .map(|(&id, job)| {
-                let barred: Vec<_> =
-                    job.benched.iter().filter(|(_, until)| **until > now_ms).map(|(w, _)| *w).collect();
                 let keeps = |w: &WorkerId| {
                     let kept = self.workers.kept(*w, id, job.record.started);
                     kept.is_some_and(|at| job.record.checkpoint.is_none_or(|step| step <= at.step))
                 };
-                let mut kept: Vec<_> =
-                    idle.iter().copied().filter(|w| keeps(w) && !barred.contains(w)).collect();
-                if !kept.is_empty() {
-                    let ready = self.workers.followers(id).into_iter().filter(|(_, f)| f.ready.is_some());
-                    kept.extend(ready.map(|(worker, _)| worker));
+                let without = |barred: Vec<WorkerId>| {
+                    let mut kept: Vec<_> =
+                        idle.iter().copied().filter(|w| keeps(w) && !barred.contains(w)).collect();
+                    if !kept.is_empty() {
+                        let ready = self.workers.followers(id).into_iter().filter(|(_, f)| f.ready.is_some());
+                        kept.extend(ready.map(|(worker, _)| worker));
+                    }
+                    let (min, max) = job.range(!kept.is_empty());
+                    Waiting { job: id, min, max, kept, barred }
+                };
+                let waiting = without(job.bench.barred(now_ms));
+                let usable = idle.iter().filter(|w| !waiting.barred.contains(w)).count();
+                match usable < waiting.min as usize {
+                    true => without(job.bench.barred_in_need(now_ms)),
+                    false => waiting,
                 }
-                let (min, max) = job.range(!kept.is_empty());
-                Waiting { job: id, min, max, kept, barred }
             })
             .collect();
         // Jobs in the middle of their work go on with their workers before anybody else gets them.

@@ -7,7 +7,9 @@ use crate::output::{duration, hint, say, say_json, table};
 use anyhow::{Context, Result, bail};
 use lockstep_common::ids::{JobId, WorkerId};
 use lockstep_common::net::NetError;
-use lockstep_common::wire::{FrameError, JobSummary, Request, Response, Straggler, WorkerSummary};
+use lockstep_common::wire::{
+    CheckpointFailure, FrameError, JobState, JobSummary, Request, Response, Straggler, WorkerSummary,
+};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -32,6 +34,7 @@ pub(crate) struct JobReport<'a> {
     eta_s: Option<u64>,
     flight: Option<Value>,
     stragglers: Vec<Value>,
+    checkpoint_failure: Option<Value>,
 }
 
 impl<'a> JobReport<'a> {
@@ -53,6 +56,7 @@ impl<'a> JobReport<'a> {
             eta_s: job.eta_s,
             flight: job.flight.as_ref().map(flight::json),
             stragglers: job.stragglers.iter().map(straggler_json).collect(),
+            checkpoint_failure: job.checkpoint_failure.as_ref().map(failure_json),
         }
     }
 }
@@ -75,6 +79,29 @@ fn straggler_line(straggler: &Straggler) -> String {
          data, {:.3} s forward, {:.3} s backward",
         pace.data, pace.forward, pace.backward
     )
+}
+
+fn failure_json(failure: &CheckpointFailure) -> Value {
+    json!({
+        "step": failure.step,
+        "error": failure.error,
+        "checkpoints": failure.checkpoints,
+        "first_step": failure.first_step,
+        "stored_step": failure.stored,
+    })
+}
+
+/// What a job's checkpoints suffer from.
+fn failure_line(failure: &CheckpointFailure, state: JobState) -> String {
+    let CheckpointFailure { step, error, checkpoints, first_step, stored } = failure;
+    let which = match checkpoints {
+        1 => format!("the checkpoint of step {step}"),
+        _ => format!("{checkpoints} checkpoints of steps {first_step} to {step}"),
+    };
+    let goes_on = if state == JobState::Running { "training goes on; " } else { "" };
+    let newest =
+        stored.map_or_else(|| "there is none".to_owned(), |step| format!("the newest is of step {step}"));
+    format!("{which} could not be stored: {error}; {goes_on}{newest}")
 }
 
 pub(super) async fn submit(dir: &DataDir, path: &Path, json: bool) -> Result<()> {
@@ -109,7 +136,10 @@ pub(super) async fn jobs(dir: &DataDir, json: bool) -> Result<()> {
             progress(j),
             j.workers.len().to_string(),
             duration(j.age_s),
-            j.reason.clone(),
+            match &j.checkpoint_failure {
+                Some(failure) => format!("{}; {}", j.reason, failure_line(failure, j.state)),
+                None => j.reason.clone(),
+            },
         ]
     };
     table(&std::iter::once(head).chain(jobs.iter().map(row)).collect::<Vec<_>>());
@@ -144,6 +174,7 @@ pub(super) async fn status(dir: &DataDir, job: JobId, json: bool) -> Result<()> 
         ("age", duration(job.age_s)),
         ("left", job.eta_s.map(duration).unwrap_or_default()),
     ];
+    rows.extend(job.checkpoint_failure.iter().map(|f| ("unstored", failure_line(f, job.state))));
     rows.extend(job.stragglers.iter().map(|s| ("straggler", straggler_line(s))));
     if let Some(flight) = &job.flight {
         rows.extend(flight::rows(flight));
@@ -153,7 +184,13 @@ pub(super) async fn status(dir: &DataDir, job: JobId, json: bool) -> Result<()> 
     if let Some(flight) = job.flight.as_ref().filter(|f| !f.waiting.is_empty()) {
         table(&flight::table(flight));
     }
-    hint(format_args!("`coordinator logs {}` shows its log", job.id));
+    hint(match job.state {
+        JobState::Failed => format!(
+            "`coordinator logs {0}` shows its log, `coordinator resume {0}` tries it again from its newest checkpoint",
+            job.id
+        ),
+        _ => format!("`coordinator logs {}` shows its log", job.id),
+    });
     Ok(())
 }
 

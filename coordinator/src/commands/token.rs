@@ -3,21 +3,28 @@
 use crate::cli::TokenCommand;
 use crate::client::{Client, login as client_login};
 use crate::data_dir::DataDir;
-use crate::output::{hint, say};
+use crate::output::{hint, say, say_json};
 use anyhow::{Result, bail};
 use lockstep_common::token::Token;
 use lockstep_common::wire::{Request, Response, TokenPurpose};
+use serde_json::json;
 
 pub(super) async fn run(dir: &DataDir, command: &TokenCommand) -> Result<()> {
-    let TokenCommand::New { ttl, uses, operator } = command;
+    let TokenCommand::New { ttl, uses, operator, json } = command;
     let purpose = if *operator { TokenPurpose::Operator } else { TokenPurpose::Worker };
     let client = Client::connect(dir).await?;
     let request = Request::NewToken { purpose, ttl_s: ttl.as_secs(), uses: *uses };
     let Response::Token { token } = client.ask(&request).await? else {
         bail!("the coordinator gave no token")
     };
-    say(&token);
     let address = dir.endpoint().map_or_else(|| "HOST:7777".to_owned(), |e| e.advertised);
+    if json.json {
+        say_json(
+            &json!({ "token": token, "coordinator": address, "purpose": purpose, "ttl_s": ttl.as_secs(), "uses": uses }),
+        );
+        return Ok(());
+    }
+    say(&token);
     match purpose {
         TokenPurpose::Worker => hint(format_args!("worker join --coordinator {address} --token {token}")),
         TokenPurpose::Operator => {

@@ -145,6 +145,7 @@ mod tests {
             eta_s: Some(65),
             flight: None,
             stragglers: Vec::new(),
+            checkpoint_failure: None,
         };
         let (place, figures) = describe(&job, Some(2), Some(1234.5));
         assert_eq!(place, "epoch 1/2 | step 120/938");

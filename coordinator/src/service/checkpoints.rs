@@ -4,15 +4,18 @@ use super::assembly::{MAX_CHECKPOINT_BYTES, Part, Parts, Place, too_large, verdi
 use super::requests::{Call, Stop};
 use super::shards::blocking;
 use super::{Shared, refuse};
-use lockstep_common::checkpoint::{CheckpointWriter, OpenFile, join};
+use lockstep_common::checkpoint::{CheckpointError, CheckpointWriter, OpenFile, join};
 use lockstep_common::ids::{Generation, JobId, WorkerId};
-use lockstep_common::wire::{CheckpointPart, FileHead, PartFile, Refusal, Response};
+use lockstep_common::wire::{CheckpointPart, FileHead, NOT_STORED, PartFile, Refusal, Response};
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 
 /// How much of a checkpoint's file is read at a time.
 const READ_BYTES: usize = 1 << 20;
+
+/// Refuses what comes from a membership that is over.
+const OLD_GENERATION: &str = "old_generation";
 
 /// Weights, optimizers, manifest, and room for some more.
 const MAX_FILES: usize = 16;
@@ -47,9 +50,13 @@ pub(super) async fn put(call: &mut Call, worker: WorkerId, head: CheckpointPart)
         tokio::spawn(async move {
             let result = store(&shared, place, parts, started).await;
             if let Err(e) = &result {
-                // The job goes on without this checkpoint; the log says so.
-                let line = format!("the checkpoint of step {} was not stored: {}", place.step, e.message);
-                shared.hub.post(move |hub| hub.log(place.job, &line));
+                let (job, step, error) = (place.job, place.step, e.message.clone());
+                // The end of a generation is no failure of its checkpoint, which nobody waits for any more.
+                let is_over = e.reason == OLD_GENERATION;
+                shared.hub.post(move |hub| match is_over {
+                    true => hub.log(job, &format!("the checkpoint of step {step} is not stored: {error}")),
+                    false => hub.checkpoint_failed(job, step, &error),
+                });
             }
             shared.assemblies.finish(place, result);
         });
@@ -81,7 +88,7 @@ async fn is_stored(shared: &Shared, place: Place) -> Result<bool, Refusal> {
 async fn store(shared: &Arc<Shared>, place: Place, parts: Parts, started: Instant) -> Result<(), Refusal> {
     let (job, step) = (place.job, place.step);
     // Whoever resumes from it does not do its steps again, so they must have been taken down.
-    shared.hub.settle(move |hub| hub.sync_audit(job)).await?.map_err(|e| refuse("audit", e))?;
+    shared.hub.settle(move |hub| hub.sync_audit(job)).await?.map_err(not_stored)?;
     let own = shared.clone();
     let runtime = tokio::runtime::Handle::current();
     let store = move || {
@@ -91,13 +98,13 @@ async fn store(shared: &Arc<Shared>, place: Place, parts: Parts, started: Instan
         let generation = place.generation;
         let current = runtime.block_on(own.hub.look(move |hub| hub.core.is_running(job, generation)))?;
         if !current {
-            return Err(refuse("old_generation", format_args!("{generation} of {job} is over")));
+            return Err(refuse(OLD_GENERATION, format_args!("{generation} of {job} is over")));
         }
         write(&own, place, &parts)
     };
     blocking(store).await??;
     shared.metrics.checkpoint_stored(started.elapsed().as_secs_f64());
-    shared.hub.settle(move |hub| hub.core.handle_checkpoint_stored(job, step)).await?;
+    shared.hub.settle(move |hub| hub.checkpoint_stored(job, step)).await?;
     prune(shared, job, step).await
 }
 
@@ -137,7 +144,7 @@ pub(super) async fn must_be_current(
     if shared.hub.look(move |hub| hub.core.is_current(worker, job, generation)).await? {
         return Ok(());
     }
-    Err(refuse("old_generation", format_args!("{worker} has no part in {generation} of {job} any longer")))
+    Err(refuse(OLD_GENERATION, format_args!("{worker} has no part in {generation} of {job} any longer")))
 }
 
 /// Reads the announced number of bytes; memory grows with what has arrived.
@@ -163,8 +170,8 @@ fn write(shared: &Shared, place: Place, parts: &Parts) -> Result<(), Refusal> {
     if parts.iter().any(|part| part.weights_digest != *digest) {
         return Err(bad("the ranks do not agree on the digest of its weights"));
     }
-    let store = shared.dir.job(place.job).checkpoint_store().map_err(bad)?;
-    let mut writer = CheckpointWriter::new(&store, info.clone()).map_err(bad)?;
+    let store = shared.dir.job(place.job).checkpoint_store().map_err(not_stored)?;
+    let mut writer = CheckpointWriter::new(&store, info.clone()).map_err(not_stored)?;
     let mut names: Vec<&str> = Vec::new();
     for (name, _) in parts.iter().flat_map(|part| &part.files) {
         if !names.contains(&name.as_str()) {
@@ -174,18 +181,30 @@ fn write(shared: &Shared, place: Place, parts: &Parts) -> Result<(), Refusal> {
     for name in names {
         let own: Vec<_> = parts.iter().filter_map(|part| part.file(name)).collect();
         let file = join(&own).map_err(|e| bad(format_args!("`{name}`: {e}")))?;
-        writer.add(name, &file).map_err(bad)?;
+        writer.add(name, &file).map_err(failure)?;
     }
     if writer.weights_digest() != digest {
         let found = writer.weights_digest();
         return Err(bad(format_args!("the digest of its weights is {found} and the ranks said {digest}")));
     }
-    writer.finish().map_err(bad)?;
+    writer.finish().map_err(failure)?;
     Ok(())
 }
 
 fn bad(what: impl ToString) -> Refusal {
     refuse("checkpoint", what)
+}
+
+/// This coordinator's disk is to blame, and not what was sent.
+fn not_stored(what: impl ToString) -> Refusal {
+    refuse(NOT_STORED, what)
+}
+
+fn failure(error: CheckpointError) -> Refusal {
+    match error {
+        CheckpointError::File(e) => not_stored(e),
+        other => bad(other),
+    }
 }
 
 /// Removes checkpoints beyond the number that the job keeps; the one of `step` has just been stored.

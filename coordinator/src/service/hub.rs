@@ -8,6 +8,7 @@ use super::assembly::Assemblies;
 use super::audits::Audits;
 use super::refuse;
 use super::resent::Reports;
+use super::unstored::Unstored;
 use crate::data_dir::DataDir;
 use crate::metrics::Metrics;
 use crate::store::Store;
@@ -91,6 +92,7 @@ pub(crate) struct Hub {
     last_session: u64,
     /// What each worker has reported, to tell what it repeats.
     reports: HashMap<WorkerId, Reports>,
+    pub(super) unstored: Unstored,
     blocked: Option<Blocked>,
     /// Answers that wait until all actions have been carried out.
     deferred: Vec<Box<dyn FnOnce() + Send>>,
@@ -125,6 +127,7 @@ pub(crate) fn start(parts: Parts) -> std::io::Result<(HubHandle, JoinHandle<()>)
         sessions: HashMap::new(),
         last_session: 0,
         reports: HashMap::new(),
+        unstored: Unstored::default(),
         blocked: None,
         deferred: Vec::new(),
         told_of_files: None,
@@ -335,6 +338,23 @@ impl Hub {
             tracing::error!("{e}; until then logs and metrics of jobs have gaps, and audits wait");
             self.told_of_files = Some(Instant::now());
         }
+    }
+
+    /// A job's checkpoint is on the disk.
+    pub(super) fn checkpoint_stored(&mut self, job: JobId, step: u64) {
+        self.core.handle_checkpoint_stored(job, step);
+        self.metrics.checkpoints_unstored(job, 0);
+        if let Some(line) = self.unstored.stored(job, step) {
+            self.log(job, &line);
+        }
+    }
+
+    /// A job's checkpoint could not be stored; the job goes on without it.
+    pub(super) fn checkpoint_failed(&mut self, job: JobId, step: u64, error: &str) {
+        if let Some(line) = self.unstored.failed(job, step, error) {
+            self.log(job, &line);
+        }
+        self.metrics.checkpoints_unstored(job, self.unstored.row(job).map_or(0, |row| row.checkpoints));
     }
 
     /// The time as the core counts it.

@@ -16,6 +16,7 @@ mod resent;
 mod session;
 mod shards;
 mod summary;
+mod unstored;
 
 pub(crate) use enroll::new_token;
 pub(crate) use hub::HubHandle;

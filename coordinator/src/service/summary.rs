@@ -3,7 +3,7 @@
 use super::hub::Hub;
 use crate::data_dir::DataDir;
 use crate::jobs_dir::cut;
-use lockstep_common::wire::{JobSummary, WorkerSummary};
+use lockstep_common::wire::{CheckpointFailure, JobSummary, WorkerSummary};
 use lockstep_core::JobRecord;
 
 /// As much of an error as anybody reads; the job's log has it too.
@@ -33,6 +33,13 @@ impl Hub {
             eta_s: self.core.eta_s(job.id).map(|s| s.ceil() as u64),
             flight: None,
             stragglers: self.core.stragglers(job.id),
+            checkpoint_failure: self.unstored.row(job.id).map(|row| CheckpointFailure {
+                step: row.step,
+                error: cut(&row.error, MAX_REASON_BYTES).into_owned(),
+                checkpoints: row.checkpoints,
+                first_step: row.first_step,
+                stored: job.checkpoint,
+            }),
         }
     }
 

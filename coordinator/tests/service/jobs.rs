@@ -9,8 +9,8 @@ use lockstep_common::job::JobSpec;
 use lockstep_common::net::{Exchange, NetError};
 use lockstep_common::sampler::Sampler;
 use lockstep_common::wire::{
-    FileHead, FrameError, FromWorker, JobState, LogLine, Outcome, Request, Response, Resumption, Running,
-    StepRecord, StopMode, ToWorker,
+    FileHead, FrameError, FromWorker, JobState, LogLine, NOT_STORED, Outcome, Request, Response, Resumption,
+    Running, StepRecord, StopMode, ToWorker,
 };
 use lockstep_coordinator::data_dir::DataDir;
 use lockstep_coordinator::service::{Scope, TakenUp};
@@ -220,6 +220,42 @@ async fn a_checkpoint_of_which_a_part_cannot_come_any_more_is_refused() {
     let error = put.unwrap_err().to_string();
     assert!(error.contains("is not stored: a rank is gone"), "{error}");
     assert_eq!(cluster.dir.job(job).checkpoint_store().unwrap().list().unwrap(), []);
+}
+
+/// Only the job's log said so, a line for each rank of each checkpoint.
+#[tokio::test]
+async fn checkpoints_that_the_disk_does_not_take_are_in_the_status_until_one_is_stored() {
+    let cluster = Cluster::start().await;
+    let job = cluster.submit(JOB).await;
+    let mut worker = cluster.worker().await;
+    let generation = worker.start().await.generation;
+    worker.put(job, generation, 1, &checkpoint(job, 1)).await.unwrap();
+    let (folder, aside) = (cluster.dir.job(job).checkpoints(), cluster.folder.path().join("aside"));
+    std::fs::rename(&folder, &aside).unwrap();
+    std::fs::write(&folder, "a file where the folder should be").unwrap();
+    for step in [2, 3, 3] {
+        let refused = worker.put(job, generation, step, &checkpoint(job, step)).await.unwrap_err();
+        assert!(matches!(&refused, NetError::Refused { reason, .. } if reason == NOT_STORED), "{refused:?}");
+        assert!(refused.to_string().contains(&*folder.to_string_lossy()), "{refused}");
+    }
+    let status =
+        cluster.wait(job, |j| j.checkpoint_failure.as_ref().is_some_and(|f| f.checkpoints == 2)).await;
+    let failure = status.checkpoint_failure.unwrap();
+    assert_eq!((failure.first_step, failure.step, failure.stored), (2, 3, Some(1)));
+    assert!(failure.error.contains(&*folder.to_string_lossy()), "{failure:?}");
+    assert_eq!(status.state, JobState::Running);
+    cluster.wait_for_metric("lockstep_checkpoints_unstored{job=\"j1\"} 2").await;
+
+    std::fs::remove_file(&folder).unwrap();
+    std::fs::rename(&aside, &folder).unwrap();
+    worker.put(job, generation, 4, &checkpoint(job, 4)).await.unwrap();
+    cluster.wait(job, |j| j.checkpoint_failure.is_none()).await;
+    cluster.wait_for_metric("lockstep_checkpoints_unstored{job=\"j1\"} 0").await;
+    let log = std::fs::read_to_string(cluster.dir.job(job).log()).unwrap();
+    let told: Vec<_> = log.lines().filter(|line| line.contains("could not be stored")).collect();
+    assert_eq!(told.len(), 2, "{log}");
+    assert!(told[0].contains("the checkpoint of step 2 could not be stored: "), "{log}");
+    assert!(told[1].contains("step 4 is stored; before it, 2 from step 2 on could not be stored: "), "{log}");
 }
 
 #[tokio::test]

@@ -153,7 +153,8 @@ impl Member {
         let Some(session) = self.session.take_if(|s| s.job == job && s.generation == generation) else {
             return;
         };
-        let over = matches!(outcome, Outcome::Finished { .. } | Outcome::Failed { .. });
+        let over =
+            matches!(outcome, Outcome::Finished { .. } | Outcome::Failed { .. } | Outcome::Unstored { .. });
         let of_use = !over && !session.released && self.leaving.is_none();
         if held.is_some() && !of_use {
             self.actions.push_back(Action::Drop);

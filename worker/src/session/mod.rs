@@ -177,7 +177,9 @@ pub(crate) fn start(
                 error: "internal error: the training thread panicked; see the worker's log".to_owned(),
             },
         };
-        if let Outcome::Lost { error, .. } | Outcome::Failed { error } = &outcome {
+        if let Outcome::Lost { error, .. } | Outcome::Failed { error } | Outcome::Unstored { error } =
+            &outcome
+        {
             tracing::warn!("{job} {generation}: {error}");
         }
         *shared.group.lock() = None;
@@ -218,7 +220,7 @@ fn run(
     };
     let goes_on = match &result {
         Ok(outcome) => matches!(outcome, Outcome::Stopped { .. } | Outcome::Lost { .. }),
-        Err(error) => !matches!(error.outcome(0), Outcome::Failed { .. }),
+        Err(error) => !matches!(error.outcome(0), Outcome::Failed { .. } | Outcome::Unstored { .. }),
     };
     if let Some(mut state) = state.filter(|_| keeps && goes_on) {
         // One that has changed by itself is not to be counted on.

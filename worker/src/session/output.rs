@@ -117,6 +117,8 @@ impl Output {
         self.reporter.flush();
         match self.checkpoints.finish(aborted) {
             Err(TrainError::Aborted) => return Err(TrainError::Aborted),
+            // The coordinator has said so itself, once for all ranks.
+            Err(error) if error.not_stored().is_some() => {}
             Err(error) => {
                 self.reporter.log(format!("a checkpoint could not be stored, training goes on: {error}"));
             }
@@ -126,10 +128,11 @@ impl Output {
         self.checkpoints.begin(&trainer.replica, &trainer.plan, wires, heading)
     }
 
-    /// Waits for the last checkpoint, reports what is left to report.
+    /// Waits for the last checkpoint, which is tried again for a while if the coordinator's disk does not take it, and
+    /// reports what is left to report.
     pub(super) fn settle(&mut self, aborted: &AtomicBool) -> Result<(), TrainError> {
         self.reporter.flush();
         self.artifacts.finish(aborted);
-        self.checkpoints.finish(aborted)
+        self.checkpoints.finish_last(aborted)
     }
 }

@@ -29,8 +29,15 @@ const LOOK: Duration = Duration::from_millis(20);
 /// Tensors by file and name. They are used again for the next checkpoint: fresh memory costs more than the copy into it.
 type Copies = BTreeMap<(&'static str, String), RawTensor>;
 
-/// How one ended, and its memory.
-type End = (Result<(), TrainError>, Copies);
+/// How long all ranks try to have the last checkpoint stored, which nothing but the coordinator's disk keeps from it: enough
+/// for what a clean-up frees, and not for a person, who can resume the job.
+const LAST_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Between two tries of the last checkpoint.
+const LAST_PAUSE: Duration = Duration::from_secs(1);
+
+/// How one ended.
+type End = (Result<(), TrainError>, Work);
 
 /// Writes one checkpoint at a time in the background.
 pub(crate) struct Checkpointer {
@@ -43,7 +50,8 @@ pub(crate) struct Checkpointer {
     writing: Option<Receiver<End>>,
     /// How the last one ended, until somebody asks.
     last: Result<(), TrainError>,
-    spare: Copies,
+    /// The last one, for another try, and for its memory.
+    done: Option<Work>,
 }
 
 /// What a checkpoint says beside the tensors.
@@ -72,7 +80,7 @@ impl Checkpointer {
             observe,
             writing: None,
             last: Ok(()),
-            spare: Copies::new(),
+            done: None,
         }
     }
 
@@ -85,7 +93,7 @@ impl Checkpointer {
         wires: Option<RawTensors>,
         heading: Heading,
     ) -> Result<(), TrainError> {
-        let start = Instant::now();
+        let begun = Instant::now();
         let weights = replica.weight_tensors().map(|(name, tensor)| ((WEIGHTS_FILE, name), tensor));
         let optimizer = replica.optimizer_tensors(plan)?.into_iter();
         let optimizer = optimizer.map(|(name, tensor)| ((OPTIMIZER_FILE, name), tensor));
@@ -95,7 +103,7 @@ impl Checkpointer {
         let mut senders = senders(&sizes, self.ranks).into_iter();
         let mut is_mine = || senders.next() == Some(self.rank);
 
-        let mut copies = std::mem::take(&mut self.spare);
+        let mut copies = self.done.take().map(|done| done.copies).unwrap_or_default();
         for (key, tensor) in tensors {
             if is_mine() {
                 match copies.entry(key) {
@@ -105,7 +113,7 @@ impl Checkpointer {
             }
         }
 
-        let mut work = Work {
+        self.send(Work {
             control: self.control.clone(),
             job: self.job,
             generation: self.generation,
@@ -113,16 +121,22 @@ impl Checkpointer {
             copies,
             wires,
             heading,
-        };
+            begun,
+        })
+    }
+
+    /// Sends `work` in the background.
+    fn send(&mut self, mut work: Work) -> Result<(), TrainError> {
         let observe = self.observe.clone();
         let (ended, writing) = bounded(1);
         let write = move || {
             let result = work.send();
             if result.is_ok() {
-                observe(start.elapsed().as_secs_f64());
+                observe(work.begun.elapsed().as_secs_f64());
+                work.wires = None;
             }
             // The session may have ended without waiting.
-            let _ = ended.send((result, work.copies));
+            let _ = ended.send((result, work));
         };
         let thread = std::thread::Builder::new().name("checkpoint".to_owned()).spawn(write);
         thread.map_err(|e| TrainError::Fatal(format!("cannot start a thread: {e}")))?;
@@ -147,6 +161,28 @@ impl Checkpointer {
         }
     }
 
+    /// As [`Self::finish`], for the checkpoint after which nothing comes. While the coordinator's disk does not take it, all
+    /// ranks try again together, for [`LAST_PATIENCE`].
+    pub(crate) fn finish_last(&mut self, aborted: &AtomicBool) -> Result<(), TrainError> {
+        let start = Instant::now();
+        loop {
+            match self.finish(aborted) {
+                Err(error) if error.not_stored().is_some() && start.elapsed() < LAST_PATIENCE => {
+                    let Some(work) = self.done.take() else { return Err(error) };
+                    let pause = Instant::now();
+                    while pause.elapsed() < LAST_PAUSE {
+                        if aborted.load(Ordering::Relaxed) {
+                            return Err(TrainError::Aborted);
+                        }
+                        std::thread::sleep(LOOK);
+                    }
+                    self.send(work)?;
+                }
+                result => return result,
+            }
+        }
+    }
+
     /// How the last one ended; told once.
     pub(crate) fn take_last(&mut self) -> Result<(), TrainError> {
         std::mem::replace(&mut self.last, Ok(()))
@@ -156,7 +192,7 @@ impl Checkpointer {
     fn wait(&mut self, give_up: impl Fn(&Control) -> bool) -> bool {
         while let Some(writing) = &self.writing {
             match writing.recv_timeout(LOOK) {
-                Ok((result, copies)) => (self.writing, self.last, self.spare) = (None, result, copies),
+                Ok((result, work)) => (self.writing, self.last, self.done) = (None, result, Some(work)),
                 Err(RecvTimeoutError::Timeout) if give_up(&self.control) => return false,
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
@@ -178,10 +214,12 @@ struct Work {
     copies: Copies,
     wires: Option<RawTensors>,
     heading: Heading,
+    /// When its copies began to be made.
+    begun: Instant,
 }
 
 impl Work {
-    fn send(&mut self) -> Result<(), TrainError> {
+    fn send(&self) -> Result<(), TrainError> {
         let copies = |file| self.copies.iter().filter(move |((f, _), _)| *f == file);
         let mut files = Vec::new();
         for file in [WEIGHTS_FILE, OPTIMIZER_FILE] {
@@ -195,12 +233,12 @@ impl Work {
             bytes: bytes.len() as u64,
             blake3: blake3_hex(bytes),
         };
-        let Heading { step, ref weights_digest, ref mut info } = self.heading;
+        let Heading { step, ref weights_digest, ref info } = self.heading;
         let part = CheckpointPart {
             job: self.job,
             generation: self.generation,
             step,
-            info: info.take().map(Box::new),
+            info: info.clone().map(Box::new),
             weights_digest: weights_digest.clone(),
             files: files.iter().map(part_file).collect(),
         };

@@ -4,7 +4,7 @@ use super::mismatch::Mismatch;
 use lockstep_collectives::CollectiveError;
 use lockstep_common::ids::Rank;
 use lockstep_common::net::NetError;
-use lockstep_common::wire::Outcome;
+use lockstep_common::wire::{NOT_STORED, Outcome};
 use lockstep_nn::NnError;
 use thiserror::Error;
 
@@ -67,6 +67,14 @@ impl From<tch::TchError> for TrainError {
 }
 
 impl TrainError {
+    /// What the coordinator says of a checkpoint that it could not write to its disk, if this is that.
+    pub(crate) fn not_stored(&self) -> Option<&str> {
+        match self {
+            Self::Coordinator(NetError::Refused { reason, message }) if reason == NOT_STORED => Some(message),
+            _ => None,
+        }
+    }
+
     /// How to report this to the coordinator; `step` is the last committed one.
     pub(crate) fn outcome(&self, step: u64) -> Outcome {
         match self {
@@ -81,7 +89,10 @@ impl TrainError {
             Self::Coordinator(error) if !matches!(error, NetError::Refused { .. }) => {
                 Outcome::Lost { error: error.to_string(), culprit: None }
             }
-            other => Outcome::Failed { error: other.to_string() },
+            other => match other.not_stored() {
+                Some(error) => Outcome::Unstored { error: error.to_owned() },
+                None => Outcome::Failed { error: other.to_string() },
+            },
         }
     }
 }

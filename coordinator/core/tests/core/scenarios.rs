@@ -70,7 +70,8 @@ fn worker_death_reported_by_a_peer_starts_the_next_generation_with_who_is_left()
     world.pass(1_100);
     assert_eq!(
         world.reason(J1),
-        "needs 2 workers, 1 is free; it was stopped by: rank 0 (w1 on host1): step 7, phase backward, bucket 2"
+        "needs 2 workers, 1 is free; it was stopped by: rank 1 (w2 on host2), as rank 0 (w1 on host1) says: step 7, phase \
+         backward, bucket 2"
     );
     world.connect(2);
     world.find(Some(40));
@@ -80,6 +81,43 @@ fn worker_death_reported_by_a_peer_starts_the_next_generation_with_who_is_left()
         _ => None,
     });
     assert_eq!(resumes.next_back(), Some(Resumption::Checkpoint { step: 40 }));
+}
+
+/// It began with the rank that had told of it, as if that were to blame.
+#[test]
+fn the_reason_of_a_recovery_begins_with_the_culprit_where_there_is_one() {
+    let check = |culprit: Option<u32>, reason: &str| {
+        let mut world = running();
+        let outcome = Outcome::Lost { error: "silence".to_owned(), culprit: culprit.map(Rank) };
+        world.end(1, J1, 1, outcome);
+        assert_eq!(world.reason(J1), reason);
+    };
+    check(Some(1), "recovers: rank 1 (w2 on host2), as rank 0 (w1 on host1) says: silence");
+    check(None, "recovers: rank 0 (w1 on host1): silence");
+    check(Some(0), "recovers: rank 0 (w1 on host1): silence");
+    // What a worker says is not trusted.
+    check(Some(9), "recovers: rank 0 (w1 on host1): silence");
+}
+
+/// The worker that waited for it was blamed.
+#[test]
+fn a_last_checkpoint_that_the_disk_does_not_take_is_blamed_on_no_worker_and_the_job_can_be_resumed() {
+    let mut world = running();
+    world.core.handle_checkpoint_stored(J1, 90);
+    for worker in [1, 2] {
+        world.end(worker, J1, 1, Outcome::Unstored { error: "`/disk` is full; free space there".to_owned() });
+    }
+    assert_eq!(world.state(J1), JobState::Failed);
+    assert_eq!(
+        world.reason(J1),
+        "the coordinator's disk has not taken the last checkpoint: `/disk` is full; free space there; then resume the job, \
+         which goes on from the checkpoint of step 90"
+    );
+    world.core.resume(J1, world.now_ms).unwrap();
+    world.pump();
+    world.inbox();
+    world.find(Some(90));
+    assert_eq!(starts(&mut world), [1, 2].map(|w| (w, Resumption::Checkpoint { step: 90 })));
 }
 
 #[test]
@@ -557,6 +595,60 @@ fn a_worker_that_its_peers_cannot_reach_is_left_out_for_a_while() {
     assert_eq!(started.collect::<Vec<_>>(), [1, 2].map(|w| (w, resume.clone())));
     world.pass(10_100);
     assert!(matches!(world.inbox()[..], [(WorkerId(3), ToWorker::Follow(_))]), "then it is tried again");
+}
+
+/// It was taken in again every 10 s, and the others stood still for a time-out each time.
+#[test]
+fn a_worker_that_its_peers_cannot_reach_is_tried_ever_more_seldom_until_it_has_stepped_for_a_while() {
+    let mut world = running_on(3, 1);
+    let cut_off = |world: &mut World, generation: u64| {
+        for (worker, culprit) in [(1, 2), (2, 2), (3, 0)] {
+            world.end_with(worker, J1, generation, lost(culprit), Position::at(5));
+        }
+        world.inbox();
+    };
+    // It is taken in again after so many seconds, and not before; the generation in which it is.
+    let taken_in_after = |world: &mut World, seconds: u64, generation: u64| {
+        world.pass(1000 * seconds - 100);
+        assert_eq!(world.inbox(), [], "not before {seconds} s");
+        world.pass(200);
+        assert!(matches!(world.inbox()[..], [(WorkerId(3), ToWorker::Follow(_))]), "after {seconds} s");
+        world.following(3, J1, generation, 5);
+        for worker in [1, 2] {
+            world.end_with(worker, J1, generation, stopped(5), Position::at(5));
+        }
+        assert_eq!(starts(world).len(), 3);
+        generation + 1
+    };
+    let mut generation = 1;
+    for seconds in [10, 20, 40] {
+        cut_off(&mut world, generation);
+        generation = taken_in_after(&mut world, seconds, generation + 1);
+    }
+    world.step(1, J1, generation, 6);
+    world.pass(60_000);
+    cut_off(&mut world, generation);
+    generation = taken_in_after(&mut world, 10, generation + 1);
+    // A few steps are no proof.
+    world.step(1, J1, generation, 7);
+    world.pass(59_000);
+    cut_off(&mut world, generation);
+    taken_in_after(&mut world, 20, generation + 1);
+}
+
+#[test]
+fn a_job_that_lacks_workers_takes_one_back_that_its_peers_could_not_reach_after_the_first_time() {
+    let mut world = running();
+    for generation in 1..=4 {
+        for worker in [1, 2] {
+            let outcome = lost(2 - worker as u32);
+            world.end_with(worker, J1, generation, outcome, Position::at(5));
+        }
+        world.pass(9_900);
+        assert_eq!(world.state(J1), JobState::Queued, "{}", world.reason(J1));
+        world.pass(200);
+        assert_eq!(world.generation(J1), Generation(generation + 1), "{}", world.reason(J1));
+    }
 }
 
 #[test]
