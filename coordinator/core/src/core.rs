@@ -472,7 +472,7 @@ impl Core {
                 let blamed = culprit.map(|c| format!(", caused by {c}")).unwrap_or_default();
                 let other = culprit.filter(|c| c.index() != rank);
                 let culprit = other.and_then(|c| self.member(id, c.index()));
-                self.log(id, format!("{who} lost its peers: {error}{blamed}"));
+                self.log(id, format!("{who} cannot go on: {error}{blamed}"));
                 self.begin_ending(id, next(Cause::PeersLost { who, error, culprit }), now_ms);
             }
             Outcome::Unstored { error } => {
