@@ -203,13 +203,8 @@ impl CheckpointStore {
     }
 
     /// Writes the weights and buffers of the checkpoint of `step`, or their averages, to one safetensors file that other
-    /// programs read; an existing file is left alone.
-    pub fn export(
-        &self,
-        step: u64,
-        average: bool,
-        path: &Path,
-    ) -> Result<CheckpointManifest, CheckpointError> {
+    /// programs read; an existing file is left alone. Returns the digest of what it has written.
+    pub fn export(&self, step: u64, average: bool, path: &Path) -> Result<String, CheckpointError> {
         let checkpoint = self.load(step)?;
         let tensors = |name: &str| {
             let source = self.step_dir(step).join(name);
@@ -228,13 +223,14 @@ impl CheckpointStore {
                 weight.bytes = average.ok_or(CheckpointError::NoAverage(step))?.bytes;
             }
         }
+        let digest = weights_digest(weights.iter().cloned());
         let file = encode_for_others(weights, step)
             .map_err(|problem| CheckpointError::Tensors { path: path.to_path_buf(), problem })?;
         durable::create_atomic(path, &file).map_err(|e| match e.source.kind() {
             io::ErrorKind::AlreadyExists => CheckpointError::Exists(path.to_path_buf()),
             _ => e.into(),
         })?;
-        Ok(checkpoint.manifest)
+        Ok(digest)
     }
 
     /// The manifest of the checkpoint of `step` and its path.

@@ -279,7 +279,7 @@ fn an_unknown_step_is_answered_with_those_there_are() {
 fn export_writes_the_weights_and_never_overwrites() {
     let f = Fixture::new([100]);
     let path = f.dir.path().join("out.safetensors");
-    f.store.export(100, false, &path).unwrap();
+    assert_eq!(f.store.export(100, false, &path).unwrap(), weights_digest(weights(100)));
     let exported = std::fs::read(&path).unwrap();
     let is_count = |t: &TensorBytes<'_>| t.name.ends_with(BATCH_COUNT);
     let (counts, own): (Vec<_>, Vec<_>) = decode_tensors(&exported).unwrap().into_iter().partition(is_count);
@@ -346,7 +346,8 @@ fn averages_are_exported_in_the_place_of_the_weights() {
     });
     writer.add(OPTIMIZER_FILE, &encode_tensors(averages.chain(optimizer(2))).unwrap()).unwrap();
     writer.finish().unwrap();
-    f.store.export(200, true, &path).unwrap();
+    let digest = f.store.export(200, true, &path).unwrap();
+    assert_eq!(digest, weights_digest(weights(7)));
     let exported = std::fs::read(&path).unwrap();
     let exported: Vec<_> = decode_tensors(&exported).unwrap();
     for weight in weights(7) {

@@ -80,13 +80,9 @@ fn export(
             good.info.step
         }
     };
-    let manifest = store.export(step, average, file)?;
+    let weights_digest = store.export(step, average, file)?;
     let what = if average { "the average at step" } else { "step" };
-    say(format_args!(
-        "wrote {what} {step} of {job} to `{}`, weights {}",
-        file.display(),
-        manifest.weights_digest
-    ));
+    say(format_args!("wrote {what} {step} of {job} to `{}`, weights {weights_digest}", file.display()));
     hint("safetensors.torch.load_file reads it in Python");
     Ok(ExitCode::SUCCESS)
 }

@@ -12,10 +12,10 @@ use crate::evaluation::views::top;
 use crate::train::Number;
 use crate::train::device::{device, enable_cuda};
 use anyhow::{Context, Result, anyhow};
-use lockstep_common::dataset::SampleShape;
+use lockstep_common::dataset::{InspectImage, SampleShape};
 use lockstep_common::job::{Augment, Crops, DataSpec, Precision};
 use lockstep_common::rng::Stream;
-use lockstep_images::{Source, Workbench};
+use lockstep_images::{Inspector, Source, Workbench};
 use serde::Serialize;
 use std::io::Write;
 use std::path::Path;
@@ -100,6 +100,8 @@ fn judge_all<T: Number>(args: &PredictArgs, candidate: &Candidate) -> Result<Vec
 /// The numbers of an image's views.
 fn numbers<T: Number>(preparation: &Preparation<T>, bench: &mut Workbench, path: &Path) -> Result<Vec<T>> {
     let bytes = std::fs::read(path)?;
+    // Training takes what an import has seen whole; here nobody has.
+    Inspector.inspect(&bytes).map_err(|what| anyhow!(what))?;
     let mut numbers = vec![T::default(); preparation.len() * preparation.views()];
     // Nothing in an evaluation is random.
     let mut stream = Stream::new(0, "predict", &[]);
