@@ -3,9 +3,9 @@
 //! The tests' only door into a worker: `LOCKSTEP_FAULTS` holds faults, separated by `;`, such as
 //! `kill:rank=1,step=7,phase=backward` or `flip:rank=2,step=40`. Without `rank` every rank is meant, without `step`
 //! every step. A fault happens once in a process, unless it says `always`. Steps count from 1. A step's points see the
-//! number of the step in progress, `checkpoint`, `boundary`, `evaluation`, `artifact` and `copy` that of the step that is committed.
-//! `flip` changes a weight at `boundary`, `reduce` or `copy`, as bad memory does, or a reduced gradient at `optimizer`, as bad
-//! arithmetic does; the first if it does not say.
+//! number of the step in progress, `checkpoint`, `boundary`, `evaluation`, `artifact` and `copy` that of the step that is
+//! committed. `flip` changes a weight at `boundary`, `reduce` or `copy`, as bad memory does, or a reduced gradient at
+//! `optimizer`, as bad arithmetic does; the first if it does not say.
 
 use lockstep_common::ids::Rank;
 use lockstep_common::suggest::did_you_mean;

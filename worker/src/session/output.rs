@@ -128,6 +128,12 @@ impl Output {
         self.checkpoints.begin(&trainer.replica, &trainer.plan, wires, heading)
     }
 
+    /// Waits for the checkpoint in progress, if there is one.
+    pub(super) fn finish_checkpoint(&mut self, aborted: &AtomicBool) -> Result<(), TrainError> {
+        self.reporter.flush();
+        self.checkpoints.finish(aborted)
+    }
+
     /// Waits for the last checkpoint, which is tried again for a while if the coordinator's disk does not take it, and
     /// reports what is left to report.
     pub(super) fn settle(&mut self, aborted: &AtomicBool) -> Result<(), TrainError> {

@@ -89,11 +89,10 @@ impl<'a, T: Number> Session<'a, T> {
         replica.set_samples(samples);
         let output = Output::new(environment, assignment, &ledger);
         let every = job.checks.every_steps(assignment.peers.iter().map(|peer| &peer.device[..]));
-        let trainer = Trainer::<T>::new(job, plan, group, replica, environment.threads)?
+        let trainer = Trainer::<T>::new(job, plan, group, replica, environment.threads, every)?
             .carried_by(carrier)
             .followed_at(desk.clone())
-            .leased_by(shared.lease.clone())
-            .compared_every(every);
+            .leased_by(shared.lease.clone());
         if let Some(wires) = wires {
             trainer.restore_wires(wires.as_ref())?;
         }
@@ -278,7 +277,7 @@ impl<'a, T: Number> Session<'a, T> {
             OnMismatch::Heal if mismatch.has_truth() => Outcome::Lost { error: what, culprit },
             OnMismatch::Heal => {
                 // The newest checkpoint may be one that is still on its way: the replicas were the same when it was taken.
-                if let Err(error) = self.output.settle(&self.shared.aborted) {
+                if let Err(error) = self.output.finish_checkpoint(&self.shared.aborted) {
                     self.output.reporter.log(format!("the last checkpoint could not be stored: {error}"));
                 }
                 Outcome::Mismatch { error: what, culprit }

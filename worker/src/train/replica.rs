@@ -41,16 +41,13 @@ pub(crate) struct Replica {
     samples: StepAudit,
     /// Whether it is of no use any more: an update has begun and not ended, or it has been [given up](Self::give_up).
     spoilt: bool,
-    /// What it was when it last changed on purpose, if that was noted.
-    seal: Option<Seal>,
+    /// What it was when it last changed on purpose, by network, if that was noted.
+    seal: Option<Vec<NetworkSeal>>,
     /// Whether an update found it otherwise than it was sealed.
     changed: bool,
 }
 
-/// What a replica was when it last changed on purpose, by network.
-struct Seal(Vec<NetworkSeal>);
-
-#[derive(PartialEq)]
+/// What a network and its optimizer were when they last changed on purpose.
 struct NetworkSeal {
     /// Of parameters and buffers.
     vars: Checksums,
@@ -150,7 +147,7 @@ impl Replica {
     pub(crate) fn seal(&mut self) -> Result<(), TrainError> {
         let networks = (0..self.vars.len())
             .map(|i| Ok(NetworkSeal { vars: self.var_checksums(i)?, state: self.state_checksums(i)? }));
-        self.seal = Some(Seal(networks.collect::<Result<_, TrainError>>()?));
+        self.seal = Some(networks.collect::<Result<_, TrainError>>()?);
         Ok(())
     }
 
@@ -167,7 +164,7 @@ impl Replica {
         let mut is_intact = !self.changed;
         for (i, updates) in self.updates.iter().enumerate() {
             let vars = self.var_checksums(i)?;
-            match self.seal.as_ref().map(|Seal(networks)| &networks[i]) {
+            match self.seal.as_ref().map(|networks| &networks[i]) {
                 Some(seal) => {
                     is_intact &= seal.vars == vars && (!wholly || seal.state == self.state_checksums(i)?);
                     fingerprint.add(&seal.vars);
@@ -201,7 +198,7 @@ impl Replica {
     }
 
     fn state_checksums(&self, network: usize) -> Result<Checksums, TrainError> {
-        Ok(checksums(self.optimizers[network].state().iter().map(|(name, tensor)| (name.as_str(), tensor)))?)
+        Ok(checksums(self.optimizers[network].state())?)
     }
 
     /// What the phases of the next step that have been applied came to.
@@ -254,9 +251,8 @@ impl Replica {
             statistics::apply(vars, own)?;
         }
         if let (Some(seal), Some(trace)) = (&seal, &trace) {
-            let NetworkSeal { vars, state } = &seal.0[learner];
-            let average =
-                checksums(self.optimizers[learner].average_state().collect::<Vec<_>>().iter().map(pair))?;
+            let NetworkSeal { vars, state } = &seal[learner];
+            let average = checksums(self.optimizers[learner].average_state())?;
             let differ = |found: &Checksums, sealed: &Checksums| {
                 found.iter().any(|(name, found)| sealed.get(name) != Some(found))
             };
@@ -277,19 +273,21 @@ impl Replica {
     }
 
     /// `seal` after an update of `learner` that has left `trace`: what that has not touched is to be as it was.
-    fn renewed(&self, seal: Seal, learner: usize, trace: Trace) -> Result<Seal, TrainError> {
-        let Seal(mut networks) = seal;
-        for (network, vars) in networks.iter_mut().zip(&self.vars) {
+    fn renewed(
+        &self,
+        mut seal: Vec<NetworkSeal>,
+        learner: usize,
+        trace: Trace,
+    ) -> Result<Vec<NetworkSeal>, TrainError> {
+        for (network, vars) in seal.iter_mut().zip(&self.vars) {
             let buffers = vars.iter().filter(|(_, var)| var.role != Role::Parameter);
             network.vars.extend(checksums(buffers.map(|(name, var)| (name, &var.tensor)))?);
         }
-        let own = &mut networks[learner];
+        let own = &mut seal[learner];
         own.vars.extend(trace.parameters_after);
         own.state.extend(trace.state_after);
-        own.state.extend(checksums(
-            self.optimizers[learner].average_state().collect::<Vec<_>>().iter().map(pair),
-        )?);
-        Ok(Seal(networks))
+        own.state.extend(checksums(self.optimizers[learner].average_state())?);
+        Ok(seal)
     }
 
     /// Exchanges the weights with their averages, where the job keeps some; a second exchange undoes the first.
@@ -417,10 +415,6 @@ fn flip_bit(tensor: &Tensor, byte: usize, bits: u8) -> Result<(), TrainError> {
         *byte ^= bits;
     }
     Ok(tch::no_grad(|| tensor.f_detach()?.f_copy_(&raw.to_tensor()?).map_err(NnError::from))?)
-}
-
-fn pair((name, tensor): &(String, Tensor)) -> (&str, &Tensor) {
-    (name, tensor)
 }
 
 /// The digest of tensors in name order, straight from their memory: no lane works on a replica between two steps.

@@ -71,13 +71,15 @@ pub(crate) struct StepDone {
 }
 
 impl<T: Number> Trainer<T> {
-    /// Builds the networks and starts a lane for every owned shard.
+    /// Builds the networks and starts a lane for every owned shard. The replicas are compared before the updates of every
+    /// `compared_every`th step, or, with 0, of none.
     pub(crate) fn new(
         job: JobSpec,
         plan: Arc<TaskPlan>,
         group: Group,
         replica: Replica,
         threads: usize,
+        compared_every: u64,
     ) -> Result<Self, TrainError> {
         let device = replica.device();
         let owned = group.placement().range(group.rank());
@@ -128,7 +130,7 @@ impl<T: Number> Trainer<T> {
             lease: None,
             device,
             threads,
-            compared_every: 1,
+            compared_every,
         };
         for network in 0..trainer.replica.vars.len() {
             let order = initial_order(trainer.replica.vars[network].parameters().count());
@@ -136,7 +138,7 @@ impl<T: Number> Trainer<T> {
             trainer.buckets.push(buckets);
         }
         // One that was sealed in another generation is to be as it was then.
-        if !trainer.replica.is_sealed() {
+        if trainer.is_compared(trainer.replica.step) && !trainer.replica.is_sealed() {
             trainer.replica.seal()?;
         }
         Ok(trainer)
@@ -155,11 +157,6 @@ impl<T: Number> Trainer<T> {
     /// Applies updates only while `lease` holds.
     pub(crate) fn leased_by(self, lease: Arc<Lease>) -> Self {
         Self { lease: Some(lease), ..self }
-    }
-
-    /// Compares the replicas before the updates of every so-manieth step, or never, with 0, instead of before each.
-    pub(crate) fn compared_every(self, steps: u64) -> Self {
-        Self { compared_every: steps, ..self }
     }
 
     fn bucket_plan(&self, network: usize, order: &[usize]) -> Arc<BucketPlan> {

@@ -177,7 +177,7 @@ impl Optimizer {
 
     /// The checksums of the state without that of the average.
     fn state_checksums(&self) -> Result<Checksums, NnError> {
-        checksums(self.rule.state().iter().map(|(name, tensor)| (name.as_str(), tensor)))
+        checksums(self.rule.state())
     }
 
     /// The state of the average, by name.

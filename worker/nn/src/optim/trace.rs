@@ -2,6 +2,7 @@
 
 use crate::checksum::Checksum;
 use crate::error::NnError;
+use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use tch::Tensor;
 
@@ -26,9 +27,9 @@ pub struct Trace {
 /// # Errors
 ///
 /// Those of [`Checksum::of_tensor`].
-pub fn checksums<'a, N: Into<String>>(
-    tensors: impl IntoIterator<Item = (N, &'a Tensor)>,
+pub fn checksums<N: Into<String>, T: Borrow<Tensor>>(
+    tensors: impl IntoIterator<Item = (N, T)>,
 ) -> Result<Checksums, NnError> {
-    let checksum = |(name, tensor): (N, &Tensor)| Ok((name.into(), Checksum::of_tensor(tensor)?));
+    let checksum = |(name, tensor): (N, T)| Ok((name.into(), Checksum::of_tensor(tensor.borrow())?));
     tensors.into_iter().map(checksum).collect()
 }

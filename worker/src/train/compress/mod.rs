@@ -112,9 +112,13 @@ impl<T: Element> Arriving<T> for Pending<Numbers<T>> {
                 found.len()
             )));
         }
-        sum.par_chunks_mut(PIECE)
-            .zip(found.par_chunks(PIECE))
-            .for_each(|(to, from)| to.copy_from_slice(from));
+        match sum.len() <= PIECE {
+            true => sum.copy_from_slice(&found),
+            false => {
+                let pieces = sum.par_chunks_mut(PIECE).zip(found.par_chunks(PIECE));
+                pieces.for_each(|(to, from)| to.copy_from_slice(from));
+            }
+        }
         Ok(())
     }
 }

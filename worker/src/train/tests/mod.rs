@@ -166,7 +166,7 @@ impl<T: Number> Bench<T> {
         let (per_epoch, total) = (timetable.steps_per_epoch(), job.total_steps(timetable.steps_per_epoch()));
         let shards = group.placement().range(group.rank());
         let next = replica.step;
-        let trainer = Trainer::<T>::new(job.clone(), Arc::new(plan), group, replica, threads).unwrap();
+        let trainer = Trainer::<T>::new(job.clone(), Arc::new(plan), group, replica, threads, 1).unwrap();
         let loader = Loader::start(decoder(Use::Train), timetable, shards, next..total).unwrap();
         Self {
             trainer,
