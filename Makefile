@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help libtorch tools data nextest build demo test lint sim bench-step bench-train bench-allreduce bench-overlap bench-loader bench-accuracy chaos parity parity-fixtures deny clean
+.PHONY: help libtorch tools data nextest build demo test lint sim bench-step bench-train bench-gpu bench-allreduce bench-overlap bench-loader bench-accuracy chaos parity parity-fixtures deny clean
 
 # An empty LIBTORCH would hide the folder that .cargo/config.toml names.
 ifeq ($(LIBTORCH),)
@@ -63,6 +63,9 @@ bench-step: build ## Images/s side by side with PyTorch DistributedDataParallel
 
 bench-train: build ## Training images/s of three networks side by side with PyTorch (CASES="nin googlenet" for some)
 	@tests/bench/run_train.sh $(CASES)
+
+bench-gpu: build ## Training images/s on a GPU side by side with PyTorch, eager and compiled (CASES="googlenet" for some)
+	@tests/bench/run_gpu.sh $(CASES)
 
 bench-allreduce: build ## All-reduce side by side with Gloo (CASES="shm2 wan" for some; as root for all)
 	@tests/bench/run_allreduce.sh

@@ -119,9 +119,12 @@ pub(crate) struct Json {
 pub(crate) struct RunArgs {
     /// The job file.
     pub(crate) job: PathBuf,
-    /// How many worker processes to start [default: 2, or what the job allows].
+    /// How many worker processes to start [default: one per device, or 2, or what the job allows].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=256))]
     pub(crate) workers: Option<u32>,
+    /// Where the workers compute, in turn, such as `cuda:0,cuda:1` [default: cpu].
+    #[arg(long, value_name = "DEVICE", value_delimiter = ',', value_parser = device)]
+    pub(crate) devices: Vec<String>,
     /// Threads that compute at a time in each worker [default: the cores shared evenly].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) threads: Option<u32>,
@@ -244,4 +247,13 @@ pub(crate) enum CheckpointCommand {
         /// The file to write.
         file: PathBuf,
     },
+}
+
+/// A device as workers name it.
+fn device(name: &str) -> Result<String, String> {
+    let index = name.strip_prefix("cuda:").map(str::parse::<usize>);
+    match (name, index) {
+        ("cpu", _) | (_, Some(Ok(_))) => Ok(name.to_owned()),
+        _ => Err("a device is `cpu` or `cuda:0`, `cuda:1`, ...".to_owned()),
+    }
 }

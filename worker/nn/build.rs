@@ -48,7 +48,9 @@ impl Libtorch {
                 "shim/hooks.cpp",
                 "shim/batch_norm.cpp",
                 "shim/cuda.cpp",
+                "shim/device_norm.cpp",
                 "shim/layout.cpp",
+                "shim/many.cpp",
                 "shim/streams.cpp",
             ])
             .compile("lockstep_shim");

@@ -45,7 +45,15 @@ pub(crate) async fn run(dir: DataDir, args: RunArgs) -> Result<ExitCode> {
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let service = Service::start(Options { dir: dir.clone(), listen, http: args.http, scope }).await?;
     let mut progress = Progress::new(args.json, spec.epochs, spec.global_batch);
-    let plan = Plan { path: &path, toml, spec: &spec, workers, threads: args.threads, program };
+    let plan = Plan {
+        path: &path,
+        toml,
+        spec: &spec,
+        workers,
+        devices: args.devices,
+        threads: args.threads,
+        program,
+    };
     let outcome = train(&service, plan, &mut progress, &mut signals).await;
     progress.finish();
     service.stop().await;
@@ -77,6 +85,7 @@ struct Plan<'a> {
     toml: String,
     spec: &'a JobSpec,
     workers: u32,
+    devices: Vec<String>,
     threads: Option<u32>,
     program: PathBuf,
 }
@@ -88,7 +97,7 @@ async fn train(
     progress: &mut Progress,
     signals: &mut Signals,
 ) -> Result<(JobSummary, bool)> {
-    let Plan { path, toml, spec, workers, threads, program } = plan;
+    let Plan { path, toml, spec, workers, devices, threads, program } = plan;
     let shared = &service.shared;
     let job = prepare(service, path, toml, workers, progress).await?;
     let token = new_token(shared, TokenPurpose::Worker, TOKEN_TTL_S, 4 * workers).await.map_err(refused)?;
@@ -97,6 +106,7 @@ async fn train(
         coordinator: service.address(),
         token,
         datasets: shared.dir.datasets(),
+        devices,
         threads: threads.unwrap_or_else(|| (cores() / workers).max(1)),
     };
     let places = (1..=workers).map(|n| (shared.dir.worker(n), shared.dir.job(job).worker_log(n))).collect();
@@ -126,7 +136,8 @@ fn cores() -> u32 {
 fn worker_count(args: &RunArgs, spec: &JobSpec, path: &str) -> Result<u32> {
     let (min, max) = (spec.workers.min, spec.max_workers());
     match args.workers {
-        None => Ok(DEFAULT_WORKERS.clamp(min, max)),
+        None if args.devices.is_empty() => Ok(DEFAULT_WORKERS.clamp(min, max)),
+        None => Ok((args.devices.len() as u32).clamp(min, max)),
         Some(n) if (min..=max).contains(&n) => Ok(n),
         Some(n) => {
             bail!("`{path}` takes {min} to {max} workers, not {n}; see its `[workers]` and `logical_shards`")

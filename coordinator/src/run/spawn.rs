@@ -24,6 +24,8 @@ pub(super) struct Recipe {
     pub(super) coordinator: SocketAddr,
     pub(super) token: String,
     pub(super) datasets: PathBuf,
+    /// In turn; none means the CPU.
+    pub(super) devices: Vec<String>,
     pub(super) threads: u32,
 }
 
@@ -61,7 +63,7 @@ impl Fleet {
     pub(super) fn start(recipe: Recipe, places: Vec<(PathBuf, PathBuf)>) -> Result<Self> {
         let mut fleet = Self { recipe, slots: Vec::new() };
         for (number, (dir, log)) in (1..).zip(places) {
-            let process = Process::Alive(fleet.recipe.spawn(&dir, &log)?);
+            let process = Process::Alive(fleet.recipe.spawn(number, &dir, &log)?);
             fleet.slots.push(Slot { number, dir, log, process, restarts: 0 });
         }
         Ok(fleet)
@@ -78,7 +80,7 @@ impl Fleet {
                     }
                 }
                 Process::Due(at) if *at <= Instant::now() => {
-                    slot.process = Process::Alive(self.recipe.spawn(&slot.dir, &slot.log)?);
+                    slot.process = Process::Alive(self.recipe.spawn(slot.number, &slot.dir, &slot.log)?);
                 }
                 Process::Due(_) | Process::GivenUp => {}
             }
@@ -129,7 +131,8 @@ impl Slot {
 }
 
 impl Recipe {
-    fn spawn(&self, dir: &Path, log: &Path) -> Result<Child> {
+    /// Starts worker `number`, counted from 1.
+    fn spawn(&self, number: u32, dir: &Path, log: &Path) -> Result<Child> {
         let file = OpenOptions::new().create(true).append(true).open(log);
         let file = file.with_context(|| format!("cannot write `{}`", log.display()))?;
         let mut command = Command::new(&self.program);
@@ -147,6 +150,14 @@ impl Recipe {
             .arg("127.0.0.1:0")
             .arg("--threads")
             .arg(self.threads.to_string())
+            .args(
+                self.devices
+                    .iter()
+                    .cycle()
+                    .nth(number as usize - 1)
+                    .into_iter()
+                    .flat_map(|device| ["--device", device]),
+            )
             .arg("--exit-on-stdin-close")
             // Not as an argument, which every user of the host could see.
             .env("LOCKSTEP_TOKEN", &self.token)

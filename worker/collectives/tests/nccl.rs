@@ -167,8 +167,11 @@ fn check<T: Element + PartialEq + std::fmt::Debug>(
         unsafe { result::stream::synchronize(raw) }.map_err(|e| format!("{e:?}"))?;
         let (mut left, right) = (download::<T>(at(into), count), download::<T>(at(from), count));
         add_to(&mut left, &right, element);
-        // SAFETY: within the scratch memory.
-        unsafe { result::memcpy_htod_sync(at(into), &left) }.map_err(|e| format!("{e:?}"))
+        // SAFETY: within the scratch memory; `left` lives until the copy is done.
+        unsafe {
+            result::memcpy_htod_async(at(into), &left, raw).map_err(|e| format!("{e:?}"))?;
+            result::stream::synchronize(raw).map_err(|e| format!("{e:?}"))
+        }
     };
     // SAFETY: the memory was made above and is freed below, after the wait.
     let work = unsafe { comm.all_reduce(tag, &nodes, &mut add) }.unwrap();

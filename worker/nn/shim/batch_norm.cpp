@@ -8,45 +8,22 @@
 
 #include <vector>
 
-#include "failure.h"
 #include "kernels.h"
+#include "merge.h"
 
 namespace {
 
 using lockstep::Affine;
-using lockstep::CallbackError;
-using lockstep::DropError;
 using lockstep::Extent;
 using lockstep::Failure;
+using lockstep::MergeCallback;
+using lockstep::Merger;
+using lockstep::Moments;
+using lockstep::to_tensor;
+using lockstep::to_vector;
 using torch::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// A Rust closure. `call` replaces the shard's values by the merged ones and returns an error or null.
-struct MergeCallback {
-  void* context;
-  void* (*call)(void* context, bool backward, double* values, size_t count);
-  void (*drop)(void* context);
-  DropError drop_error;
-};
-
-// The callback, owned by the graph.
-class Merger : public torch::CustomClassHolder {
- public:
-  explicit Merger(MergeCallback callback) : callback_(callback) {}
-  Merger(const Merger&) = delete;
-  Merger& operator=(const Merger&) = delete;
-  ~Merger() override { callback_.drop(callback_.context); }
-
-  void merge(bool backward, std::vector<double>& values) const {
-    if (void* error = callback_.call(callback_.context, backward, values.data(), values.size())) {
-      throw CallbackError(error, callback_.drop_error);
-    }
-  }
-
- private:
-  MergeCallback callback_;
-};
 
 const lockstep::KernelTable& kernel_table(bool rows) {
 #if defined(__x86_64__)
@@ -66,41 +43,6 @@ const lockstep::Kernels<T>& kernels(bool rows) {
   }
 }
 
-// Statistics of the global batch.
-struct Moments {
-  double count;
-  std::vector<double> mean;
-  std::vector<double> inverse_std;
-
-  // From [n, mean[C], M2[C]], with the biased variance that normalization uses.
-  Moments(const std::vector<double>& merged, double eps) : count(merged[0]) {
-    const size_t channels = (merged.size() - 1) / 2;
-    mean.assign(merged.begin() + 1, merged.begin() + 1 + channels);
-    for (size_t c = 0; c < channels; ++c) {
-      const double variance = count > 0 ? merged[1 + channels + c] / count : 0.0;
-      inverse_std.push_back(1.0 / std::sqrt(variance + eps));
-    }
-  }
-
-  // For keeping in the graph.
-  explicit Moments(const Tensor& packed) {
-    const double* values = packed.const_data_ptr<double>();
-    const int64_t channels = (packed.numel() - 1) / 2;
-    count = values[0];
-    mean.assign(values + 1, values + 1 + channels);
-    inverse_std.assign(values + 1 + channels, values + 1 + 2 * channels);
-  }
-
-  Tensor pack() const {
-    Tensor packed = torch::empty({static_cast<int64_t>(1 + 2 * mean.size())}, torch::kDouble);
-    double* values = packed.mutable_data_ptr<double>();
-    *values++ = count;
-    values = std::copy(mean.begin(), mean.end(), values);
-    std::copy(inverse_std.begin(), inverse_std.end(), values);
-    return packed;
-  }
-};
-
 // dx = gamma / std * (g - A - x_hat * B) with A and B the means over the global batch of g and of g * x_hat,
 // split into per-channel coefficients of (x - mean).
 struct InputGradient {
@@ -116,16 +58,6 @@ struct InputGradient {
     }
   }
 };
-
-Tensor to_tensor(const std::vector<double>& values, const torch::TensorOptions& options) {
-  return torch::tensor(values, torch::kDouble).to(options);
-}
-
-std::vector<double> to_vector(const Tensor& tensor) {
-  const Tensor host = tensor.to(torch::kCPU, torch::kDouble).contiguous();
-  const double* values = host.const_data_ptr<double>();
-  return {values, values + host.numel()};
-}
 
 // gamma / std, per channel.
 std::vector<double> scales(const Tensor& gamma, const Moments& moments) {
@@ -223,7 +155,7 @@ class HostPasses : public Passes {
   std::vector<T> mean_, scale_, beta_;
 };
 
-// Any other device, layout or type, through libtorch's own operations; sums in double precision.
+// Any other layout or type, through libtorch's own operations; sums in double precision.
 class AtenPasses : public Passes {
  public:
   AtenPasses(const Tensor& x, const Parameters& parameters) : x_(x), moments_(parameters.moments), relu_(parameters.relu) {
@@ -339,7 +271,53 @@ class GlobalBatchNorm : public torch::autograd::Function<GlobalBatchNorm> {
   }
 };
 
+void check(const Tensor& x, const Tensor& gamma) {
+  TORCH_CHECK(x.dim() >= 2, "batch norm needs [N, C, ...], got ", x.sizes());
+  TORCH_CHECK(
+      gamma.numel() == x.size(1), "batch norm over ", gamma.numel(), " channels got an input of shape ", x.sizes());
+}
+
 }  // namespace
+
+namespace lockstep {
+
+Moments::Moments(const std::vector<double>& merged, double eps) : count(merged[0]) {
+  const size_t channels = (merged.size() - 1) / 2;
+  mean.assign(merged.begin() + 1, merged.begin() + 1 + channels);
+  for (size_t c = 0; c < channels; ++c) {
+    const double variance = count > 0 ? merged[1 + channels + c] / count : 0.0;
+    inverse_std.push_back(1.0 / std::sqrt(variance + eps));
+  }
+}
+
+Moments::Moments(const Tensor& packed) {
+  const double* values = packed.const_data_ptr<double>();
+  const int64_t channels = (packed.numel() - 1) / 2;
+  count = values[0];
+  mean.assign(values + 1, values + 1 + channels);
+  inverse_std.assign(values + 1 + channels, values + 1 + 2 * channels);
+}
+
+Tensor Moments::pack() const {
+  Tensor packed = torch::empty({static_cast<int64_t>(1 + 2 * mean.size())}, torch::kDouble);
+  double* values = packed.mutable_data_ptr<double>();
+  *values++ = count;
+  values = std::copy(mean.begin(), mean.end(), values);
+  std::copy(inverse_std.begin(), inverse_std.end(), values);
+  return packed;
+}
+
+Tensor to_tensor(const std::vector<double>& values, const torch::TensorOptions& options) {
+  return torch::tensor(values, torch::kDouble).to(options);
+}
+
+std::vector<double> to_vector(const Tensor& tensor) {
+  const Tensor host = tensor.to(torch::kCPU, torch::kDouble).contiguous();
+  const double* values = host.const_data_ptr<double>();
+  return {values, values + host.numel()};
+}
+
+}  // namespace lockstep
 
 // Takes ownership of the callback, also when it fails. The result is the caller's, null after a failure.
 extern "C" Tensor* lockstep_batch_norm(
@@ -353,11 +331,33 @@ extern "C" Tensor* lockstep_batch_norm(
   Tensor* y = nullptr;
   lockstep::guarded(failure, [&] {
     auto merger = c10::make_intrusive<Merger>(callback);
-    TORCH_CHECK(x->dim() >= 2, "batch norm needs [N, C, ...], got ", x->sizes());
-    TORCH_CHECK(
-        gamma->numel() == x->size(1) && beta->numel() == x->size(1),
-        "batch norm over ", gamma->numel(), " channels got an input of shape ", x->sizes());
-    y = new Tensor(GlobalBatchNorm::apply(*x, *gamma, *beta, eps, relu, std::move(merger)));
+    check(*x, *gamma);
+    y = new Tensor(
+        x->is_cuda() ? lockstep::device_batch_norm(*x, *gamma, *beta, eps, relu, std::move(merger), nullptr)
+                     : GlobalBatchNorm::apply(*x, *gamma, *beta, eps, relu, std::move(merger)));
+  });
+  return y;
+}
+
+// On a GPU, of a shard that is alone: nothing leaves the GPU. Its mean [C] and inverse standard deviation [C] are the
+// caller's too.
+extern "C" Tensor* lockstep_lone_batch_norm(
+    const Tensor* x,
+    const Tensor* gamma,
+    const Tensor* beta,
+    double eps,
+    bool relu,
+    Tensor** mean,
+    Tensor** inverse_std,
+    Failure* failure) noexcept {
+  Tensor* y = nullptr;
+  lockstep::guarded(failure, [&] {
+    check(*x, *gamma);
+    lockstep::Statistics own;
+    Tensor normalized = lockstep::device_batch_norm(*x, *gamma, *beta, eps, relu, nullptr, &own);
+    *mean = new Tensor(std::move(own.mean));
+    *inverse_std = new Tensor(std::move(own.inverse_std));
+    y = new Tensor(std::move(normalized));
   });
   return y;
 }

@@ -1,6 +1,8 @@
-// Opens libtorch_cuda at run time, so that one binary serves hosts with and without a GPU.
+// Opens libtorch_cuda at run time, so that one binary serves hosts with and without a GPU, and has it compute the same bits
+// each time.
 
 #include <dlfcn.h>
+#include <stdlib.h>
 #include <torch/torch.h>
 
 #include <string>
@@ -18,5 +20,14 @@ extern "C" bool lockstep_load_cuda(lockstep::Failure* failure) noexcept {
     if (dlopen(path.c_str(), RTLD_LAZY | RTLD_LOCAL) == nullptr) {
       throw std::runtime_error(dlerror());
     }
+    // The same bits each time: libtorch's deterministic variants, and no multiplications of rounded numbers.
+    at::Context& context = at::globalContext();
+    setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
+    context.setDeterministicAlgorithms(true, /*warn_only=*/true);
+    context.setDeterministicFillUninitializedMemory(false);
+    context.setDeterministicCuDNN(true);
+    context.setBenchmarkCuDNN(false);
+    context.setAllowTF32CuDNN(false);
+    context.setAllowTF32CuBLAS(false);
   });
 }

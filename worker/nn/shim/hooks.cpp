@@ -1,5 +1,6 @@
 // Gradients as they become final, and a backward pass whose callbacks may fail.
 
+#include <torch/csrc/autograd/engine.h>
 #include <torch/torch.h>
 
 #include "failure.h"
@@ -37,6 +38,18 @@ class GradientHook : public torch::autograd::PostAccumulateGradHook {
   GradientCallback callback_;
 };
 
+// libtorch's engine runs all backward work of a GPU in one thread, in which two shards that wait for each other would wait
+// for ever. Each thread that calls for a backward pass has an engine, and so a thread for each GPU, of its own.
+class LaneEngine final : public torch::autograd::Engine {
+ public:
+  LaneEngine() {
+    // The threads of a process's engine are counted once; those of the others have to be started by hand, afterwards.
+    Engine::get_base_engine().initialize_device_threads_pool();
+    start_device_threads();
+  }
+  ~LaneEngine() override { stop(); }
+};
+
 }  // namespace
 
 extern "C" {
@@ -57,7 +70,14 @@ bool lockstep_remove_gradient_hook(torch::Tensor* leaf, Failure* failure) noexce
 }
 
 bool lockstep_backward(torch::Tensor* loss, Failure* failure) noexcept {
-  return lockstep::guarded(failure, [&] { loss->backward(); });
+  return lockstep::guarded(failure, [&] {
+    if (loss->is_cpu()) return loss->backward();
+    TORCH_CHECK(loss->numel() == 1, "backward starts from a scalar, not from ", loss->sizes());
+    static thread_local LaneEngine engine;
+    engine.execute(
+        {torch::autograd::impl::gradient_edge(*loss)}, {torch::ones_like(*loss)}, /*keep_graph=*/false,
+        /*create_graph=*/false, /*accumulate_grad=*/true);
+  });
 }
 
 }  // extern "C"

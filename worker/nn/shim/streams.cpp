@@ -1,6 +1,7 @@
 // GPU streams beside the default one, and copies that nobody waits for. All through c10's virtual interface, whose
 // headers, unlike those of c10/cuda, need no CUDA toolkit; without libtorch_cuda each call fails with a reason.
 
+#include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/torch.h>
 
@@ -41,6 +42,25 @@ bool lockstep_copy_async(torch::Tensor* to, const torch::Tensor* from, Failure* 
   return lockstep::guarded(failure, [&] {
     const torch::NoGradGuard no_grad;
     to->copy_(*from, /*non_blocking=*/true);
+  });
+}
+
+// Copies page-locked memory to the GPU on the stream `id`, beside what the GPU computes, and waits for that copy. The result is
+// for the calling thread's current stream, and for the caller to delete.
+bool lockstep_upload(
+    const torch::Tensor* from, int32_t device, int64_t id, torch::Tensor** result, Failure* failure) noexcept {
+  return lockstep::guarded(failure, [&] {
+    const torch::NoGradGuard no_grad;
+    c10::impl::VirtualGuardImpl cuda(c10::DeviceType::CUDA);
+    const c10::Stream current = cuda.getStream(gpu(device)), side(c10::Stream::UNSAFE, gpu(device), id);
+    torch::Tensor copy;
+    {
+      const c10::StreamGuard on_side(side);
+      copy = from->to(gpu(device), /*non_blocking=*/true);
+    }
+    cuda.synchronizeStream(side);
+    cuda.recordDataPtrOnStream(copy.storage().data_ptr(), current);
+    *result = new torch::Tensor(std::move(copy));
   });
 }
 

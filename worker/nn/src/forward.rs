@@ -4,6 +4,7 @@ use crate::error::NnError;
 use lockstep_common::ids::LogicalShard;
 use std::collections::HashMap;
 use std::sync::Arc;
+use tch::{Device, Kind, Tensor};
 
 /// One batch norm in one pass; the same on all logical shards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -26,6 +27,9 @@ pub trait BatchNormSync: Send + Sync {
 
     /// Adds the shards' values.
     fn sum(&self, call: BnCall, shard: LogicalShard, local: Vec<f64>) -> Result<Vec<f64>, NnError>;
+
+    /// Whether there is one shard only, so that what is merged is what it was.
+    fn is_alone(&self) -> bool;
 }
 
 /// No exchange: each shard is a batch by itself.
@@ -39,6 +43,10 @@ impl BatchNormSync for LocalOnly {
 
     fn sum(&self, _: BnCall, _: LogicalShard, local: Vec<f64>) -> Result<Vec<f64>, NnError> {
         Ok(local)
+    }
+
+    fn is_alone(&self) -> bool {
+        true
     }
 }
 
@@ -57,6 +65,16 @@ pub struct BnRecord {
     pub mean: Vec<f64>,
     /// Variance per channel with divisor n − 1, as running statistics hold it.
     pub var_unbiased: Vec<f64>,
+}
+
+impl BnRecord {
+    /// Takes over `[mean[C], M2[C]]`.
+    pub(crate) fn set_moments(&mut self, moments: &[f64]) {
+        let (mean, m2) = moments.split_at(moments.len() / 2);
+        let degrees = (self.count - 1.0).max(1.0);
+        self.mean = mean.to_vec();
+        self.var_unbiased = m2.iter().map(|v| v / degrees).collect();
+    }
 }
 
 /// The context of one logical shard's forward pass, through all networks of one phase.
@@ -81,8 +99,19 @@ pub struct Forward {
     pub sync: Arc<dyn BatchNormSync>,
     /// Batch statistics so far, in the order of the calls, which is the same on all shards.
     pub records: Vec<BnRecord>,
+    late: Vec<Late>,
     uses: HashMap<(u16, String), u16>,
     draws: HashMap<(u16, String), u16>,
+}
+
+/// What a GPU has normalized with, for a record.
+struct Late {
+    /// Of the record.
+    place: usize,
+    /// Mean [C] and inverse standard deviation [C].
+    statistics: [Tensor; 2],
+    /// In the variance of the latter.
+    eps: f64,
 }
 
 impl Forward {
@@ -105,6 +134,7 @@ impl Forward {
             samples,
             sync,
             records: Vec::new(),
+            late: Vec::new(),
             uses: HashMap::new(),
             draws: HashMap::new(),
         }
@@ -123,6 +153,32 @@ impl Forward {
     pub fn begin_piece(&mut self, samples: &[u64]) {
         samples.clone_into(&mut self.samples);
         self.draws.clear();
+    }
+
+    /// Records what a GPU has seen: mean [C] and inverse standard deviation [C], with `eps` in the variance.
+    pub(crate) fn record_later(&mut self, record: BnRecord, statistics: [Tensor; 2], eps: f64) {
+        self.late.push(Late { place: self.records.len(), statistics, eps });
+        self.records.push(record);
+    }
+
+    /// The records so far, and none are left. Waits for a GPU.
+    pub fn take_records(&mut self) -> Result<Vec<BnRecord>, NnError> {
+        let late = std::mem::take(&mut self.late);
+        if !late.is_empty() {
+            let all: Vec<_> = late.iter().flat_map(|late| &late.statistics).collect();
+            let all = Tensor::f_cat(&all, 0)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?;
+            let all = Vec::<f64>::try_from(all)?;
+            let mut rest = all.as_slice();
+            for Late { place, statistics, eps } in late {
+                let record = &mut self.records[place];
+                let (mean, others) = rest.split_at(statistics[0].numel());
+                let (inverse_std, others) = others.split_at(mean.len());
+                rest = others;
+                let m2 = inverse_std.iter().map(|inverse| (inverse.powi(-2) - eps).max(0.0) * record.count);
+                record.set_moments(&mean.iter().copied().chain(m2).collect::<Vec<_>>());
+            }
+        }
+        Ok(std::mem::take(&mut self.records))
     }
 
     /// How often the layer `name` of the current network has been used in this phase before.

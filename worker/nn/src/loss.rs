@@ -26,14 +26,14 @@ pub fn cross_entropy(
     share(&sum, global_count)
 }
 
-/// How many rows of `logits` [N, classes] have their label among the `k` largest, as a plain number.
-pub fn correct_in_top(logits: &Tensor, labels: &Tensor, k: i64) -> Result<f64, NnError> {
+/// How many rows of `logits` [N, classes] have their label among the `k` largest: a scalar (f64).
+pub fn correct_in_top(logits: &Tensor, labels: &Tensor, k: i64) -> Result<Tensor, NnError> {
     let classes = logits.size().last().copied().unwrap_or(0);
     if labels.numel() == 0 {
-        return Ok(0.0);
+        return Ok(Tensor::f_zeros([0i64; 0], (Kind::Double, logits.device()))?);
     }
     let (_, top) = logits.f_topk(k.min(classes), 1, true, false)?;
-    Ok(top.f_eq_tensor(&labels.f_unsqueeze(1)?)?.f_sum(Kind::Double)?.f_double_value(&[])?)
+    Ok(top.f_eq_tensor(&labels.f_unsqueeze(1)?)?.f_sum(Kind::Double)?)
 }
 
 /// The discriminator's loss, −log D(x) − log(1 − D(G(z))), from its logits (Goodfellow et al. 2014).
@@ -98,9 +98,9 @@ mod tests {
     fn correct_in_top_counts_rows_and_takes_an_empty_batch() {
         let logits = Tensor::from_slice2(&[[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]]);
         let labels = Tensor::from_slice(&[1i64, 0]);
-        let counts = [1, 2, 5].map(|k| correct_in_top(&logits, &labels, k).unwrap());
+        let counts = [1, 2, 5].map(|k| correct_in_top(&logits, &labels, k).unwrap().double_value(&[]));
         assert_eq!(counts, [1.0, 2.0, 2.0]);
         let none = Tensor::from_slice::<i64>(&[]);
-        assert_eq!(correct_in_top(&logits.narrow(0, 0, 0), &none, 1).unwrap(), 0.0);
+        assert_eq!(correct_in_top(&logits.narrow(0, 0, 0), &none, 1).unwrap().double_value(&[]), 0.0);
     }
 }

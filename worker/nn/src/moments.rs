@@ -2,9 +2,11 @@
 
 use crate::error::NnError;
 use crate::forward::BnRecord;
+use crate::shim::copy_all;
 use crate::vars::Vars;
 pub use lockstep_common::moments::merge as merge_moments;
-use tch::{Tensor, no_grad};
+use std::collections::BTreeMap;
+use tch::{Device, Kind, Tensor};
 
 /// The records of one shard as one vector whose sum over all shards [`average_records`] turns into their
 /// average, weighted by the samples: for batch norm over each shard by itself.
@@ -46,17 +48,45 @@ pub fn apply_running_stats<'a>(
     vars: &Vars,
     records: impl IntoIterator<Item = &'a BnRecord>,
 ) -> Result<(), NnError> {
-    for record in records.into_iter().filter(|r| r.count > 1.0) {
+    let records: Vec<_> = records.into_iter().filter(|r| r.count > 1.0).collect();
+    let name = |record: &BnRecord, buffer| format!("{}.{buffer}", record.layer);
+    let mut running = BTreeMap::new();
+    for name in records.iter().flat_map(|record| ["running_mean", "running_var"].map(|b| name(record, b))) {
+        let tensor = vars.var(&name)?.tensor.f_detach()?;
+        running.insert(name, (tensor, Vec::new()));
+    }
+    if running.is_empty() {
+        return Ok(());
+    }
+    // On a GPU each copy costs a wait: one for all there, and one back.
+    let all: Vec<_> = running.values().map(|(tensor, _)| tensor).collect();
+    let (kind, device) = (all[0].f_kind()?, all[0].device());
+    let all =
+        Vec::<f64>::try_from(Tensor::f_cat(&all, 0)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?)?;
+    let mut rest = all.as_slice();
+    for (tensor, values) in running.values_mut() {
+        let (own, others) = rest.split_at(tensor.numel());
+        *values = own.to_vec();
+        rest = others;
+    }
+    for record in records {
         for (buffer, batch) in [("running_mean", &record.mean), ("running_var", &record.var_unbiased)] {
-            let tensor = &vars.var(&format!("{}.{buffer}", record.layer))?.tensor;
-            let mut running = Vec::<f64>::try_from(tensor.f_to_kind(tch::Kind::Double)?)?;
-            for (r, b) in running.iter_mut().zip(batch) {
+            let values = running.get_mut(&name(record, buffer)).map(|(_, values)| values);
+            for (r, b) in values.into_iter().flatten().zip(batch) {
                 *r = (1.0 - record.momentum) * *r + record.momentum * b;
             }
-            no_grad(|| tensor.detach().f_copy_(&Tensor::f_from_slice(&running)?))?;
         }
     }
-    Ok(())
+    let values: Vec<f64> = running.values().flat_map(|(_, values)| values).copied().collect();
+    let values = Tensor::f_from_slice(&values)?.f_to_kind(kind)?.f_to_device(device)?;
+    let (mut to, mut from, mut start) = (Vec::new(), Vec::new(), 0);
+    for (tensor, _) in running.into_values() {
+        let length = tensor.numel() as i64;
+        from.push(values.f_narrow(0, start, length)?);
+        start += length;
+        to.push(tensor);
+    }
+    copy_all(&to, &from)
 }
 
 #[cfg(test)]

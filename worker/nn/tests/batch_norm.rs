@@ -175,6 +175,10 @@ impl BatchNormSync for Failing {
     fn sum(&self, _: BnCall, _: LogicalShard, _: Vec<f64>) -> Result<Vec<f64>, NnError> {
         Err(NnError::Exchange(Box::new(Gone)))
     }
+
+    fn is_alone(&self) -> bool {
+        false
+    }
 }
 
 #[test]

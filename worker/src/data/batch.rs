@@ -9,9 +9,12 @@ use lockstep_common::dataset::{DatasetReader, Encoding, Manifest};
 use lockstep_common::job::DataSpec;
 use lockstep_common::rng::Stream;
 use lockstep_images::{Source, Workbench};
+use lockstep_nn::NnError;
+use lockstep_nn::shim::{SideStream, pinned, values_mut};
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
+use tch::kind::Element;
 use tch::{Device, Tensor};
 
 /// Reads, augments and scales samples of one dataset, in parallel.
@@ -19,8 +22,41 @@ pub(crate) struct Decoder<T> {
     reader: DatasetReader,
     preparation: Preparation<T>,
     seed: u64,
-    device: Device,
+    memory: Memory,
     pool: Arc<Pool>,
+}
+
+/// Where batches are made, and where they go from there.
+#[derive(Clone, Copy)]
+enum Memory {
+    /// They stay where they are.
+    Host,
+    /// From page-locked memory to a GPU, beside what that computes.
+    Gpu(SideStream),
+}
+
+impl Memory {
+    fn of(device: Device) -> Result<Self, NnError> {
+        match device {
+            Device::Cuda(index) => Ok(Self::Gpu(SideStream::new(index)?)),
+            _ => Ok(Self::Host),
+        }
+    }
+
+    /// A vector of arbitrary values.
+    fn vector<E: Element>(self, elements: usize) -> Result<Tensor, NnError> {
+        match self {
+            Self::Host => Ok(Tensor::f_empty([elements as i64], (E::KIND, Device::Cpu))?),
+            Self::Gpu(_) => pinned(&Tensor::f_empty([0], (E::KIND, Device::Cpu))?, elements),
+        }
+    }
+
+    fn send(self, tensor: Tensor) -> Result<Tensor, NnError> {
+        match self {
+            Self::Host => Ok(tensor),
+            Self::Gpu(side) => side.upload(&tensor),
+        }
+    }
 }
 
 /// Test samples, each with all of its views.
@@ -43,7 +79,7 @@ impl<T: Number> Decoder<T> {
         pool: Arc<Pool>,
     ) -> Result<Self, TrainError> {
         let preparation = Preparation::new(data, purpose, reader.manifest(), basis)?;
-        Ok(Self { reader, preparation, seed, device, pool })
+        Ok(Self { reader, preparation, seed, memory: Memory::of(device)?, pool })
     }
 
     /// How many samples the dataset has.
@@ -69,7 +105,9 @@ impl<T: Number> Decoder<T> {
         global: u64,
     ) -> Result<ShardBatch, TrainError> {
         let (images, labels) = self.batch(&samples, epoch)?;
-        let labels = Tensor::f_from_slice(&labels)?.f_to_device(self.device)?;
+        let mut numbers = self.memory.vector::<i64>(labels.len())?;
+        values_mut(&mut numbers).copy_from_slice(&labels);
+        let labels = self.memory.send(numbers)?;
         Ok(ShardBatch { samples, images, labels, global })
     }
 
@@ -82,7 +120,8 @@ impl<T: Number> Decoder<T> {
     fn batch(&self, samples: &[u64], epoch: u64) -> Result<(Tensor, Vec<i64>), TrainError> {
         let shape = self.preparation.shape();
         let length = self.preparation.len() * self.views();
-        let mut values = vec![T::default(); samples.len() * length];
+        let mut images = self.memory.vector::<T>(samples.len() * length)?;
+        let values = values_mut::<T>(&mut images);
         let mut labels = vec![0i64; samples.len()];
         self.pool.install(|| {
             let together = self.preparation.together(samples.len(), rayon::current_num_threads());
@@ -92,13 +131,8 @@ impl<T: Number> Decoder<T> {
             work.try_for_each(|((values, labels), samples)| self.prepare(epoch, samples, values, labels))
         })?;
         let n = (samples.len() * self.views()) as i64;
-        let images = Tensor::f_from_slice(&values)?.f_view([
-            n,
-            shape.channels.into(),
-            shape.height.into(),
-            shape.width.into(),
-        ])?;
-        Ok((images.f_to_device(self.device)?, labels))
+        let images = images.f_view([n, shape.channels.into(), shape.height.into(), shape.width.into()])?;
+        Ok((self.memory.send(images)?, labels))
     }
 
     /// Writes some samples' numbers and labels. They depend on seed, epoch and sample alone.

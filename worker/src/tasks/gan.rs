@@ -80,11 +80,9 @@ impl Gan {
         let real = self.discriminator.learning.forward(&batch.images.f_view([n, -1])?, forward)?.main;
         let fake = self.discriminator.learning.forward(&fake.f_view([n, -1])?, forward)?.main;
         let loss = loss::discriminator(&real, &fake, batch.global as f64)?;
-        let accepted = |logits: &Tensor| -> Result<f64, TrainError> {
-            let count = tch::no_grad(|| logits.f_gt(0.0)?.f_sum(Kind::Double)?.f_double_value(&[]))?;
-            Ok(count / batch.global as f64)
-        };
-        let figures = vec![loss.f_double_value(&[])?, accepted(&real)?, accepted(&fake)?];
+        let accepted =
+            |logits: &Tensor| logits.f_gt(0.0)?.f_sum(Kind::Double)?.f_div_scalar(batch.global as f64);
+        let figures = vec![loss.shallow_clone(), accepted(&real)?, accepted(&fake)?];
         Ok(ShardLoss { loss, figures })
     }
 
@@ -102,7 +100,7 @@ impl Gan {
         let logits = self.discriminator.frozen.forward(&fake, forward)?.main;
         forward.update_stats = true;
         let loss = loss::generator(&logits, batch.global as f64)?;
-        let figures = vec![loss.f_double_value(&[])?];
+        let figures = vec![loss.shallow_clone()];
         Ok(ShardLoss { loss, figures })
     }
 }

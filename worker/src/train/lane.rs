@@ -240,8 +240,7 @@ impl<T: Number> LaneState<T> {
 
             fault::point(Point::Forward, work.step + 1);
             let start = Instant::now();
-            let shard_loss = self.task.forward(&work.plan, &batch, &mut forward)?;
-            figures.iter_mut().zip(&shard_loss.figures).for_each(|(sum, figure)| *sum += figure);
+            let mut shard_loss = self.task.forward(&work.plan, &batch, &mut forward)?;
             forward_seconds += start.elapsed().as_secs_f64() - self.rendezvous.take_waited(self.slot);
 
             fault::point(Point::Backward, work.step + 1);
@@ -254,13 +253,15 @@ impl<T: Number> LaneState<T> {
             {
                 sink.finish()?;
             }
+            let own = shard_loss.take_figures().map_err(NnError::from)?;
+            figures.iter_mut().zip(own).for_each(|(sum, figure)| *sum += figure);
             backward_seconds += start.elapsed().as_secs_f64() - self.rendezvous.take_waited(self.slot);
         }
         Ok(PhaseDone {
             shard: self.shard,
             samples: audited,
             figures,
-            records: std::mem::take(&mut forward.records),
+            records: forward.take_records()?,
             forward: forward_seconds,
             backward: backward_seconds,
         })

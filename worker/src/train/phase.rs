@@ -1,6 +1,6 @@
 //! What a step consists of.
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 /// One update of one network within a step.
 #[derive(Clone, Debug)]
@@ -59,6 +59,17 @@ impl ShardBatch {
 pub(crate) struct ShardLoss {
     /// A scalar, to run backward from.
     pub(crate) loss: Tensor,
-    /// In the order of [`PhasePlan::figures`].
-    pub(crate) figures: Vec<f64>,
+    /// In the order of [`PhasePlan::figures`], each a scalar, perhaps on a GPU that has not computed it yet.
+    pub(crate) figures: Vec<Tensor>,
+}
+
+impl ShardLoss {
+    /// The figures. Waits for the device.
+    pub(crate) fn take_figures(&mut self) -> Result<Vec<f64>, tch::TchError> {
+        let wide = std::mem::take(&mut self.figures)
+            .into_iter()
+            .map(|figure| figure.f_detach()?.f_to_kind(Kind::Double));
+        let wide = wide.collect::<Result<Vec<_>, _>>()?;
+        Vec::try_from(Tensor::f_stack(&wide, 0)?.f_to_device(Device::Cpu)?)
+    }
 }

@@ -163,4 +163,8 @@ impl BatchNormSync for PhaseSync {
         let sum = self.rendezvous.exchange(self.tag(call), ReduceOp::Sum, shard, local);
         sum.map_err(|e| NnError::Exchange(Box::new(e)))
     }
+
+    fn is_alone(&self) -> bool {
+        self.rendezvous.group.placement().shards() == 1
+    }
 }

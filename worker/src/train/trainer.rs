@@ -84,16 +84,6 @@ impl<T: Number> Trainer<T> {
         let device = replica.device();
         let owned = group.placement().range(group.rank());
         let modes: Vec<_> = plan.networks.iter().map(|n| n.model.batch_norm).collect();
-        let trains = !job.only_evaluates();
-        if trains && device != Device::Cpu && owned.len() > 1 && modes.contains(&BatchNorm::Sync) {
-            // libtorch runs all backward work of one GPU in one thread, where two shards that wait for each other
-            // would wait for ever.
-            return Err(TrainError::Fatal(format!(
-                "this GPU owns {} logical shards with `batch_norm = \"sync\"`, and can compute one; set \
-                 `logical_shards` to the number of GPUs, or `batch_norm = \"local\"`",
-                owned.len()
-            )));
-        }
         let permits = Arc::new(Permits::new(threads));
         let rendezvous = Arc::new(Rendezvous::new(group.clone(), permits.clone()));
         let mut lanes = Vec::new();

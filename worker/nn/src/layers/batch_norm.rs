@@ -8,7 +8,7 @@ use crate::vars::Scope;
 use lockstep_common::job::BatchNorm as Mode;
 use parking_lot::Mutex;
 use std::sync::Arc;
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 /// The two constants of a batch normalization.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -80,6 +80,9 @@ impl BatchNorm {
     }
 
     fn normalize_by_batch(&self, x: &Tensor, fwd: &mut Forward) -> Result<Tensor, NnError> {
+        if x.device() != Device::Cpu && (!self.sync || fwd.sync.is_alone()) {
+            return self.normalize_alone(x, fwd);
+        }
         let exchange = Exchange {
             sync: if self.sync { fwd.sync.clone() } else { Arc::new(LocalOnly) },
             call: BnCall {
@@ -97,7 +100,20 @@ impl BatchNorm {
         let y = shim::batch_norm(x, &self.weight, &self.bias, self.spec.eps, self.relu, merge)?;
         if fwd.update_stats {
             let moments = std::mem::take(&mut *merged.lock());
-            fwd.records.push(self.record(fwd.network, &moments));
+            let (count, moments) = moments.split_first().map_or((0.0, &[][..]), |(n, rest)| (*n, rest));
+            let mut record = self.record(fwd.network, count);
+            record.set_moments(moments);
+            fwd.records.push(record);
+        }
+        Ok(y)
+    }
+
+    /// On a GPU, without waiting for it.
+    fn normalize_alone(&self, x: &Tensor, fwd: &mut Forward) -> Result<Tensor, NnError> {
+        let (y, statistics) = shim::lone_batch_norm(x, &self.weight, &self.bias, self.spec.eps, self.relu)?;
+        if fwd.update_stats {
+            let count = (x.numel() as i64 / x.size()[1].max(1)) as f64;
+            fwd.record_later(self.record(fwd.network, count), statistics, self.spec.eps);
         }
         Ok(y)
     }
@@ -116,19 +132,10 @@ impl BatchNorm {
         if self.relu { Ok(y.f_relu()?) } else { Ok(y) }
     }
 
-    /// From `[n, mean[C], M2[C]]`.
-    fn record(&self, network: u16, moments: &[f64]) -> BnRecord {
-        let (count, rest) = moments.split_first().map_or((0.0, moments), |(n, rest)| (*n, rest));
-        let (mean, m2) = rest.split_at(rest.len() / 2);
-        let degrees = (count - 1.0).max(1.0);
-        BnRecord {
-            network,
-            layer: self.name.clone(),
-            momentum: self.spec.momentum,
-            count,
-            mean: mean.to_vec(),
-            var_unbiased: m2.iter().map(|v| v / degrees).collect(),
-        }
+    /// One over `count` values of each channel, without their moments.
+    fn record(&self, network: u16, count: f64) -> BnRecord {
+        let (layer, momentum) = (self.name.clone(), self.spec.momentum);
+        BnRecord { network, layer, momentum, count, mean: Vec::new(), var_unbiased: Vec::new() }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::error::NnError;
 use crate::forward::Forward;
+use crate::shim;
 use lockstep_common::rng::Stream;
 use tch::{Kind, Tensor};
 
@@ -34,12 +35,13 @@ pub fn dropout(x: &Tensor, keep: f64, name: &str, fwd: &mut Forward) -> Result<T
     };
     let per_row = shape[1..].iter().product::<i64>() as usize;
     let mask = match x.f_kind()? {
-        Kind::Double => Tensor::f_from_slice(&draws.mask(&fwd.samples, per_row, |scale| scale))?,
+        Kind::Double => shim::on_device(&draws.mask(&fwd.samples, per_row, |scale| scale), x.device())?,
         kind => {
-            Tensor::f_from_slice(&draws.mask(&fwd.samples, per_row, |scale| scale as f32))?.f_to_kind(kind)?
+            let mask = draws.mask(&fwd.samples, per_row, |scale| scale as f32);
+            shim::on_device(&mask, x.device())?.f_to_kind(kind)?
         }
     };
-    Ok(x.f_mul(&mask.f_reshape(&shape)?.f_to_device(x.device())?)?)
+    Ok(x.f_mul(&mask.f_reshape(&shape)?)?)
 }
 
 /// The random bits of one operation.

@@ -19,7 +19,7 @@ use lockstep_common::job::{AverageSpec, OptimizerSpec};
 use rmsprop::Rmsprop;
 use sgd::Sgd;
 use std::collections::BTreeMap;
-use tch::{Tensor, no_grad};
+use tch::{Device, Tensor, no_grad};
 
 /// A gradient by the name of its parameter.
 pub type NamedGradient = (String, Tensor);
@@ -161,11 +161,13 @@ impl Optimizer {
             trace.state_before = self.state_checksums()?;
             trace.parameters_before = parameter_checksums(&learning)?;
         }
-        for learning in &mut learning {
-            match &mut self.rule {
-                Rule::Sgd(sgd) => sgd.update(learning, momentum)?,
-                Rule::Adam(adam) => adam.update(learning)?,
-                Rule::Rmsprop(rmsprop) => rmsprop.update(learning, momentum)?,
+        let on_gpu = learning.iter().all(|learning| learning.parameter.device() != Device::Cpu);
+        match &mut self.rule {
+            Rule::Sgd(sgd) if on_gpu => sgd.update_on_gpu(&learning, momentum)?,
+            Rule::Sgd(sgd) => learning.iter_mut().try_for_each(|each| sgd.update(each, momentum))?,
+            Rule::Adam(adam) => learning.iter_mut().try_for_each(|each| adam.update(each))?,
+            Rule::Rmsprop(rmsprop) => {
+                learning.iter_mut().try_for_each(|each| rmsprop.update(each, momentum))?;
             }
         }
         if is_traced {

@@ -3,10 +3,10 @@
 //! On the CPU it is one pass over memory by all of rayon's threads, with the same bits as libtorch's operations one by one.
 
 use super::trace::Trace;
-use super::{Learning, of, prefixed, zeros};
+use super::{Learning, not_a_parameter, of, prefixed, zeros};
 use crate::checksum::{Checksum, ROW};
 use crate::error::NnError;
-use crate::shim::{values, values_mut};
+use crate::shim::{Moving, fused_sgd, values, values_mut};
 use crate::vars::Vars;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
@@ -48,6 +48,27 @@ impl Sgd {
             }
         };
         let _ = parameter.f_sub_(&direction.f_mul_scalar(rates.lr)?)?;
+        Ok(())
+    }
+
+    /// The same as [`Self::update`] for all of `learning`, which is on a GPU, in few kernels.
+    pub(super) fn update_on_gpu(&mut self, learning: &[Learning<'_>], momentum: f64) -> Result<(), NnError> {
+        let rates = |learning: &Learning<'_>| [learning.rates.lr, learning.rates.weight_decay];
+        let mut rest: Vec<_> = learning.iter().collect();
+        while let Some(first) = rest.first() {
+            let (own, kind) = (rates(first), first.parameter.kind());
+            let is_alike = |other: &&Learning<'_>| rates(other) == own && other.parameter.kind() == kind;
+            let (alike, others): (Vec<_>, Vec<_>) = rest.into_iter().partition(is_alike);
+            rest = others;
+            let moving = alike.iter().map(|learning| {
+                let momentum_buffer =
+                    self.momentum_buffers.get(learning.name).ok_or_else(|| not_a_parameter(learning.name))?;
+                Ok(Moving { parameter: &learning.parameter, gradient: learning.gradient, momentum_buffer })
+            });
+            let moving = moving.collect::<Result<Vec<_>, NnError>>()?;
+            let [lr, weight_decay] = own;
+            fused_sgd(&moving, lr, weight_decay, momentum, self.nesterov)?;
+        }
         Ok(())
     }
 

@@ -76,7 +76,8 @@ pub fn on_gradient(
 }
 
 /// The backward pass from a scalar loss. Callbacks of [`on_gradient`] and of batch norm run inside it, on a CPU
-/// in the calling thread; the first error among them is returned with its type.
+/// in the calling thread, on a GPU in one that works for the calling thread only, so that they may wait for other
+/// threads' passes; the first error among them is returned with its type.
 pub fn backward(loss: &Tensor) -> Result<(), NnError> {
     let mut failure = Failure::none();
     // SAFETY: `loss` is a live tensor.

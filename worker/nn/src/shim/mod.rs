@@ -10,16 +10,19 @@ mod batch_norm;
 mod cuda;
 mod hooks;
 mod layout;
+mod many;
 mod memory;
 mod streams;
 
 pub use autocast::autocast;
-pub(crate) use batch_norm::batch_norm;
+pub(crate) use batch_norm::{batch_norm, lone_batch_norm};
 pub use cuda::load_cuda;
 pub use hooks::{GradientHook, backward, on_gradient};
 pub use layout::channels_last;
+pub(crate) use many::{Moving, copy_all, fused_sgd};
 pub(crate) use memory::values;
 pub use memory::{values_mut, with_bytes};
+pub(crate) use streams::on_device;
 pub use streams::{SideStream, copy_async, pinned};
 
 use crate::error::NnError;

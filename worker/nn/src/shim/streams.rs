@@ -1,10 +1,11 @@
 //! GPU streams beside the default one, and copies that nobody waits for.
 
-use super::Failure;
+use super::{Failure, values_mut};
 use crate::error::NnError;
 use std::ffi::c_void;
 use std::ptr;
-use tch::Tensor;
+use tch::kind::Element;
+use tch::{Device, Tensor};
 
 unsafe extern "C" {
     fn lockstep_side_stream(
@@ -15,6 +16,13 @@ unsafe extern "C" {
     ) -> bool;
     fn lockstep_exchange_stream(device: i32, id: i64, previous: *mut i64, failure: *mut Failure) -> bool;
     fn lockstep_copy_async(to: *mut c_void, from: *const c_void, failure: *mut Failure) -> bool;
+    fn lockstep_upload(
+        from: *const c_void,
+        device: i32,
+        id: i64,
+        result: *mut *mut c_void,
+        failure: *mut Failure,
+    ) -> bool;
     fn lockstep_pinned(
         like: *const c_void,
         elements: i64,
@@ -54,6 +62,20 @@ impl SideStream {
     pub fn run<R>(&self, body: impl FnOnce() -> Result<R, NnError>) -> Result<R, NnError> {
         let _back = Restore { stream: *self, previous: self.exchange(self.id)? };
         body()
+    }
+
+    /// Copies `from`, which lies in memory of [`pinned`], to the GPU, beside what that computes, and waits for this copy
+    /// only. The result may be used on this thread's own stream.
+    pub fn upload(&self, from: &Tensor) -> Result<Tensor, NnError> {
+        let (mut result, mut failure) = (ptr::null_mut(), Failure::none());
+        let from = from.as_ptr().cast();
+        // SAFETY: `from` is a live tensor; the other two are written before the call returns.
+        if unsafe { lockstep_upload(from, self.device, self.id, &raw mut result, &raw mut failure) } {
+            // SAFETY: the shim made this tensor for us to own.
+            Ok(unsafe { Tensor::from_ptr(result.cast()) })
+        } else {
+            Err(failure.into_error())
+        }
     }
 
     fn exchange(&self, id: i64) -> Result<i64, NnError> {
@@ -104,4 +126,16 @@ pub fn pinned(like: &Tensor, elements: usize) -> Result<Tensor, NnError> {
     } else {
         Err(failure.into_error())
     }
+}
+
+/// `values` on `device`, in order with its current stream and without a wait for that.
+pub(crate) fn on_device<T: Element + Copy>(values: &[T], device: Device) -> Result<Tensor, NnError> {
+    if device == Device::Cpu {
+        return Ok(Tensor::f_from_slice(values)?);
+    }
+    let mut host = pinned(&Tensor::f_empty([0], (T::KIND, Device::Cpu))?, values.len())?;
+    values_mut(&mut host).copy_from_slice(values);
+    let mut there = Tensor::f_empty([values.len() as i64], (T::KIND, device))?;
+    copy_async(&mut there, &host)?;
+    Ok(there)
 }

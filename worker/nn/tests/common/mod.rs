@@ -78,6 +78,10 @@ impl BatchNormSync for Rendezvous {
         assert!(call.backward);
         self.exchange(call, shard, local, add)
     }
+
+    fn is_alone(&self) -> bool {
+        false
+    }
 }
 
 /// A classifier trained data-parallel by threads.
