@@ -2,7 +2,7 @@
 
 use super::NamedGradient;
 use crate::error::NnError;
-use tch::Kind;
+use tch::{Device, Kind, Tensor};
 
 /// Clamps every element into [−`max`, `max`], in place.
 pub fn clip_value(gradients: &mut [NamedGradient], max: f64) -> Result<(), NnError> {
@@ -15,11 +15,14 @@ pub fn clip_value(gradients: &mut [NamedGradient], max: f64) -> Result<(), NnErr
 /// Scales all gradients together, in place, so that their Euclidean norm is at most `max`; returns the norm
 /// before. As `torch.nn.utils.clip_grad_norm_`, with the sum in f64 and in the order given.
 pub fn clip_norm(gradients: &mut [NamedGradient], max: f64) -> Result<f64, NnError> {
-    let mut squares = 0.0;
-    for (_, gradient) in gradients.iter() {
-        squares += gradient.f_to_kind(Kind::Double)?.f_square()?.f_sum(None)?.f_double_value(&[])?;
+    if gradients.is_empty() {
+        return Ok(0.0);
     }
-    let norm = squares.sqrt();
+    let square = |(_, gradient): &NamedGradient| gradient.f_to_kind(Kind::Double)?.f_square()?.f_sum(None);
+    let squares = gradients.iter().map(square).collect::<Result<Vec<_>, _>>()?;
+    // On a GPU one wait for all. Added here, because the order is to be this one everywhere.
+    let squares = Vec::<f64>::try_from(Tensor::f_stack(&squares, 0)?.f_to_device(Device::Cpu)?)?;
+    let norm = squares.into_iter().fold(0.0, |sum, square| sum + square).sqrt();
     // PyTorch's guard against a division by zero.
     let scale = max / (norm + 1e-6);
     if scale < 1.0 {
@@ -33,7 +36,6 @@ pub fn clip_norm(gradients: &mut [NamedGradient], max: f64) -> Result<f64, NnErr
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::Tensor;
 
     fn gradients() -> Vec<NamedGradient> {
         vec![("a".into(), Tensor::from_slice(&[3.0, 0.0])), ("b".into(), Tensor::from_slice(&[-4.0]))]
