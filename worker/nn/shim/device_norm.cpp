@@ -1,5 +1,7 @@
 // Batch normalization on a GPU, over the global batch or over a shard that is alone, fused with an optional ReLU.
 
+#include <map>
+
 #include "merge.h"
 
 namespace lockstep {
@@ -13,6 +15,14 @@ Tensor halves(const std::vector<double>& first, const std::vector<double>& secon
   std::vector<double> both(first);
   both.insert(both.end(), second.begin(), second.end());
   return to_tensor(both, options);
+}
+
+// `count` on the GPU, as the kernels want it: few numbers come, again and again.
+Tensor counted(int64_t count, const torch::TensorOptions& options) {
+  static thread_local std::map<std::pair<int64_t, int>, Tensor> known;
+  Tensor& tensor = known[{count, options.device().index()}];
+  if (!tensor.defined()) tensor = torch::full({1}, count, options.dtype(torch::kInt));
+  return tensor;
 }
 
 double variance(double inverse_std, double eps) { return std::max(1 / (inverse_std * inverse_std) - eps, 0.0); }
@@ -87,9 +97,9 @@ class DeviceBatchNorm : public torch::autograd::Function<DeviceBatchNorm> {
     Tensor dx;
     if (ctx->needs_input_grad(0)) {
       const auto count = static_cast<int64_t>(ctx->saved_data["count"].toDouble());
-      const Tensor counted = torch::full({1}, count, x.options().dtype(torch::kInt));
       dx = empty ? torch::zeros_like(x)
-                 : at::batch_norm_backward_elemt(dy, x, mean, inverse_std, gamma, sum, moment, counted);
+                 : at::batch_norm_backward_elemt(
+                       dy, x, mean, inverse_std, gamma, sum, moment, counted(count, x.options()));
     }
     return {dx, dgamma, dbeta, Tensor(), Tensor(), Tensor(), Tensor()};
   }

@@ -10,7 +10,7 @@ namespace {
 
 std::vector<torch::Tensor> list(const torch::Tensor* const* tensors, size_t count) {
   std::vector<torch::Tensor> all;
-  for (size_t i = 0; i < count; ++i) all.push_back(tensors[i]->detach());
+  for (size_t i = 0; i < count; ++i) all.push_back(*tensors[i]);
   return all;
 }
 

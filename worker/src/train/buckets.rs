@@ -29,7 +29,7 @@ pub(crate) struct BucketPlan {
 }
 
 pub(crate) struct Place {
-    name: String,
+    pub(super) name: String,
     pub(crate) shape: Vec<i64>,
     pub(crate) bucket: usize,
     pub(crate) offset: usize,

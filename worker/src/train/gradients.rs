@@ -5,6 +5,7 @@ use super::buckets::{BucketPlan, GradientBuckets};
 use super::compress::Wire;
 use super::device_buckets::{Carrier, DeviceBuckets};
 use super::error::TrainError;
+use super::lone_gradients::LoneGradients;
 use lockstep_collectives::Group;
 use lockstep_nn::NnError;
 use std::sync::Arc;
@@ -21,6 +22,8 @@ enum Buckets<T> {
     Host(GradientBuckets<T>),
     /// In memory of a GPU.
     Device(DeviceBuckets),
+    /// Of the only shard of a job, on a GPU: nobody adds to them.
+    Alone(LoneGradients),
 }
 
 impl<T: Number> Gradients<T> {
@@ -35,10 +38,13 @@ impl<T: Number> Gradients<T> {
         step: u64,
         phase: u16,
     ) -> Result<Self, TrainError> {
+        let owned = group.placement().range(group.rank()).len();
         let buckets = match carrier {
+            Some(_) if group.placement().shards() == 1 => {
+                Buckets::Alone(LoneGradients::new(plan, (T::KIND, device)))
+            }
             None => Buckets::Host(GradientBuckets::for_group(plan, wire, group.clone(), step, phase)),
             Some(carrier) => {
-                let owned = group.placement().range(group.rank()).len();
                 let memory = (T::KIND, device);
                 Buckets::Device(DeviceBuckets::new(plan, owned, memory, carrier.clone(), step, phase)?)
             }
@@ -53,6 +59,7 @@ impl<T: Number> Gradients<T> {
         match &self.buckets {
             Buckets::Host(buckets) => buckets.deliver(slot, parameter, gradient),
             Buckets::Device(buckets) => buckets.deliver(slot, parameter, gradient),
+            Buckets::Alone(gradients) => gradients.deliver(parameter, gradient),
         }
     }
 
@@ -61,6 +68,7 @@ impl<T: Number> Gradients<T> {
         match &self.buckets {
             Buckets::Host(buckets) => buckets.finish(slot),
             Buckets::Device(buckets) => buckets.finish(slot),
+            Buckets::Alone(gradients) => gradients.finish(),
         }
     }
 
@@ -69,6 +77,7 @@ impl<T: Number> Gradients<T> {
         match &self.buckets {
             Buckets::Host(buckets) => buckets.wait(device),
             Buckets::Device(buckets) => buckets.wait(),
+            Buckets::Alone(gradients) => gradients.wait(&self.group),
         }
     }
 
@@ -77,6 +86,7 @@ impl<T: Number> Gradients<T> {
         match &self.buckets {
             Buckets::Host(buckets) => buckets.observed_order(),
             Buckets::Device(buckets) => buckets.observed_order(),
+            Buckets::Alone(gradients) => gradients.observed_order(),
         }
     }
 }

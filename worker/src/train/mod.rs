@@ -18,6 +18,7 @@ pub(crate) mod fingerprint;
 pub(crate) mod gpu;
 pub(crate) mod gradients;
 pub(crate) mod lane;
+mod lone_gradients;
 pub(crate) mod mismatch;
 pub(crate) mod permits;
 pub(crate) mod phase;

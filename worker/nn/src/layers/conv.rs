@@ -2,6 +2,7 @@
 
 use crate::error::NnError;
 use crate::init::Init;
+use crate::shim::weight_for;
 use crate::vars::Scope;
 use tch::Tensor;
 
@@ -65,6 +66,7 @@ impl Conv2d {
 
     /// [N, inputs, H, W] to [N, outputs, H', W'].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor, NnError> {
-        Ok(x.f_conv2d(&self.weight, self.bias.as_ref(), [self.stride; 2], self.padding, [1, 1], 1)?)
+        let weight = weight_for(x, &self.weight)?;
+        Ok(x.f_conv2d(&weight, self.bias.as_ref(), [self.stride; 2], self.padding, [1, 1], 1)?)
     }
 }

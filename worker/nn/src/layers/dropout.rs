@@ -4,7 +4,8 @@ use crate::error::NnError;
 use crate::forward::Forward;
 use crate::shim;
 use lockstep_common::rng::Stream;
-use tch::{Kind, Tensor};
+use rayon::prelude::*;
+use tch::{Device, Kind, Tensor};
 
 /// Levels of the keep probability: 16 random bits decide about one element.
 const LEVELS: f64 = 65536.0;
@@ -34,10 +35,14 @@ pub fn dropout(x: &Tensor, keep: f64, name: &str, fwd: &mut Forward) -> Result<T
         level: (keep * LEVELS).round().max(1.0),
     };
     let per_row = shape[1..].iter().product::<i64>() as usize;
+    // On a CPU the other cores have shards of their own.
+    let on_gpu = x.device() != Device::Cpu;
     let mask = match x.f_kind()? {
-        Kind::Double => shim::on_device(&draws.mask(&fwd.samples, per_row, |scale| scale), x.device())?,
+        Kind::Double => {
+            shim::on_device(&draws.mask(&fwd.samples, per_row, on_gpu, |scale| scale), x.device())?
+        }
         kind => {
-            let mask = draws.mask(&fwd.samples, per_row, |scale| scale as f32);
+            let mask = draws.mask(&fwd.samples, per_row, on_gpu, |scale| scale as f32);
             shim::on_device(&mask, x.device())?.f_to_kind(kind)?
         }
     };
@@ -55,18 +60,28 @@ struct Draws {
 
 impl Draws {
     /// 0 or 1 / keep for each element of each sample's row.
-    fn mask<T: Copy>(&self, samples: &[u64], per_row: usize, number: impl Fn(f64) -> T) -> Vec<T> {
+    fn mask<T: Copy + Send + Sync>(
+        &self,
+        samples: &[u64],
+        per_row: usize,
+        in_parallel: bool,
+        number: impl Fn(f64) -> T,
+    ) -> Vec<T> {
         let (kept, dropped) = (number(LEVELS / self.level), number(0.0));
         let [step, phase, use_index] = self.at;
-        let mut mask = Vec::with_capacity(samples.len() * per_row);
-        let mut bits = vec![0u8; 2 * per_row];
-        for &sample in samples {
+        let row = |(&sample, row): (&u64, &mut [T])| {
+            let mut bits = vec![0u8; 2 * per_row];
             let coordinates = [step, phase, sample, use_index];
             Stream::new(self.seed, &self.purpose, &coordinates).fill_bytes(&mut bits);
-            mask.extend(bits.chunks_exact(2).map(|pair| {
-                let draw = u16::from_le_bytes([pair[0], pair[1]]);
-                if u32::from(draw) < self.level as u32 { kept } else { dropped }
-            }));
+            for (value, pair) in row.iter_mut().zip(bits.as_chunks::<2>().0) {
+                *value =
+                    if u32::from(u16::from_le_bytes(*pair)) < self.level as u32 { kept } else { dropped };
+            }
+        };
+        let mut mask = vec![dropped; samples.len() * per_row];
+        match in_parallel {
+            true => samples.par_iter().zip(mask.par_chunks_mut(per_row.max(1))).for_each(row),
+            false => samples.iter().zip(mask.chunks_mut(per_row.max(1))).for_each(row),
         }
         mask
     }

@@ -7,6 +7,7 @@ use tch::Tensor;
 
 unsafe extern "C" {
     fn lockstep_channels_last(x: *const c_void, failure: *mut Failure) -> *mut c_void;
+    fn lockstep_weight_for(x: *const c_void, weight: *const c_void, failure: *mut Failure) -> *mut c_void;
 }
 
 /// A copy of `x` [N, C, H, W] whose channels are neighbours in memory. What libtorch computes from it has that layout too.
@@ -16,6 +17,21 @@ pub fn channels_last(x: &Tensor) -> Result<Tensor, NnError> {
     unsafe {
         let copy = lockstep_channels_last(x.as_ptr().cast(), &raw mut failure);
         if copy.is_null() { Err(failure.into_error()) } else { Ok(Tensor::from_ptr(copy.cast())) }
+    }
+}
+
+/// The weight with which a convolution of `x` computes: on a GPU in `x`'s memory order and in autocast's type.
+pub(crate) fn weight_for(x: &Tensor, weight: &Tensor) -> Result<Tensor, NnError> {
+    let mut failure = Failure::none();
+    // SAFETY: both are live tensors. A result that is not null is a C++ tensor that we own.
+    let result = unsafe { lockstep_weight_for(x.as_ptr().cast(), weight.as_ptr().cast(), &raw mut failure) };
+    if !result.is_null() {
+        // SAFETY: as above.
+        return Ok(unsafe { Tensor::from_ptr(result.cast()) });
+    }
+    match failure.is_none() {
+        true => Ok(weight.shallow_clone()),
+        false => Err(failure.into_error()),
     }
 }
 

@@ -19,6 +19,7 @@ pub(crate) use batch_norm::{batch_norm, lone_batch_norm};
 pub use cuda::load_cuda;
 pub use hooks::{GradientHook, backward, on_gradient};
 pub use layout::channels_last;
+pub(crate) use layout::weight_for;
 pub(crate) use many::{Moving, copy_all, fused_sgd};
 pub(crate) use memory::values;
 pub use memory::{values_mut, with_bytes};
@@ -44,6 +45,10 @@ unsafe extern "C" {
 impl Failure {
     const fn none() -> Self {
         Self { message: ptr::null_mut(), callback_error: ptr::null_mut() }
+    }
+
+    fn is_none(&self) -> bool {
+        self.message.is_null() && self.callback_error.is_null()
     }
 
     /// The error that the shim left here.
