@@ -1,13 +1,17 @@
 """Training images/s of four networks on one GPU in bfloat16 with channels-last memory, Lockstep beside PyTorch, eager and compiled.
 
-Lockstep reads, enlarges and mirrors its images as in any job; PyTorch has them ready in the GPU's memory. Exit code 1 when
-Lockstep is slower than --at-least times eager PyTorch.
+Both train on enlarged images of Fashion-MNIST. Lockstep reads, mirrors and moves them as in any job; PyTorch has them ready in
+the GPU's memory. Exit code 1 when Lockstep is slower than --at-least times eager PyTorch.
 """
 
 import argparse
 import os
+import subprocess
 import sys
 from pathlib import Path
+
+import torch
+from step_ddp import enlarge, read_idx
 
 from side_by_side import HERE, last_json, lockstep_rate, report
 
@@ -26,9 +30,9 @@ classes = 10
 batch_norm = "sync"
 
 [data]
-train = "fashion-mnist/train"
+train = "enlarged-{side}/train"
 channels = 3
-augment = [{{ name = "resize", size = {side} }}, {{ name = "flip" }}]
+augment = [{{ name = "flip" }}]
 
 [optimizer]
 name = "sgd"
@@ -40,6 +44,21 @@ weight_decay = 1e-4
 # The papers' image sizes.
 SIDES = {"googlenet": 224, "inception-v3": 299, "inception-v4": 299, "inception-resnet-v2": 299}
 WARMUP = 20
+LOADED = 1024
+
+
+def add_enlarged(coordinator, data, side):
+    """Imports some of the images, enlarged, as the dataset enlarged-SIDE."""
+    folder = Path(os.environ["LOCKSTEP_DATA_DIR"], f"enlarged-{side}")
+    folder.mkdir()
+    for part, count in ("train", LOADED), ("t10k", 128):
+        images = torch.from_numpy(read_idx(data, f"{part}-images-idx3-ubyte")[:count].copy()).unsqueeze(1)
+        labels = read_idx(data, f"{part}-labels-idx1-ubyte")[:count]
+        for name, array in ("images-idx3", enlarge(images, side)[:, 0].numpy()), ("labels-idx1", labels):
+            header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+            (folder / f"{part}-{name}-ubyte").write_bytes(header + array.tobytes())
+    subprocess.run([coordinator, "dataset", "add", folder.name, "--format", "idx", folder], check=True,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def main():
@@ -56,7 +75,10 @@ def main():
 
     job = Path(os.environ["LOCKSTEP_DATA_DIR"], "bench-gpu.toml")
     slow = []
-    for network in arguments.cases or SIDES:
+    networks = arguments.cases or list(SIDES)
+    for side in {SIDES[network] for network in networks}:
+        add_enlarged(arguments.coordinator, arguments.data, side)
+    for network in networks:
         side = SIDES[network]
         job.write_text(JOB.format(network=network, batch=arguments.batch, steps=arguments.steps, side=side))
         run = [arguments.coordinator, "run", job, "--fresh", "--json", "--devices", "cuda:0"]
