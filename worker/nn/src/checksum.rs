@@ -5,6 +5,7 @@
 
 use crate::error::NnError;
 use crate::shim::with_bytes;
+use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 /// Sums that run side by side: as many words as the widest vector registers have.
@@ -13,6 +14,9 @@ const LANES: usize = 16;
 const WORD: usize = size_of::<u32>();
 /// Bytes of a row of words.
 pub(crate) const ROW: usize = LANES * WORD;
+/// Bytes that one thread takes at a time: whole rows.
+const PIECE: usize = 1 << 18;
+const _: () = assert!(PIECE.is_multiple_of(ROW));
 
 /// The checksum of some bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,6 +46,17 @@ impl Checksum {
         Self { words, sums, rows: bytes.len().div_ceil(ROW) as u32 }
     }
 
+    /// [`Self::of`], by all of rayon's threads where that is worth waking them.
+    fn of_many(bytes: &[u8]) -> Self {
+        match bytes.len() <= PIECE {
+            true => Self::of(bytes),
+            false => {
+                let pieces: Vec<Self> = bytes.par_chunks(PIECE).map(Self::of).collect();
+                pieces.iter().fold(Self::default(), |sum, piece| sum.then(piece))
+            }
+        }
+    }
+
     /// That of a tensor: of its elements in row-major order on the CPU. On another device it is taken there, of the sum of
     /// its words.
     ///
@@ -50,7 +65,7 @@ impl Checksum {
     /// Whatever libtorch says of a tensor that it cannot read.
     pub fn of_tensor(tensor: &Tensor) -> Result<Self, NnError> {
         match tensor.device() {
-            Device::Cpu => with_bytes(tensor, Self::of),
+            Device::Cpu => with_bytes(tensor, Self::of_many),
             _ => Ok(Self::of(&sum_there(tensor)?.to_le_bytes())),
         }
     }
@@ -125,6 +140,14 @@ mod tests {
             let parts = [&bytes[..first], &bytes[first..second], &bytes[second..]].map(Checksum::of);
             let whole = parts.iter().fold(Checksum::default(), |sum, part| sum.then(part));
             assert_eq!(whole, Checksum::of(&bytes), "cut at {first} and {second}");
+        }
+    }
+
+    #[test]
+    fn many_threads_come_to_what_one_does() {
+        for length in [PIECE - 4, PIECE, PIECE + 4, 3 * PIECE + 68] {
+            let bytes = bytes(length);
+            assert_eq!(Checksum::of_many(&bytes), Checksum::of(&bytes), "{length} bytes");
         }
     }
 

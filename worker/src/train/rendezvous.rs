@@ -9,7 +9,10 @@ use parking_lot::{Condvar, Mutex};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How long a lane looks for the others before it sleeps.
+const EAGER: Duration = Duration::from_micros(200);
 
 /// Collects the owned shards' sums for each exchange; the last to arrive hands them to the group.
 pub(crate) struct Rendezvous {
@@ -108,11 +111,20 @@ impl Rendezvous {
             self.changed.notify_all();
         } else {
             let start = Instant::now();
-            self.permits.release();
-            while state.failure.is_none() && state.meetings.get(&tag).is_some_and(|m| m.pending.is_none()) {
-                self.changed.wait(&mut state);
-            }
             drop(state);
+            self.permits.release();
+            let is_over = |state: &State| {
+                state.failure.is_some() || state.meetings.get(&tag).is_none_or(|m| m.pending.is_some())
+            };
+            // Others often come soon, and waking a thread takes as long as that.
+            while start.elapsed() < EAGER && !is_over(&self.state.lock()) {
+                std::thread::yield_now();
+            }
+            let mut waiting = self.state.lock();
+            while !is_over(&waiting) {
+                self.changed.wait(&mut waiting);
+            }
+            drop(waiting);
             self.permits.acquire();
             self.note_wait(slot, start);
             state = self.state.lock();
