@@ -3,6 +3,7 @@
 mod codec;
 mod flight;
 mod messages;
+mod summary;
 
 pub use codec::{
     FrameError, MAX_FRAME_BYTES, PROTOCOL, decode, encode, read_frame, read_preamble, write_frame,
@@ -10,8 +11,8 @@ pub use codec::{
 };
 pub use flight::{FlightReport, FlightSummary, InFlight, Missing, PastCollective, RankFlight};
 pub use messages::{
-    Assignment, CheckpointFailure, CheckpointPart, DatasetBrief, FileHead, Following, FromWorker, Held,
-    InterfaceAddress, JobState, JobSummary, LEASE_GRACE_MS, LEASE_MARGIN_MS, LogLine, MAX_ADDRESSES,
-    NOT_STORED, Outcome, Pace, PartFile, Peer, Position, Refusal, Register, Request, Response, Resumption,
-    Running, StepRecord, StopMode, Straggler, ToWorker, TokenPurpose, WorkerSummary,
+    Assignment, CheckpointPart, DatasetBrief, FileHead, Following, FromWorker, Held, InterfaceAddress,
+    LEASE_GRACE_MS, LEASE_MARGIN_MS, MAX_ADDRESSES, NOT_STORED, Outcome, Pace, PartFile, Peer, Position,
+    Refusal, Register, Request, Response, Resumption, Running, StepRecord, StopMode, ToWorker, TokenPurpose,
 };
+pub use summary::{CheckpointFailure, JobState, JobSummary, LogLine, Straggler, WorkerSummary};

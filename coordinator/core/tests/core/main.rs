@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's helpers fail the test")]
 
+mod endings;
 mod flight;
+mod joining;
 mod misfortunes;
 mod random;
 mod scenarios;

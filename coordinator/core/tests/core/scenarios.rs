@@ -23,6 +23,35 @@ pub(crate) fn running() -> World {
     world
 }
 
+/// Workers 1 to `workers` run job 1, which goes on with as few as `min`.
+pub(crate) fn running_on(workers: u64, min: u32) -> World {
+    let mut world = World::new();
+    world.enroll(workers);
+    (1..=workers).for_each(|w| world.connect(w));
+    let job = NewJob { wait_for: Some(workers as u32), ..job(min, 8) };
+    world.submit(job);
+    world.find(None);
+    assert_eq!(world.core.job(J1).unwrap().members.len() as u64, workers);
+    world.core.set_wait_for(J1, None, world.now_ms).unwrap();
+    world.pump();
+    world.inbox();
+    world
+}
+
+/// The resumption that each started worker was told.
+pub(crate) fn starts(world: &mut World) -> Vec<(u64, Resumption)> {
+    let start = |(worker, message): (WorkerId, ToWorker)| match message {
+        ToWorker::Start(assignment) => Some((worker.0, assignment.resume)),
+        _ => None,
+    };
+    world.inbox().into_iter().filter_map(start).collect()
+}
+
+pub(crate) fn from_peers(step: u64, phase: u16, sources: &[u32]) -> Resumption {
+    let sources = sources.iter().copied().map(Rank).collect();
+    Resumption::Peers { position: Position { step, phase }, sources }
+}
+
 #[test]
 fn a_job_starts_when_enough_workers_are_idle_and_every_rank_gets_the_same_peers() {
     let mut world = World::new();
@@ -260,194 +289,6 @@ fn a_returning_worker_of_an_old_generation_is_told_to_abort() {
 }
 
 #[test]
-fn a_job_is_finished_when_all_ranks_are_and_their_weights_agree() {
-    let mut world = running();
-    world.end(1, J1, 1, finished("a"));
-    assert_eq!(world.state(J1), JobState::Running);
-    world.end(2, J1, 1, finished("a"));
-    assert_eq!(world.state(J1), JobState::Finished);
-    assert_eq!(world.core.job(J1).unwrap().weights_digest.as_deref(), Some("a"));
-
-    let mut world = running();
-    world.end(1, J1, 1, finished("a"));
-    world.end(2, J1, 1, finished("b"));
-    assert_eq!(world.state(J1), JobState::Failed);
-    assert!(
-        world.reason(J1).starts_with("rank 1 (w2 on host2) ended with other weights"),
-        "{}",
-        world.reason(J1)
-    );
-}
-
-#[test]
-fn an_error_that_would_come_back_fails_the_job_with_the_first_one() {
-    let mut world = running();
-    world.end(2, J1, 1, Outcome::Failed { error: "loss is NaN at step 3".to_owned() });
-    world.end(1, J1, 1, Outcome::Failed { error: "told to abort".to_owned() });
-    assert_eq!(world.state(J1), JobState::Failed);
-    assert_eq!(world.reason(J1), "rank 1 (w2 on host2): loss is NaN at step 3");
-}
-
-#[test]
-fn generations_that_get_no_further_end_in_failure_and_progress_counts_anew() {
-    let mut world = running();
-    for generation in 1..=9 {
-        world.end(1, J1, generation, lost(1));
-        world.end(2, J1, generation, stopped(0));
-        world.find(None);
-    }
-    world.step(1, J1, 10, 12);
-    // Ten failures of the cluster within moments are not the job's.
-    for generation in 10..=20 {
-        assert_eq!(world.state(J1), JobState::Running, "generation {generation}");
-        if generation == 20 {
-            world.pass(120_000);
-        }
-        world.end(1, J1, generation, lost(1));
-        world.end(2, J1, generation, stopped(0));
-        world.find(None);
-    }
-    assert_eq!(world.state(J1), JobState::Failed);
-    assert!(
-        world.reason(J1).contains("11 attempts in a row came no further, in 120 s"),
-        "{}",
-        world.reason(J1)
-    );
-    assert!(world.reason(J1).contains("bucket 2"));
-}
-
-#[test]
-fn pause_asks_for_a_checkpoint_and_resume_goes_on_from_it() {
-    let mut world = running();
-    world.inbox();
-    world.core.pause(J1, world.now_ms).unwrap();
-    world.pump();
-    let stop = ToWorker::Stop { job: J1, generation: Generation(1), mode: StopMode::Checkpoint };
-    assert_eq!(world.inbox(), [(WorkerId(1), stop.clone()), (WorkerId(2), stop)]);
-    assert_eq!(world.state(J1), JobState::Stopping);
-    world.core.handle_checkpoint_stored(J1, 31);
-    world.end(2, J1, 1, stopped(31));
-    world.end(1, J1, 1, stopped(31));
-    assert_eq!(world.state(J1), JobState::Paused);
-    assert!(world.core.pause(J1, world.now_ms).is_err());
-    world.core.resume(J1, world.now_ms).unwrap();
-    world.pump();
-    world.find(Some(31));
-    assert_eq!((world.state(J1), world.core.job(J1).unwrap().step), (JobState::Running, 31));
-}
-
-#[test]
-fn a_job_that_finishes_while_it_is_cancelled_is_finished() {
-    let mut world = running();
-    world.end(1, J1, 1, finished("a"));
-    world.core.cancel(J1, world.now_ms).unwrap();
-    world.pump();
-    world.end(2, J1, 1, stopped(9));
-    assert_eq!(world.state(J1), JobState::Finished);
-}
-
-#[test]
-fn cancel_in_every_state_ends_the_job_and_frees_its_workers() {
-    let mut world = World::new();
-    world.enroll(1);
-    world.submit(job(1, 1));
-    world.core.cancel(J1, world.now_ms).unwrap();
-    assert_eq!(world.state(J1), JobState::Cancelled);
-
-    world.submit(job(1, 1));
-    world.connect(1); // Reserved, not started.
-    world.core.cancel(JobId(2), world.now_ms).unwrap();
-    world.find(None);
-    assert_eq!(world.state(JobId(2)), JobState::Cancelled);
-
-    world.submit(job(1, 1));
-    world.find(None);
-    world.core.cancel(JobId(3), world.now_ms).unwrap();
-    world.pump();
-    world.end(1, JobId(3), 1, stopped(0));
-    assert_eq!(world.state(JobId(3)), JobState::Cancelled);
-    assert!(world.core.cancel(JobId(3), world.now_ms).unwrap_err().to_string().contains("is cancelled"));
-    world.submit(job(1, 1));
-    world.find(None);
-    assert_eq!(world.state(JobId(4)), JobState::Running);
-}
-
-#[test]
-fn a_worker_that_does_not_stop_is_dismissed_and_not_waited_for() {
-    let mut world = running();
-    world.core.cancel(J1, world.now_ms).unwrap();
-    world.pump();
-    world.end(1, J1, 1, stopped(0));
-    world.inbox();
-    world.pass(19_000);
-    assert_eq!(world.state(J1), JobState::Stopping);
-    world.pass(2_000);
-    assert_eq!(world.state(J1), JobState::Cancelled);
-    assert!(matches!(world.inbox()[..], [(WorkerId(2), ToWorker::Dismiss { .. })]));
-    world.submit(job(1, 8));
-    world.find(None);
-    assert_eq!(
-        world.core.job(JobId(2)).unwrap().members,
-        [WorkerId(1)],
-        "a dismissed worker gets nothing more"
-    );
-}
-
-/// Workers 1 to `workers` run job 1, which goes on with as few as `min`.
-pub(crate) fn running_on(workers: u64, min: u32) -> World {
-    let mut world = World::new();
-    world.enroll(workers);
-    (1..=workers).for_each(|w| world.connect(w));
-    let job = NewJob { wait_for: Some(workers as u32), ..job(min, 8) };
-    world.submit(job);
-    world.find(None);
-    assert_eq!(world.core.job(J1).unwrap().members.len() as u64, workers);
-    world.core.set_wait_for(J1, None, world.now_ms).unwrap();
-    world.pump();
-    world.inbox();
-    world
-}
-
-/// The resumption that each started worker was told.
-pub(crate) fn starts(world: &mut World) -> Vec<(u64, Resumption)> {
-    let start = |(worker, message): (WorkerId, ToWorker)| match message {
-        ToWorker::Start(assignment) => Some((worker.0, assignment.resume)),
-        _ => None,
-    };
-    world.inbox().into_iter().filter_map(start).collect()
-}
-
-pub(crate) fn from_peers(step: u64, phase: u16, sources: &[u32]) -> Resumption {
-    let sources = sources.iter().copied().map(Rank).collect();
-    Resumption::Peers { position: Position { step, phase }, sources }
-}
-
-#[test]
-fn a_leaving_worker_is_let_go_at_a_boundary_and_the_others_go_on_from_what_they_kept() {
-    let mut world = running_on(3, 1);
-    world.say(2, FromWorker::Leaving);
-    assert_eq!(world.inbox(), [], "others may be about to leave too");
-    world.pass(200);
-    let modes: Vec<_> = world.inbox().into_iter().map(|(_, m)| m).collect();
-    let stop = ToWorker::Stop { job: J1, generation: Generation(1), mode: StopMode::Boundary };
-    assert_eq!(modes, vec![stop; 3]);
-    (1..=3).for_each(|w| world.end_with(w, J1, 1, stopped(8), Position::at(8)));
-    let resume = from_peers(8, 0, &[0, 1]);
-    assert_eq!(starts(&mut world), [(1, resume.clone()), (3, resume)]);
-}
-
-#[test]
-fn when_all_workers_leave_at_once_they_write_a_checkpoint_first() {
-    let mut world = running_on(2, 1);
-    world.say(2, FromWorker::Leaving);
-    world.say(1, FromWorker::Leaving);
-    world.pass(200);
-    assert!(
-        world.inbox().iter().all(|(_, m)| matches!(m, ToWorker::Stop { mode: StopMode::Checkpoint, .. }))
-    );
-}
-
-#[test]
 fn worker_death_mid_step_heals_from_furthest_replica() {
     let mut world = running_on(4, 1);
     world.die(4);
@@ -527,128 +368,6 @@ fn a_process_that_is_known_to_have_ended_lets_the_next_generation_start() {
     world.pass(1_100);
     world.find(Some(4));
     assert_eq!(world.core.job(J1).unwrap().members, [WorkerId(3)]);
-}
-
-#[test]
-fn a_newcomer_follows_and_joins_at_a_boundary_when_it_is_ready() {
-    let mut world = running_on(2, 1);
-    world.enroll(1);
-    world.connect(3);
-    let told = world.inbox();
-    let [(WorkerId(3), ToWorker::Follow(following))] = &told[..] else { panic!("{told:?}") };
-    assert_eq!(following.sources.iter().map(|p| p.worker.0).collect::<Vec<_>>(), [1, 2]);
-    world.following(3, J1, 1, 20);
-    let stop = ToWorker::Stop { job: J1, generation: Generation(1), mode: StopMode::Boundary };
-    assert_eq!(world.inbox(), [(WorkerId(1), stop.clone()), (WorkerId(2), stop)]);
-    world.end_with(1, J1, 1, stopped(21), Position::at(21));
-    world.end_with(2, J1, 1, stopped(21), Position::at(21));
-    let resume = from_peers(21, 0, &[0, 1]);
-    assert_eq!(starts(&mut world), [1, 2, 3].map(|w| (w, resume.clone())));
-}
-
-#[test]
-fn a_queued_job_gets_the_workers_that_were_about_to_join_another() {
-    let mut world = running_on(2, 1);
-    world.enroll(2);
-    world.connect(3);
-    world.connect(4);
-    world.inbox();
-    world.submit(job(2, 2));
-    world.find(None);
-    assert_eq!(world.core.job(JobId(2)).unwrap().members, [WorkerId(3), WorkerId(4)]);
-}
-
-#[test]
-fn a_death_while_somebody_follows_makes_it_follow_the_next_generation() {
-    let mut world = running_on(3, 1);
-    world.enroll(1);
-    world.connect(4);
-    world.inbox();
-    world.die(3);
-    world.end_with(1, J1, 1, lost(2), Position::at(5));
-    world.end_with(2, J1, 1, lost(2), Position::at(5));
-    let told = world.inbox();
-    let follows = told.iter().filter(|(w, m)| {
-        matches!(m, ToWorker::Follow(f) if *w == WorkerId(4) && f.generation == Generation(2) && f.sources.len() == 2)
-    });
-    assert_eq!(follows.count(), 1, "{told:?}");
-    world.following(4, J1, 1, 5);
-    assert_eq!(world.inbox(), [], "that was the old generation");
-    world.following(4, J1, 2, 6);
-    assert_eq!(world.inbox().len(), 2);
-}
-
-#[test]
-fn a_worker_that_its_peers_cannot_reach_is_left_out_for_a_while() {
-    let mut world = running_on(3, 1);
-    world.end_with(1, J1, 1, lost(2), Position::at(5));
-    world.end_with(2, J1, 1, lost(2), Position::at(5));
-    world.end_with(3, J1, 1, lost(0), Position::at(5));
-    let resume = from_peers(5, 0, &[0, 1]);
-    let told = world.inbox();
-    assert!(told.contains(&(WorkerId(3), ToWorker::Release { job: J1 })), "{told:?}");
-    assert!(told.iter().all(|(w, m)| *w != WorkerId(3) || !matches!(m, ToWorker::Follow(_))), "{told:?}");
-    let started = told.into_iter().filter_map(|(w, m)| match m {
-        ToWorker::Start(a) => Some((w.0, a.resume)),
-        _ => None,
-    });
-    assert_eq!(started.collect::<Vec<_>>(), [1, 2].map(|w| (w, resume.clone())));
-    world.pass(10_100);
-    assert!(matches!(world.inbox()[..], [(WorkerId(3), ToWorker::Follow(_))]), "then it is tried again");
-}
-
-/// It was taken in again every 10 s, and the others stood still for a time-out each time.
-#[test]
-fn a_worker_that_its_peers_cannot_reach_is_tried_ever_more_seldom_until_it_has_stepped_for_a_while() {
-    let mut world = running_on(3, 1);
-    let cut_off = |world: &mut World, generation: u64| {
-        for (worker, culprit) in [(1, 2), (2, 2), (3, 0)] {
-            world.end_with(worker, J1, generation, lost(culprit), Position::at(5));
-        }
-        world.inbox();
-    };
-    // It is taken in again after so many seconds, and not before; the generation in which it is.
-    let taken_in_after = |world: &mut World, seconds: u64, generation: u64| {
-        world.pass(1000 * seconds - 100);
-        assert_eq!(world.inbox(), [], "not before {seconds} s");
-        world.pass(200);
-        assert!(matches!(world.inbox()[..], [(WorkerId(3), ToWorker::Follow(_))]), "after {seconds} s");
-        world.following(3, J1, generation, 5);
-        for worker in [1, 2] {
-            world.end_with(worker, J1, generation, stopped(5), Position::at(5));
-        }
-        assert_eq!(starts(world).len(), 3);
-        generation + 1
-    };
-    let mut generation = 1;
-    for seconds in [10, 20, 40] {
-        cut_off(&mut world, generation);
-        generation = taken_in_after(&mut world, seconds, generation + 1);
-    }
-    world.step(1, J1, generation, 6);
-    world.pass(60_000);
-    cut_off(&mut world, generation);
-    generation = taken_in_after(&mut world, 10, generation + 1);
-    // A few steps are no proof.
-    world.step(1, J1, generation, 7);
-    world.pass(59_000);
-    cut_off(&mut world, generation);
-    taken_in_after(&mut world, 20, generation + 1);
-}
-
-#[test]
-fn a_job_that_lacks_workers_takes_one_back_that_its_peers_could_not_reach_after_the_first_time() {
-    let mut world = running();
-    for generation in 1..=4 {
-        for worker in [1, 2] {
-            let outcome = lost(2 - worker as u32);
-            world.end_with(worker, J1, generation, outcome, Position::at(5));
-        }
-        world.pass(9_900);
-        assert_eq!(world.state(J1), JobState::Queued, "{}", world.reason(J1));
-        world.pass(200);
-        assert_eq!(world.generation(J1), Generation(generation + 1), "{}", world.reason(J1));
-    }
 }
 
 #[test]
