@@ -325,6 +325,13 @@ mod tests {
         let dtype = "  not of type F64, F32, F16 or BF16: `fc.bias` is I32";
         assert_eq!(unknown(&file), head(count, count) + dtype);
 
+        let within =
+            |t: &TensorBytes<'static>| TensorBytes { name: format!("module.{}", t.name).into(), ..t.clone() };
+        let told = unknown(&whole.iter().map(within).collect::<Vec<_>>());
+        assert!(
+            told.contains("begin with `module.`, and without that they are those of `googlenet` with"),
+            "{told}"
+        );
         let none = TensorBytes { name: "none".into(), ..whole[fc].clone() };
         assert_eq!(unknown(&[none]), "of its 1 tensor none has a name of a network of `worker models`");
     }

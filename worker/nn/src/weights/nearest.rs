@@ -1,6 +1,6 @@
 //! Weights of no network: which one they are nearest to, and what keeps them from being its.
 
-use super::{Shapes, forms, is_of_weights, size};
+use super::{Shapes, forms, identify_shapes, is_of_weights, size};
 use crate::models::{self, registry};
 use crate::vars::Vars;
 use lockstep_common::digest::TensorBytes;
@@ -16,7 +16,14 @@ const NAMED: usize = 3;
 pub(super) fn differences(tensors: &[TensorBytes<'_>], shapes: &Shapes<'_>) -> String {
     let count = counted(shapes.len() as u64, "tensor");
     let Some((spec, common)) = nearest(shapes) else {
-        return format!("of its {count} none has a name of a network of `worker models`");
+        return match prefixed(shapes) {
+            Some((prefix, spec)) => format!(
+                "the names of its {count} begin with `{}`, and without that they are those of {}; save them without it",
+                shown(prefix),
+                named(&spec)
+            ),
+            None => format!("of its {count} none has a name of a network of `worker models`"),
+        };
     };
     let found = sized(spec, shapes).and_then(|spec| Some((models::outline(&spec).ok()?, spec)));
     let Some((outline, spec)) = found else {
@@ -55,6 +62,15 @@ fn nearest(shapes: &Shapes<'_>) -> Option<(ModelSpec, usize)> {
         false => best,
     });
     best.map(|(common, _, _, spec)| (spec, common))
+}
+
+/// What all names begin with, up to a dot, and the network whose they are without it: `module.` of PyTorch's DataParallel, say.
+fn prefixed<'a>(shapes: &Shapes<'a>) -> Option<(&'a str, ModelSpec)> {
+    let first: &'a str = shapes.keys().next()?;
+    let prefix = &first[..=first.find('.')?];
+    let without: Option<Shapes<'a>> =
+        shapes.iter().map(|(name, shape)| Some((name.strip_prefix(prefix)?, *shape))).collect();
+    Some((prefix, identify_shapes(&without?)?))
 }
 
 /// `spec` with the number of classes and of channels that leaves the fewest shapes different.
