@@ -18,6 +18,7 @@ pub mod placement;
 pub mod product;
 pub mod rng;
 pub mod sampler;
+pub mod shown;
 pub mod suggest;
 pub mod token;
 pub mod wire;

@@ -1,6 +1,9 @@
 //! An error and its causes in one line.
 
-/// The messages of an error and of its causes, each once: many a message quotes its cause already.
+use crate::shown::shown_lines;
+
+/// The messages of an error and of its causes, each once: many a message quotes its cause already. What a terminal would obey is
+/// escaped, as messages name what others have named.
 pub fn one_line(chain: impl IntoIterator<Item = impl ToString>) -> String {
     let mut line = String::new();
     for message in chain {
@@ -11,7 +14,7 @@ pub fn one_line(chain: impl IntoIterator<Item = impl ToString>) -> String {
             line = format!("{line}: {message}");
         }
     }
-    line
+    shown_lines(&line).into_owned()
 }
 
 #[cfg(test)]
@@ -23,5 +26,6 @@ mod tests {
         let chain = ["cannot listen on 1.2.3.4:5: in use; choose another", "in use"];
         assert_eq!(one_line(chain), chain[0]);
         assert_eq!(one_line(["cannot read `x`", "no such file"]), "cannot read `x`: no such file");
+        assert_eq!(one_line(["cannot read `\u{1b}c`"]), r"cannot read `\u{1b}c`");
     }
 }

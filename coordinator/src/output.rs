@@ -1,23 +1,25 @@
-//! Standard output and the errors of the command line.
+//! Standard output and the errors of the command line. Of what others have written nothing reaches a terminal that it would obey.
 
+use lockstep_common::shown::shown_lines;
 use std::io::Write;
 
 /// Writes a line to standard output. A reader that has gone away, such as `head`, is no error.
 pub(crate) fn say(line: impl std::fmt::Display) {
-    let _ = writeln!(std::io::stdout().lock(), "{line}");
+    let _ = writeln!(std::io::stdout().lock(), "{}", shown_lines(&line.to_string()));
 }
 
 /// Writes a value as one line of JSON to standard output.
 pub(crate) fn say_json(value: &impl serde::Serialize) {
     match serde_json::to_string(value) {
-        Ok(json) => say(json),
+        // JSON has escapes of its own.
+        Ok(json) => drop(writeln!(std::io::stdout().lock(), "{json}")),
         Err(e) => note(format_args!("error: cannot be written as JSON: {e}")),
     }
 }
 
 /// Writes a line to standard error.
 pub(crate) fn note(line: impl std::fmt::Display) {
-    let _ = writeln!(std::io::stderr().lock(), "{line}");
+    let _ = writeln!(std::io::stderr().lock(), "{}", shown_lines(&line.to_string()));
 }
 
 /// Tells what can be done next.

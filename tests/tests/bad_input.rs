@@ -26,7 +26,7 @@ fn job_refused(place: &Place, job: &str, from: &str, to: &str, words: &[&str]) {
     let path = place.job_file(&text);
     let mut parts = words.to_vec();
     let line = text.lines().position(|line| !to.is_empty() && to.lines().any(|l| line == l)).map(|n| n + 1);
-    let place_of = line.map(|line| format!("job.toml:{line}: "));
+    let place_of = line.map(|line| format!("error: {}:{line}: ", path.display()));
     parts.extend(place_of.as_deref());
     let ended = place.coordinator(["run", &path.to_string_lossy(), "--workers", "1"]).refused(1, &parts);
     one_line(&ended);

@@ -8,6 +8,7 @@ use lockstep_tests::place::{Place, TEST, flip_byte};
 use lockstep_tests::process::{Ended, Process, command};
 use lockstep_tests::wait::until;
 use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::fs;
@@ -163,17 +164,20 @@ fn a_job_that_only_evaluates_gives_one_report_on_any_number_of_workers() {
     assert_eq!(evaluation(&place, "j2"), evaluation(&place, "j1"));
     assert_eq!(digests[1].metrics["test_top1"], trained.metrics["test_top1"]);
     assert!(place.checkpoints("j2").is_empty(), "nothing was trained");
+    // There is nothing to export, and the run does not advise it.
+    let ended = place.start_run(job.replace("\"evaluation\"", "\"again\""), 1).wait().ok();
+    assert!(ended.stderr.contains("hint: ") && !ended.stderr.contains("export"), "{}", ended.stderr);
 
     let crops = format!("{job}\n[evaluation]\ncrops = 12\n");
     let crops = [1, 2].map(|workers| crops.replace("\"evaluation\"", &format!("\"crops-{workers}\"")));
     place.run(&crops[0], 1);
     place.run(&crops[1], 2);
-    assert_eq!(json("j4"), json("j5"));
-    assert_ne!(json("j4"), json("j2"));
+    assert_eq!(json("j5"), json("j6"));
+    assert_ne!(json("j5"), json("j2"));
     let data = place.dir().join("datasets").to_string_lossy().into_owned();
     let job = place.job_file(&crops[0]).to_string_lossy().into_owned();
     let found = evaluated(&[Path::new(&file)], &["--job", &job, "--datasets", &data]);
-    assert_eq!(found["checkpoints"][0]["report"], evaluation(&place, "j4"));
+    assert_eq!(found["checkpoints"][0]["report"], evaluation(&place, "j5"));
 }
 
 /// Images of four classes with names, and a short job on them.
@@ -299,11 +303,99 @@ fn changed(
         }
     }
     let views = kept.iter().map(|(name, dtype, shape, bytes)| {
-        (name, safetensors::tensor::TensorView::new(*dtype, shape.clone(), bytes).expect("a tensor"))
+        (name, TensorView::new(*dtype, shape.clone(), bytes).expect("a tensor"))
     });
     let path = file.with_file_name(name);
     fs::write(&path, safetensors::serialize(views, None).expect("safetensors")).expect("written");
     path
+}
+
+/// A copy of a file of weights in which the tensor `broken` is NaN.
+fn with_nan(file: &Path, broken: &str) -> PathBuf {
+    let bytes = fs::read(file).expect("the weights");
+    let tensors = SafeTensors::deserialize(&bytes).expect("safetensors").tensors();
+    let nan = |view: &TensorView<'_>| f32::NAN.to_le_bytes().repeat(view.data().len() / 4);
+    let kept: Vec<_> = tensors
+        .iter()
+        .map(|(name, view)| (name, view, if name == broken { nan(view) } else { view.data().to_vec() }))
+        .collect();
+    let views = kept.iter().map(|(name, view, bytes)| {
+        (name, TensorView::new(view.dtype(), view.shape().to_vec(), bytes).expect("a tensor"))
+    });
+    let path = file.with_file_name("nan.safetensors");
+    fs::write(&path, safetensors::serialize(views, None).expect("safetensors")).expect("written");
+    path
+}
+
+/// NaNs are neither more nor less than one another: the label was always among the first five, and the job finished.
+#[test]
+fn a_network_whose_outputs_are_nan_is_refused_by_job_and_commands() {
+    let place = Place::new();
+    place.run(Job { steps: 4, width: 16, ..Job::default() }, 1);
+    let (job, file) = evaluates(&place, Job::default());
+    let broken = with_nan(Path::new(&file), "fc.bias").to_string_lossy().into_owned();
+    let section = worker(["weights", &broken]).ok().stdout;
+    let (before, rest) = job.split_once("[model]").expect("a model");
+    let (_, after) = rest.split_once("[data]").expect("data");
+    let job = format!("{before}{section}\n[data]{after}");
+    let logit = "of `tiny/test`: the network's logit of class 0 is NaN";
+    let ended = place.start_run(&job, 2).wait().refused(1, &["error: j2 failed: ", "sample ", logit]);
+    assert!(!ended.stderr.contains("checkpoint export"), "{}", ended.stderr);
+    assert!(!place.job_dir("j2").join("artifacts/evaluation.json").exists());
+
+    let data = place.dir().join("datasets").to_string_lossy().into_owned();
+    let job = place.job_file(&job).to_string_lossy().into_owned();
+    let report = place.file("report.json");
+    let path = report.to_string_lossy().into_owned();
+    let options = ["--datasets", &data, "--job", &job, "--ensemble", "--json", &path];
+    let both = [Path::new(&file), Path::new(&broken)];
+    refused(eval(&both, &options), &[&format!("checkpoint `{broken}`: sample "), logit]);
+    assert!(!report.exists(), "a file of no report");
+    fs::write(&report, "an older one").expect("written");
+    refused(eval(&both, &options), &[logit]);
+    assert_eq!(fs::read_to_string(&report).expect("the older one"), "an older one");
+    let picture = place.file("picture.png");
+    fs::write(&picture, lockstep_tests::images::png(&[90; 16 * 16 * 3], 16, 16)).expect("a picture");
+    let picture = picture.to_string_lossy();
+    let args = ["predict", "--checkpoint", &broken, "--datasets", &data, "--job", &job, &picture];
+    let named = format!("image `{picture}`: checkpoint `{broken}`: the network's logit of class 0 is NaN");
+    refused(worker(args), &[&named]);
+}
+
+#[test]
+fn a_report_that_could_not_be_written_is_refused_before_the_evaluation() {
+    let place = Place::new();
+    place.run(Job { steps: 4, ..Job::default() }, 1);
+    let good = place.checkpoint("j1", 4);
+    let nowhere = place.file("none/report.json").to_string_lossy().into_owned();
+    refused(eval(&[&good], &["--json", &nowhere]), &[&format!("cannot write `{nowhere}`")]);
+    let report = place.file("report.json");
+    let path = report.to_string_lossy().into_owned();
+    fs::write(&report, [b'x'; 100_000]).expect("an older report");
+    eval(&[&good], &["--json", &path]).ok();
+    let found: Value = serde_json::from_slice(&fs::read(&report).expect("the report")).expect("JSON");
+    assert_eq!(found, evaluated(&[&good], &[]));
+}
+
+#[test]
+fn weights_of_no_network_are_told_what_they_lack() {
+    let place = Place::new();
+    place.run(Job { steps: 4, width: 16, ..Job::default() }, 1);
+    let file = place.file("weights.safetensors");
+    place.coordinator(["checkpoint", "export", "j1", &file.to_string_lossy()]).ok();
+    let other = |name: &str, shape: Vec<usize>| match name {
+        "fc.bias" => vec![("fc.more".to_owned(), shape)],
+        "bn1.bias" => vec![(name.to_owned(), vec![15])],
+        _ => vec![(name.to_owned(), shape)],
+    };
+    let other = changed(&file, "other.safetensors", other);
+    let ended = worker(["weights", &other.to_string_lossy()]).refused(1, &[]);
+    let told = [
+        "are those of no network of `worker models`; nearest is `small-cnn`",
+        "\n  missing: `fc.bias`\n  too much: `fc.more`\n  other shape: `bn1.bias` is [15] instead of [16]\n",
+    ];
+    assert!(told.iter().all(|told| ended.stderr.contains(told)), "{}", ended.stderr);
+    assert_eq!((ended.stderr.lines().count(), ended.stdout.as_str()), (4, ""), "{}", ended.stderr);
 }
 
 #[test]

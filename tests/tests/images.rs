@@ -195,7 +195,7 @@ fn corrupt_images_are_refused_by_name_or_left_out_and_counted() {
 
     let ended = add(&place, "pets", "folder", &source, &["--skip-corrupt"]).ok();
     assert!(
-        ended.stdout.contains("`pets/train`, 48 samples in 1 shards, 3 corrupt images left out"),
+        ended.stdout.contains("`pets/train`, 48 samples in 1 shard, 3 corrupt images left out"),
         "{}",
         ended.stdout
     );
@@ -283,7 +283,11 @@ fn bad_tar_files_are_refused_with_one_line() {
     };
     let sample = |label: &[u8]| tar([("a.jpg", &image[..]), ("a.cls", label)]);
     let whole = sample(b"1");
-    refused(add(b"no tar file, but a text of some length"), &["some.tar", "damaged or not a tar file"]);
+    refused(add(b"no tar file, but a text of some length"), &["some.tar", "it is not a tar file"]);
+    refused(add(b"\x1f\x8b\x08"), &["some.tar", "compressed with gzip; unpack it first"]);
+    let ended = add(&tar([("\u{1b}[31m.jpg", &image[..])]));
+    assert!(!ended.stderr.contains('\u{1b}'), "{}", ended.stderr);
+    refused(ended, &[r"sample `\u{1b}[31m` has no label"]);
     refused(add(&whole[..700]), &["member `a.jpg` is truncated", "download or copy"]);
     refused(add(&whole[..whole.len() - 1024]), &["ends without the mark at the end"]);
     refused(add(&tar([("a.jpg", &image[..]), ("b.jpg", &image)])), &["sample `a` has no label", "`.cls`"]);
@@ -300,7 +304,7 @@ fn bad_tar_files_are_refused_with_one_line() {
     refused(add(&tar([("a.txt", &b"x"[..])])), &["it has no images"]);
     refused(
         add(&tar([("a.jpg", &b"no image"[..]), ("a.cls", b"1")])),
-        &["1 of the 1 images", "some.tar: a`"],
+        &["1 of the 1 image ", "some.tar: a`"],
     );
     let folder = place.file("folder");
     fs::create_dir_all(&folder).expect("a folder");

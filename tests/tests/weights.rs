@@ -1,6 +1,6 @@
 //! Jobs that begin with weights from a file.
 
-use lockstep_tests::job::Job;
+use lockstep_tests::job::{Job, set};
 use lockstep_tests::place::Place;
 use lockstep_tests::process::{Process, command};
 use std::fs;
@@ -61,11 +61,40 @@ fn weights_that_do_not_fit_fail_the_job_with_one_line_that_names_them() {
     refused("flipped", section, &["its BLAKE3 is ", "and the job is for a file with "]);
 }
 
+/// They were found by the first worker, after it had been started and had built the network.
 #[test]
-fn images_too_small_for_the_network_fail_the_job_with_one_line() {
+fn images_too_small_for_the_network_are_refused_before_a_worker_starts() {
     let place = Place::new();
-    let section = "[model]\nname = \"inception-v4\"\nin_channels = 1\nclasses = 10\n";
-    let path = place.job_file(with_model(&job("small"), section));
-    let words = ["model `inception-v4`: expected images of at least 75x75 pixels, got images of "];
-    place.coordinator(["run", &path.to_string_lossy(), "--workers", "1"]).refused(1, &words);
+    let section = |name: &str| format!("[model]\nname = \"{name}\"\nin_channels = 1\nclasses = 10\n");
+    let refused = |job: String, line: &str, words: &[&str]| {
+        let at = job.lines().position(|l| l == line).expect("the line") + 1;
+        let path = place.job_file(&job);
+        let place_of = format!("error: {}:{at}: ", path.display());
+        let ended = place.coordinator(["run", &path.to_string_lossy(), "--workers", "1"]);
+        ended.refused(1, &[words, &[&place_of]].concat());
+        assert!(!place.job_dir("j1").exists());
+    };
+    let small = with_model(&job("small"), &section("inception-v4"));
+    let v4 = "name = \"inception-v4\"";
+    let train =
+        "75 x 75 pixels, and gets those of dataset `tiny/train` as 16 x 16; enlarge them in `augment`";
+    refused(small.clone(), v4, &[train]);
+    let with = |key: &str, size: u32| {
+        set(&small, "augment", &format!("{key} = [{{ name = \"resize\", size = {size} }}]"))
+    };
+    refused(with("augment", 74), v4, &["`tiny/train` as 74 x 74"]);
+    let test = "gets those of dataset `tiny/test` as 16 x 16; enlarge them in `evaluate`";
+    refused(with("augment", 75), v4, &[test]);
+    let v3 = |job: String| job.replace("\"inception-v4\"", "\"inception-v3\"\naux = true");
+    let head = "299 x 299 pixels to train with `aux`, and gets those of dataset `tiny/train` as 75 x 75; set `aux = false`, or \
+                enlarge";
+    refused(v3(with("augment", 75)), "aux = true", &[head]);
+    refused(v3(with("augment", 74)), "name = \"inception-v3\"", &["as 74 x 74; enlarge them"]);
+
+    // A job that only evaluates gets none of the training set's.
+    let weights = format!("aux = true\nweights = \"none\"\nweights_blake3 = \"{}\"", "0".repeat(64));
+    let only = set(&v3(with("evaluate", 75)), "steps", "steps = 0").replace("aux = true", &weights);
+    let path = place.job_file(only);
+    let ended = place.coordinator(["run", &path.to_string_lossy(), "--workers", "1"]);
+    ended.refused(1, &["error: j1 failed: ", "weights `none`: "]);
 }

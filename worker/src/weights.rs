@@ -37,9 +37,7 @@ pub(crate) fn describe(path: &Path) -> Result<()> {
     let shown = path.display();
     let file = std::fs::read(path).with_context(|| format!("cannot read `{shown}`"))?;
     let tensors = decode_tensors(&file).with_context(|| format!("`{shown}` cannot be read"))?;
-    let spec = weights::identify(&tensors).with_context(|| {
-        format!("the {} tensors of `{shown}` are those of no network of `worker models`", tensors.len())
-    })?;
+    let spec = weights::identify(&tensors).with_context(|| format!("weights `{shown}`"))?;
     let mut out = std::io::stdout().lock();
     writeln!(out, "[model]")?;
     for (key, value) in section(&spec) {

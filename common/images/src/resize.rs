@@ -2,6 +2,11 @@
 //!
 //! `fast_image_resize` works in fixed point on bytes, with coefficients from IEEE operations, so that SSE4.1, AVX2, NEON
 //! and plain code give the same bytes; a test here holds it to that.
+//!
+//! The filter is that of Pillow's `resize` with `BILINEAR`, which torchvision uses on PIL images, and the bytes are not: a fifth to
+//! a quarter of them differ by one, none by more. Pillow makes rows narrower before columns shorter and this library the reverse,
+//! which is faster, and each rounds to bytes in between; coefficients of 16 bits instead of 22 account for a twentieth of that. Pillow's
+//! arithmetic, written out without vector instructions, took four times as long for 500 x 375 pixels to 298 x 224.
 
 use crate::decode::MAX_PIXELS;
 use crate::error::ImageError;

@@ -29,6 +29,7 @@ pub use store::{ShardReport, ShardState, Store, VerifyReport};
 pub use whitening::{MAX_WHITENED, Whitening, WhiteningMap, WhiteningProgress, contrast_table};
 
 use crate::durable::FileError;
+use crate::shown::counted;
 use std::path::PathBuf;
 
 /// Why a dataset could not be imported, found or read.
@@ -97,8 +98,10 @@ pub enum DatasetError {
     },
     /// Images that cannot be decoded.
     #[error(
-        "{corrupt} of the {total} images for `{dataset}` are corrupt: {names}; repair or remove them, or leave them \
-         out with `--skip-corrupt`"
+        "{corrupt} of the {} for `{dataset}` {} corrupt: {names}; repair or remove them, or leave them out with \
+         `--skip-corrupt`",
+        counted(*total, "image"),
+        if *corrupt == 1 { "is" } else { "are" }
     )]
     Corrupt {
         /// The dataset that was to be made.

@@ -15,7 +15,9 @@ pub enum Augment {
     },
     /// Mirrors left and right with probability one half.
     Flip {},
-    /// Makes the shorter side `size` pixels long, the other in proportion.
+    /// Makes the shorter side `size` pixels long, the other in proportion, by a triangle filter that widens when an image
+    /// shrinks. Pillow's and torchvision's bilinear resizing is this to one level of 255; of a JPEG that is at least twice as large,
+    /// which is decoded at 1/2, 1/4 or 1/8 of its size, to a few more.
     Resize {
         /// The shorter side.
         size: u32,

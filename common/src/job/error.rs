@@ -1,5 +1,6 @@
 //! Errors of a job file: one line with the file, the line, what is wrong and what was probably meant.
 
+use super::Augment;
 use super::validate::Fault;
 use crate::suggest::did_you_mean;
 use thiserror::Error;
@@ -39,7 +40,38 @@ pub(super) fn from_toml(file: &str, text: &str, e: &toml::de::Error) -> JobError
     let key_offset = names.first().filter(|_| unknown_field).and_then(|name| find_key(text, name));
     let offset = key_offset.or_else(|| e.span().map(|s| s.start));
     let what = message.lines().next().unwrap_or_default().to_owned() + &hint;
+    let (offset, what) = match faulty_step(text, &message) {
+        Some(Step { offset, named }) => (Some(offset), format!("{named}: {what}")),
+        None => (offset, what),
+    };
     JobError { file: file.to_owned(), line: offset.map(|o| line_at(text, o)), what }
+}
+
+/// A step of preparing samples.
+struct Step {
+    offset: usize,
+    /// As errors call it.
+    named: String,
+}
+
+/// The first step that is refused with `message`. serde knows neither its number nor, in a list of several lines, its line.
+fn faulty_step(text: &str, message: &str) -> Option<Step> {
+    let root = DeTable::parse(text).ok()?;
+    let data = root.get_ref().get("data")?.get_ref().as_table()?;
+    let values: toml::Table = toml::from_str(text).ok()?;
+    for key in ["augment", "evaluate"] {
+        let Some(steps) = values.get("data").and_then(|data| data.get(key)?.as_array()) else { continue };
+        let refused = |step: &toml::Value| {
+            let refusal = step.clone().try_into::<Augment>().err();
+            refusal.is_some_and(|e| e.message().lines().next() == message.lines().next())
+        };
+        let Some(index) = steps.iter().position(refused) else { continue };
+        let offset = data.get(key)?.get_ref().as_array()?.get(index)?.span().start;
+        let name = steps[index].get("name").and_then(toml::Value::as_str);
+        let name = name.map(|name| format!(", `{name}`")).unwrap_or_default();
+        return Some(Step { offset, named: format!("step {} of `{key}`{name}", index + 1) });
+    }
+    None
 }
 
 pub(super) fn from_fault(file: &str, text: &str, fault: Fault) -> JobError {

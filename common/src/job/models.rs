@@ -1,7 +1,9 @@
-//! The names of the architectures and their options, so that a job file can be refused where libtorch is not.
+//! The names of the architectures, their options and the least images that they take, so that a job can be refused where libtorch
+//! is not.
 //!
 //! `worker/nn` builds them, and a test there holds its registry against this list.
 
+use super::ModelSpec;
 use serde_json::Value;
 
 /// What a network is for.
@@ -74,6 +76,30 @@ impl OptionKind {
             }
         };
         (!fits).then_some(problem)
+    }
+}
+
+impl ModelSpec {
+    /// The least height and width of the images from which something is left for the network's last layer; 1 where any will do.
+    pub fn least_side(&self) -> u32 {
+        let option = |name| self.options.get(name).and_then(Value::as_str);
+        match self.name.as_str() {
+            // Its first convolution has no padding.
+            "nin" if option("widths") == Some("imagenet") => 39,
+            "nin" => 4,
+            // Its last pooling has a window of 3, torchvision's of 2.
+            "googlenet" if option("variant") == Some("paper") => 31,
+            "googlenet" => 15,
+            "bn-inception" => 7,
+            "inception-v3" | "inception-v4" | "inception-resnet-v1" | "inception-resnet-v2" => 75,
+            _ => 1,
+        }
+    }
+
+    /// The same in training, where auxiliary heads look on: from 299 on a 5 x 5 convolution of Inception v3's has its 25 inputs.
+    pub fn least_side_in_training(&self) -> u32 {
+        let has_head = self.options.get("aux").and_then(Value::as_bool).unwrap_or(true);
+        if self.name == "inception-v3" && has_head { 299 } else { self.least_side() }
     }
 }
 

@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use lockstep_common::dataset::{
     ImageImport, ImportOutcome, Imported, Manifest, SampleShape, SampleSize, SourceFormat, Store,
 };
+use lockstep_common::shown::counted;
 use lockstep_images::Inspector;
 use serde_json::json;
 use std::path::Path;
@@ -61,12 +62,13 @@ fn add(
             ImportOutcome::Added(_) => "added",
             ImportOutcome::Unchanged(_) => "is there already:",
         };
-        let (samples, shards) = (manifest.samples, manifest.shards.len());
-        let skipped = match left_out.len() {
+        let samples = counted(manifest.samples, "sample");
+        let shards = counted(manifest.shards.len() as u64, "shard");
+        let skipped = match left_out.len() as u64 {
             0 => String::new(),
-            n => format!(", {n} corrupt images left out"),
+            n => format!(", {} left out", counted(n, "corrupt image")),
         };
-        say(format_args!("{what} `{}`, {samples} samples in {shards} shards{skipped}", manifest.name));
+        say(format_args!("{what} `{}`, {samples} in {shards}{skipped}", manifest.name));
         for corrupt in left_out.iter().take(NAMED) {
             note(format_args!("left out: `{}`: {}", corrupt.name, corrupt.why));
         }
@@ -103,7 +105,8 @@ fn whiten(store: &Store, name: &str, new: &str) -> Result<ExitCode> {
         ImportOutcome::Unchanged(_) => "is there already:",
     };
     let Manifest { name: new, samples, .. } = outcome.manifest();
-    say(format_args!("{what} `{new}`, the {samples} samples of `{name}` and their whitening"));
+    let samples = counted(*samples, "sample");
+    say(format_args!("{what} `{new}`, the {samples} of `{name}` and their whitening"));
     hint(format_args!("name it in a job file: train = \"{new}\", scale = \"gcn\", whiten = \"zca\""));
     Ok(ExitCode::SUCCESS)
 }
@@ -169,7 +172,7 @@ fn verify(store: &Store, name: Option<&str>) -> Result<ExitCode> {
     for name in &names {
         let report = store.verify(name)?;
         if report.is_good() {
-            say(format_args!("`{name}` is good: {} shards", report.shards.len()));
+            say(format_args!("`{name}` is good: {}", counted(report.shards.len() as u64, "shard")));
         }
         for shard in report.bad() {
             bad += 1;

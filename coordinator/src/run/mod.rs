@@ -300,10 +300,12 @@ fn summarize(dir: &DataDir, job: &JobSummary, elapsed: Duration) {
         line("artifacts", &folder.artifacts().display());
     }
     if job.state == JobState::Finished {
-        hint(format_args!(
-            "`coordinator checkpoint export {} FILE.safetensors` writes the weights for other programs",
-            job.id
-        ));
+        if job.checkpoint.is_some() {
+            hint(format_args!(
+                "`coordinator checkpoint export {} FILE.safetensors` writes the weights for other programs",
+                job.id
+            ));
+        }
         hint("`coordinator run JOB.toml --workers N` gives the same weights with any number of workers");
     }
 }

@@ -117,8 +117,7 @@ pub(crate) fn check_job(shared: &Shared, file: &str, toml: &str) -> Result<NewJo
             format_args!("{file}: a job file may have {MAX_JOB_FILE_BYTES} bytes"),
         ));
     }
-    let file = Path::new(file).file_name().map_or_else(|| "job.toml".into(), |n| n.to_string_lossy());
-    let spec = JobSpec::parse(&file, toml).map_err(|e| refuse("job_file", e))?;
+    let spec = JobSpec::parse(file, toml).map_err(|e| refuse("job_file", e))?;
     let mut datasets = Vec::new();
     let mut whitened = None;
     let named = [("train", Some(&spec.data.train)), ("test", spec.data.test.as_ref())];
@@ -128,10 +127,10 @@ pub(crate) fn check_job(shared: &Shared, file: &str, toml: &str) -> Result<NewJo
                 DatasetError::Unknown { name, hint, .. } => format!("unknown dataset `{name}`{hint}"),
                 other => other.to_string(),
             };
-            refuse("job_file", JobSpec::fault(&file, toml, &["data", key], what))
+            refuse("job_file", JobSpec::fault(file, toml, &["data", key], what))
         })?;
         let refuse_key =
-            |section, key, what| refuse("job_file", JobSpec::fault(&file, toml, &[section, key], what));
+            |section, key, what| refuse("job_file", JobSpec::fault(file, toml, &[section, key], what));
         let shape = match key {
             "train" => spec.data.training_shape(&manifest),
             _ => spec.data.test_shape(&manifest, spec.evaluation.crops),
@@ -144,11 +143,14 @@ pub(crate) fn check_job(shared: &Shared, file: &str, toml: &str) -> Result<NewJo
             return Err(refuse_key("data", key, what));
         }
         whitened = spec.data.whiten.and(Some(shape));
-        if let Some((option, what)) = misfit(&spec, &manifest, shape) {
+        let misfit =
+            misfit(&spec, &manifest, shape).or_else(|| too_small(&spec, key == "train", &manifest, shape));
+        if let Some((option, what)) = misfit {
             return Err(refuse_key("model", option, what));
         }
         datasets.push(DatasetBrief { name: name.clone(), digest: manifest.id });
     }
+    let file = Path::new(file).file_name().map_or_else(|| "job.toml".into(), |n| n.to_string_lossy());
     Ok(NewJob {
         file: file.into_owned(),
         toml: toml.to_owned(),
@@ -188,6 +190,40 @@ fn misfit(spec: &JobSpec, data: &Manifest, shape: SampleShape) -> Option<(&'stat
         return Some(("in_channels", what));
     }
     None
+}
+
+/// The option with which a classifier needs larger images than it gets of the training set or the test set, and what to do.
+fn too_small(
+    spec: &JobSpec,
+    is_train: bool,
+    data: &Manifest,
+    shape: SampleShape,
+) -> Option<(&'static str, String)> {
+    let model = spec.model.as_ref()?;
+    // Of the training set such a job takes the statistics only.
+    if is_train && spec.only_evaluates() {
+        return None;
+    }
+    let (least, key) = match is_train {
+        true => (model.least_side_in_training(), "augment"),
+        false => (model.least_side(), "evaluate"),
+    };
+    let SampleShape { height, width, .. } = shape;
+    let side = height.min(width);
+    if side >= least {
+        return None;
+    }
+    // Some are large enough for all but an auxiliary head.
+    let (option, to_train, remedy) = match side >= model.least_side() {
+        true => ("aux", " to train with `aux`", "set `aux = false`, or "),
+        false => ("name", "", ""),
+    };
+    let (model, name) = (&model.name, &data.name);
+    let what = format!(
+        "`{model}` takes images of at least {least} x {least} pixels{to_train}, and gets those of dataset `{name}` as {height} x \
+         {width}; {remedy}enlarge them in `{key}` of `[data]`"
+    );
+    Some((option, what))
 }
 
 /// Puts a checked job in the queue; it is durable when this returns.

@@ -336,7 +336,7 @@ impl Sent {
     }
 }
 
-/// 20 images of 2 × 2 pixels.
+/// 20 images of 4 × 4 pixels.
 fn import_tiny(dir: &DataDir, folder: &Path) {
     let source = folder.join("source");
     std::fs::create_dir(&source).unwrap();
@@ -344,7 +344,7 @@ fn import_tiny(dir: &DataDir, folder: &Path) {
         let sizes = sizes.iter().flat_map(|s| s.to_be_bytes());
         [0, 0, 8, kind].into_iter().chain(sizes).collect::<Vec<u8>>()
     };
-    let images = [header(3, &[20, 2, 2]), (0..80).collect()].concat();
+    let images = [header(3, &[20, 4, 4]), (0..20 * 16).map(|i| (i % 256) as u8).collect()].concat();
     let labels = [header(1, &[20]), (0..20).map(|i| i % 10).collect()].concat();
     std::fs::write(source.join("train-images-idx3-ubyte"), images).unwrap();
     std::fs::write(source.join("train-labels-idx1-ubyte"), labels).unwrap();

@@ -334,7 +334,7 @@ async fn a_bad_job_file_is_refused_with_file_line_and_nearest_name() {
         let error =
             operator.ask(&Request::Submit { file: "/x/tiny.toml".to_owned(), toml }).await.unwrap_err();
         let error = error.to_string();
-        assert!(error.starts_with(&format!("tiny.toml:{line}: ")), "{error}");
+        assert!(error.starts_with(&format!("/x/tiny.toml:{line}: ")), "{error}");
         assert!(error.contains(part), "{error}");
     }
     assert!(matches!(cluster.ask(&Request::Jobs).await, Response::Jobs(jobs) if jobs.is_empty()));

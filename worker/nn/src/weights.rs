@@ -3,6 +3,8 @@
 //! A file holds what a PyTorch state dict holds. `num_batches_tracked`, which PyTorch's batch norms count and nothing
 //! here needs, is passed over; every other name must be one of the network's, and the reverse.
 
+mod nearest;
+
 use crate::bytes::RawTensor;
 use crate::error::NnError;
 use crate::models::{self, ModelInfo, registry};
@@ -36,19 +38,33 @@ pub fn load(
     }
     let mut values = BTreeMap::new();
     for tensor in tensors.iter().filter(|t| shapes.contains_key(&*t.name)) {
-        let stored = RawTensor::tensor_of(&tensor.dtype, &tensor.shape, &tensor.bytes)?;
-        if !stored.is_floating_point() {
+        if !is_of_weights(&tensor.dtype) {
             let (name, dtype) = (&tensor.name, &tensor.dtype);
             return Err(NnError::Weights(format!("`{name}` has type {dtype}, which is none of weights")));
         }
+        let stored = RawTensor::tensor_of(&tensor.dtype, &tensor.shape, &tensor.bytes)?;
         values.insert(tensor.name.to_string(), stored.f_to_kind(kind)?);
     }
     outline.filled(kind, device, &values)
 }
 
 /// The classifier or other network whose weights these are, with the options that its shapes tell.
-pub fn identify(tensors: &[TensorBytes<'_>]) -> Option<ModelSpec> {
-    identify_shapes(&shapes(tensors))
+///
+/// Fails saying what keeps them from being those of the network that has most of their names: in several lines, as there is
+/// much to say.
+pub fn identify(tensors: &[TensorBytes<'_>]) -> Result<ModelSpec, NnError> {
+    let shapes = shapes(tensors);
+    match identify_shapes(&shapes) {
+        Some(spec) if tensors.iter().all(|t| !shapes.contains_key(&*t.name) || is_of_weights(&t.dtype)) => {
+            Ok(spec)
+        }
+        _ => Err(NnError::Weights(nearest::differences(tensors, &shapes))),
+    }
+}
+
+/// Whether weights can have the element type `dtype`, as safetensors names it.
+fn is_of_weights(dtype: &str) -> bool {
+    matches!(dtype, "F64" | "F32" | "F16" | "BF16")
 }
 
 fn shapes<'a>(tensors: &'a [TensorBytes<'_>]) -> Shapes<'a> {
@@ -263,5 +279,60 @@ mod tests {
         file.pop();
         file.push(TensorBytes { dtype: "I32".into(), ..missing.clone() });
         assert!(refusal(&spec, &file).contains("has type I32"));
+    }
+
+    fn unknown(tensors: &[TensorBytes<'_>]) -> String {
+        match identify(tensors) {
+            Err(NnError::Weights(told)) => told,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn weights_of_no_network_are_held_against_the_one_that_has_most_of_their_names() {
+        let spec = spec("googlenet", json!({ "classes": 10 }));
+        let whole = stored(&spec);
+        assert_eq!(identify(&whole).unwrap().options["classes"], 10);
+        let count = models::outline(&spec).unwrap().iter().count();
+        let place = |name: &str| whole.iter().position(|t| t.name == name).unwrap();
+        let (conv, fc) = (place("conv1.conv.weight"), place("fc.bias"));
+        let head = |count: usize, common: usize| {
+            format!(
+                "its {count} tensors are those of no network of `worker models`; nearest is `googlenet` with `classes = 10`, which has \
+                 {common} of their names\n"
+            )
+        };
+
+        let mut file = whole.clone();
+        file.remove(fc);
+        assert_eq!(unknown(&file), head(count - 1, count - 1) + "  missing: `fc.bias`");
+
+        let mut file = whole.clone();
+        file.extend(
+            (0..5).map(|i| TensorBytes { name: format!("more.{i}\u{1b}").into(), ..whole[fc].clone() }),
+        );
+        let extra = r"  too much: `more.0\u{1b}`, `more.1\u{1b}`, `more.2\u{1b}` and 2 more";
+        assert_eq!(unknown(&file), head(count + 5, count) + extra);
+
+        let mut file = whole.clone();
+        file[conv].shape = vec![64, 3, 5, 7].into();
+        file[fc].shape = vec![7].into();
+        let shapes = "  other shape: `conv1.conv.weight` is [64, 3, 5, 7] instead of [64, 3, 7, 7], `fc.bias` is [7] instead of [10]";
+        assert_eq!(unknown(&file), head(count, count) + shapes);
+
+        let mut file = whole.clone();
+        file[fc].dtype = "I32".into();
+        let dtype = "  not of type F64, F32, F16 or BF16: `fc.bias` is I32";
+        assert_eq!(unknown(&file), head(count, count) + dtype);
+
+        let within =
+            |t: &TensorBytes<'static>| TensorBytes { name: format!("module.{}", t.name).into(), ..t.clone() };
+        let told = unknown(&whole.iter().map(within).collect::<Vec<_>>());
+        assert!(
+            told.contains("begin with `module.`, and without that they are those of `googlenet` with"),
+            "{told}"
+        );
+        let none = TensorBytes { name: "none".into(), ..whole[fc].clone() };
+        assert_eq!(unknown(&[none]), "of its 1 tensor none has a name of a network of `worker models`");
     }
 }

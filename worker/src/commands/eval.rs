@@ -18,7 +18,9 @@ use anyhow::{Context, Result, anyhow, bail};
 use lockstep_common::dataset::Manifest;
 use lockstep_common::job::{Crops, DataSpec, JobSpec, PixelScale, Precision};
 use serde::Serialize;
+use std::fs::File;
 use std::io::Write;
+use std::path::Path;
 use std::sync::Arc;
 
 /// The whole report.
@@ -45,18 +47,61 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<()> {
         enable_cuda(index)?;
     }
     let candidates = candidates::read(&args.checkpoint, &args.common, args.dataset.as_deref())?;
-    let evaluations = Contest::new(args, &candidates)?.evaluations()?;
-    match &args.json {
-        Some(path) if path.as_os_str() == "-" => {
+    let contest = Contest::new(args, &candidates)?;
+    let target = args.json.as_deref().filter(|path| path.as_os_str() != "-");
+    // Found out before the work is done.
+    let target = target.map(Target::open).transpose()?;
+    let evaluations = contest.evaluations()?;
+    match (target, &args.json) {
+        (Some(target), _) => {
+            print(&evaluations)?;
+            target.write(&serde_json::to_string(&evaluations)?)
+        }
+        (None, Some(_)) => {
             Ok(writeln!(std::io::stdout().lock(), "{}", serde_json::to_string(&evaluations)?)?)
         }
-        Some(path) => {
-            print(&evaluations)?;
-            std::fs::write(path, serde_json::to_string(&evaluations)?)
-                .with_context(|| format!("cannot write `{}`", path.display()))
-        }
-        None => print(&evaluations),
+        (None, None) => print(&evaluations),
     }
+}
+
+/// A file to be written. What it held stays until it is, and one that was not there goes again unless it is.
+struct Target<'a> {
+    path: &'a Path,
+    file: File,
+    goes: bool,
+}
+
+impl<'a> Target<'a> {
+    /// Fails where the file cannot be written.
+    fn open(path: &'a Path) -> Result<Self> {
+        let goes = !path.exists();
+        let file = File::options().write(true).create(true).truncate(false).open(path);
+        Ok(Self { path, file: file.with_context(|| cannot_write(path))?, goes })
+    }
+
+    fn write(mut self, text: &str) -> Result<()> {
+        // A pipe has no length.
+        if self.file.metadata()?.is_file() {
+            self.file.set_len(0)?;
+        }
+        self.file.write_all(text.as_bytes()).with_context(|| cannot_write(self.path))?;
+        self.goes = false;
+        Ok(())
+    }
+}
+
+impl Drop for Target<'_> {
+    fn drop(&mut self) {
+        if self.goes
+            && let Err(e) = std::fs::remove_file(self.path)
+        {
+            tracing::warn!("`{}` is left empty: {e}", self.path.display());
+        }
+    }
+}
+
+fn cannot_write(path: &Path) -> String {
+    format!("cannot write `{}`", path.display())
 }
 
 fn print(evaluations: &Evaluations) -> Result<()> {
@@ -140,9 +185,7 @@ impl<'a> Contest<'a> {
                 threads: self.args.common.threads(),
             };
             let progress = Progress::new(self.test.samples);
-            let outcome = hold(&entrants, division, &|samples| progress.add(samples));
-            let outcome = outcome
-                .with_context(|| round.iter().map(|c| shown(&c.path)).collect::<Vec<_>>().join(", "))?;
+            let outcome = hold(&entrants, division, &|samples| progress.add(samples))?;
             for (candidate, tally) in round.iter().zip(&outcome.each) {
                 checkpoints.push(Evaluated {
                     path: candidate.path.display().to_string(),
@@ -185,7 +228,7 @@ impl<'a> Contest<'a> {
         let shape = data.test_shape(&self.test, self.crops).map_err(|(_, what)| anyhow!(what))?;
         candidate.check_channels(shape.channels)?;
         let data = Decoder::new(reader, data, purpose, &basis, *seed, device, self.pool.clone())?;
-        Ok(Entry { network: candidate.network(device)?, data: Arc::new(data) })
+        Ok(Entry { name: shown(&candidate.path), network: candidate.network(device)?, data: Arc::new(data) })
     }
 }
 

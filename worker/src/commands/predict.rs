@@ -6,7 +6,7 @@ use super::eval::basis;
 use crate::cli::DeviceArg;
 use crate::data::preparation::Preparation;
 use crate::evaluation::candidate::Candidate;
-use crate::evaluation::judge::answers;
+use crate::evaluation::judge::{answers, finite};
 use crate::evaluation::stores::Stores;
 use crate::evaluation::views::top;
 use crate::train::Number;
@@ -15,6 +15,7 @@ use anyhow::{Context, Result, anyhow};
 use lockstep_common::dataset::{InspectImage, SampleShape};
 use lockstep_common::job::{Augment, Crops, DataSpec, Precision};
 use lockstep_common::rng::Stream;
+use lockstep_common::shown::shown as escaped;
 use lockstep_images::{Inspector, Source, Workbench};
 use serde::Serialize;
 use std::io::Write;
@@ -57,9 +58,10 @@ pub(crate) fn predict(args: &PredictArgs) -> Result<()> {
         return Ok(());
     }
     for Answer { image, predictions } in answers {
-        writeln!(out, "{image}")?;
+        writeln!(out, "{}", escaped(&image))?;
         for Prediction { class, name, probability } in predictions {
-            let line = format!("  {:>6.2}%  {class:>4}  {}", probability * 100.0, name.unwrap_or_default());
+            let name = name.unwrap_or_default();
+            let line = format!("  {:>6.2}%  {class:>4}  {}", probability * 100.0, escaped(&name));
             writeln!(out, "{}", line.trim_end())?;
         }
     }
@@ -86,6 +88,7 @@ fn judge_all<T: Number>(args: &PredictArgs, candidate: &Candidate) -> Result<Vec
         let images = Tensor::f_from_slice(&numbers)?.f_view(shape)?.f_to_device(device)?;
         let views = tch::no_grad(|| answers(task.as_mut(), &images, preparation.views(), &|| Ok(())));
         let views = views.with_context(named)?.pop().context("the network gave no answer")?;
+        let views = finite(views).with_context(|| shown(&args.checkpoint)).with_context(named)?;
         let probabilities = views.probabilities();
         let predictions = top(&probabilities, TOLD).into_iter().map(|class| Prediction {
             class,

@@ -158,11 +158,8 @@ fn read_weights(file: &Path, recipe: &Recipe<'_>) -> Result<(JobSpec, Stored)> {
     let job = match recipe {
         Recipe::Job(job) => (*job).clone(),
         Recipe::Data(data) => {
-            let count = tensors.len();
-            let model = weights::identify(&tensors).with_context(|| {
-                format!("its {count} tensors are those of no network of `worker models`; --job FILE says which they are")
-            })?;
-            around(&model, data)?
+            let model = weights::identify(&tensors);
+            around(&model.context("which network are these weights of? --job FILE says it")?, data)?
         }
     };
     Ok((job, Stored::Weights(bytes)))

@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-/// A classifier and what it is shown.
+/// A classifier and what it is shown. Its errors, and those of its judge, begin with its name.
 pub(crate) trait Entrant {
     /// Test samples.
     fn samples(&self) -> u64;
@@ -42,6 +42,8 @@ pub(crate) struct Division {
 
 /// One network and its view of the data.
 pub(crate) struct Entry<T> {
+    /// What errors call it.
+    pub(crate) name: String,
     pub(crate) network: Network,
     pub(crate) data: Arc<Decoder<T>>,
 }
@@ -52,19 +54,26 @@ impl<T: Number> Entrant for Entry<T> {
     }
 
     fn judge(&self) -> Result<Box<dyn Judge>, TrainError> {
-        Ok(Box::new(Lane { task: self.network.lane()?, data: self.data.clone() }))
+        let name = self.name.clone();
+        let task = self.network.lane().map_err(|e| named(&name, &e))?;
+        Ok(Box::new(Lane { name, task, data: self.data.clone() }))
     }
 }
 
 struct Lane<T> {
+    name: String,
     task: Box<dyn LaneTask>,
     data: Arc<Decoder<T>>,
 }
 
 impl<T: Number> Judge for Lane<T> {
     fn judge(&mut self, samples: Range<u64>) -> Result<Vec<Judged>, TrainError> {
-        judge(self.task.as_mut(), &self.data, samples, &|| Ok(()))
+        judge(self.task.as_mut(), &self.data, samples, &|| Ok(())).map_err(|e| named(&self.name, &e))
     }
+}
+
+fn named(name: &str, error: &TrainError) -> TrainError {
+    TrainError::Fatal(format!("{name}: {error}"))
 }
 
 /// The tallies of a test set: each entrant's, and that of all together.

@@ -33,12 +33,14 @@ pub(crate) fn judge<T: Number>(
     samples: Range<u64>,
     progress: &dyn Fn() -> Result<(), TrainError>,
 ) -> Result<Vec<Judged>, TrainError> {
-    let ViewBatch { images, labels } = data.viewed(samples)?;
+    let ViewBatch { images, labels } = data.viewed(samples.clone())?;
     let answers = answers(task, &images, data.views(), progress)?;
-    labels
-        .into_iter()
+    samples
+        .zip(labels)
         .zip(answers)
-        .map(|(label, views)| {
+        .map(|((sample, label), views)| {
+            let named = |e| TrainError::Fatal(format!("sample {sample} of `{}`: {e}", data.manifest().name));
+            let views = finite(views).map_err(named)?;
             // Refused before, as the dataset's classes are known; a row of the logits must not be overrun all the same.
             let label = usize::try_from(label).ok().filter(|label| *label < views.classes());
             let label = label
@@ -46,6 +48,17 @@ pub(crate) fn judge<T: Number>(
             Ok(Judged { label, views })
         })
         .collect()
+}
+
+/// Refuses an answer that holds a logit that is no finite number: of such no class is the most probable.
+pub(crate) fn finite(views: Views) -> Result<Views, TrainError> {
+    match views.not_finite() {
+        None => Ok(views),
+        Some((class, logit)) => Err(TrainError::Fatal(format!(
+            "the network's logit of class {class} is {logit}; its weights have diverged or are damaged, or its images are not scaled \
+             as in training"
+        ))),
+    }
 }
 
 /// What a network says of images of `views` rows each.
@@ -98,6 +111,17 @@ mod tests {
                 assert!((by_hand.double_value(&[class]) - probability).abs() < 1e-13);
             }
         }
+    }
+
+    #[test]
+    fn logits_that_are_not_finite_are_refused() {
+        for (broken, told) in [(f64::NAN, "NaN"), (f64::INFINITY, "inf"), (f64::NEG_INFINITY, "-inf")] {
+            // The second view's third class.
+            let error = finite(Views::new(3, vec![0.0, 1.0, 2.0, 0.5, 0.5, broken])).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("the network's logit of class 2 is {told};")), "{error}");
+        }
+        let views = Views::new(3, vec![0.0, -1e300, 1e300]);
+        assert_eq!(finite(views.clone()).unwrap(), views);
     }
 
     #[test]

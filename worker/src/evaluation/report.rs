@@ -2,6 +2,7 @@
 
 use super::tally::{BINS, Tally};
 use lockstep_common::job::Crops;
+use lockstep_common::shown::shown;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::{self, Display};
@@ -144,7 +145,7 @@ impl Display for Details<'_> {
         for row in &report.per_class {
             let correct =
                 row.accuracy.map_or_else(|| "-".to_owned(), |share| format!("{:.2}%", share * 100.0));
-            let name = row.name.as_deref().unwrap_or_default();
+            let name = shown(row.name.as_deref().unwrap_or_default());
             writeln!(
                 f,
                 "{}",
@@ -184,7 +185,7 @@ mod tests {
             let logits = (0..classes).map(|c| if c == predicted { 3.0 } else { 0.0 }).collect();
             tally.add(label, &Views::new(classes, logits));
         }
-        let names = Some(vec!["ant".to_owned(), "bee".to_owned(), "cat".to_owned()]);
+        let names = Some(vec!["ant".to_owned(), "bee".to_owned(), "\u{1b}[2Jcat".to_owned()]);
         let dataset = "pets/test".to_owned();
         Report::new(&Subject { dataset, classes, labels: 3, names, crops: Crops::Ten }, &tally)
     }
@@ -218,6 +219,7 @@ mod tests {
         assert!(table.lines().nth(1).unwrap().starts_with("a               75.00%  100.00%"), "{table}");
         let details = report.details().to_string();
         assert!(details.contains("\n    1        2   100.00%  bee\n"), "{details}");
+        assert!(details.contains("  \\u{1b}[2Jcat\n") && !details.contains('\u{1b}'), "{details}");
         assert!(details.contains("\n                0     1     1     0"), "{details}");
     }
 }

@@ -46,6 +46,12 @@ impl Views {
         self.classes
     }
 
+    /// The first logit that is no finite number, and its class.
+    pub(crate) fn not_finite(&self) -> Option<(usize, f64)> {
+        let at = self.logits.iter().position(|x| !x.is_finite())?;
+        Some((at % self.classes, self.logits[at]))
+    }
+
     fn rows(&self) -> impl Iterator<Item = (&[f64], Norm)> {
         self.logits.chunks_exact(self.classes).zip(self.norms.iter().copied())
     }

@@ -16,7 +16,9 @@ pub use statistics::ChannelSums;
 use super::manifest::{DType, Encoding, Manifest, SampleShape, SampleSize};
 use super::{DatasetError, DatasetName, Store};
 use crate::durable::{FileError, TemporaryDir};
+use crate::shown::shown;
 use statistics::Statistics;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 /// What the source files of an import are.
@@ -228,9 +230,27 @@ fn source_error(path: &Path, problem: impl Into<String>) -> DatasetError {
     DatasetError::Source { path: path.to_path_buf(), problem: problem.into() }
 }
 
-/// A file with one class name a line; empty lines do not count.
+/// A file with one class name a line, by the line its label. Lines at the end that are empty do not count; one between names, or a
+/// name that is there twice, is refused, as nobody can tell which labels are meant.
 fn read_class_names(path: &Path) -> Result<Vec<String>, DatasetError> {
     let text = String::from_utf8(crate::durable::read(path)?)
         .map_err(|_| source_error(path, "it is not a text of class names, one a line"))?;
-    Ok(text.lines().map(str::trim).filter(|name| !name.is_empty()).map(str::to_owned).collect())
+    let mut lines = HashMap::new();
+    let mut names = Vec::new();
+    for (number, name) in (1..).zip(text.trim_end().lines().map(str::trim)) {
+        if name.is_empty() {
+            let problem =
+                format!("its line {number} is empty, and each is the name of a class; remove or fill it");
+            return Err(source_error(path, problem));
+        }
+        if let Some(first) = lines.insert(name, number) {
+            let problem = format!(
+                "its lines {first} and {number} are both `{}`; each class needs a name of its own",
+                shown(name)
+            );
+            return Err(source_error(path, problem));
+        }
+        names.push(name.to_owned());
+    }
+    Ok(names)
 }

@@ -3,12 +3,15 @@
 //! A sample is an image (`.jpg`, `.jpeg`, `.png`) with its label: a number in `.cls`, or `label` in `.json`. Other members
 //! are left out. `classes.txt` beside the files (or beside the folders of the splits), one name a line, names the classes.
 
+mod beginning;
+
 use super::images::{ImageWriter, MAX_IMAGE_BYTES, Origin, too_large};
 use super::{
     Classes, ImageImport, Progress, SPLITS, Staged, read_class_names, same_name, sorted_entries, source_error,
 };
 use crate::dataset::{DatasetError, DatasetName, Store};
 use crate::durable::FileError;
+use crate::shown::shown;
 use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -43,13 +46,15 @@ pub(super) fn import(
                 match &named {
                     Some(Classes { names, origin }) if label as usize >= names.len() => {
                         let count = names.len();
-                        let problem =
-                            format!("sample `{key}` has label {label} and {origin} names {count} classes");
+                        let problem = format!(
+                            "sample `{}` has label {label} and {origin} names {count} classes",
+                            shown(key)
+                        );
                         return Err(source_error(path, problem));
                     }
                     _ => classes = classes.max(label + 1),
                 }
-                let origin = Origin::Bytes(format!("{}: {key}", path.display()), bytes);
+                let origin = Origin::Bytes(format!("{}: {}", path.display(), shown(key)), bytes);
                 writer.push(label, origin, progress)
             })?;
         }
@@ -143,9 +148,14 @@ type Receive<'a> = &'a mut dyn FnMut(&str, Vec<u8>, u32) -> Result<(), DatasetEr
 /// Hands every sample of the tar file `path` to `receive`.
 fn read(path: &Path, receive: Receive<'_>) -> Result<(), DatasetError> {
     let file = File::open(path).map_err(FileError::on("read", path))?;
-    let mut archive = tar::Archive::new(Ending { reader: BufReader::new(file), zeros: 0 });
+    let mut reader = BufReader::new(file);
+    let mut first = Vec::new();
+    reader.by_ref().take(BLOCK_BYTES).read_to_end(&mut first).map_err(FileError::on("read", path))?;
+    beginning::check(&first).map_err(|problem| source_error(path, problem))?;
+    let mut archive = tar::Archive::new(Ending { reader: first.as_slice().chain(reader), zeros: 0 });
     let damaged = |e: io::Error| {
-        source_error(path, format!("it is damaged or not a tar file ({e}); download or copy it again"))
+        let why = e.to_string();
+        source_error(path, format!("it is damaged ({}); download or copy it again", shown(&why)))
     };
     let mut parts = Parts::default();
     for entry in archive.entries().map_err(damaged)? {
@@ -156,7 +166,8 @@ fn read(path: &Path, receive: Receive<'_>) -> Result<(), DatasetError> {
         }
         let member = entry.path().map_err(damaged)?.to_string_lossy().into_owned();
         let Some((key, kind)) = split_name(&member) else { continue };
-        let wrong = |problem: String| source_error(path, format!("its member `{member}` {problem}"));
+        let wrong =
+            |problem: String| source_error(path, format!("its member `{}` {problem}", shown(&member)));
         if !form.is_file() {
             let what = match form {
                 EntryType::Symlink => "is a symbolic link",
@@ -216,7 +227,8 @@ impl Parts {
         let Self { key, image, label } = self;
         let lacks = |what: &str| {
             let problem = format!(
-                "sample `{key}` has no {what}; the members of a sample must follow one another (`tar --sort=name`)"
+                "sample `{}` has no {what}; the members of a sample must follow one another (`tar --sort=name`)",
+                shown(&key)
             );
             source_error(path, problem)
         };

@@ -61,7 +61,7 @@ impl Fixture {
 #[track_caller]
 fn refused(result: Result<Vec<Imported>, DatasetError>, words: &[&str]) {
     let error = result.unwrap_err().to_string();
-    assert!(!error.contains('\n'), "{error}");
+    assert!(!error.contains(char::is_control), "{error}");
     for word in words {
         assert!(error.contains(word), "`{word}` is not in: {error}");
     }
@@ -99,7 +99,7 @@ fn a_refused_test_split_leaves_no_training_split() {
     check(
         Folder,
         &[("s/train/x/1.jpg", b"1"), ("s/val/x/1.jpg", b"bad")],
-        &["1 of the 1 images for `d/test`"],
+        &["1 of the 1 image for `d/test` is corrupt"],
     );
     let whole = tar_of("0");
     check(WebDataset, &[("s/train.tar", &whole), ("s/val.tar", &whole[..2048])], &["val.tar", "truncated"]);
@@ -252,6 +252,60 @@ fn the_names_of_classes_are_found_beside_a_single_tar_file() {
     assert_eq!(f.store.manifest("d").unwrap().class_names.unwrap(), ["ant", "bee"]);
     f.write(&[("s/1.tar", &tar_of("2"))]);
     refused(f.add("e", WebDataset, "s/1.tar"), &["label 2", "`classes.txt` names 2 classes"]);
+}
+
+/// Two classes of one name could not be told apart, and an empty line moved all labels after it by one.
+#[test]
+fn names_of_classes_that_are_empty_or_there_twice_are_refused_by_line() {
+    let f = Fixture::new();
+    let add = |names: &str| {
+        f.write(&[("s/0.tar", &tar_of("1")), ("s/classes.txt", names.as_bytes())]);
+        f.add("d", WebDataset, "s/0.tar")
+    };
+    refused(add("ant\nbee\n ant\n"), &["classes.txt", "lines 1 and 3 are both `ant`"]);
+    refused(add("ant\n\u{1b}\n\u{1b}\n"), &[r"lines 2 and 3 are both `\u{1b}`"]);
+    refused(add("ant\n \nbee\n"), &["classes.txt", "line 2 is empty"]);
+    refused(add("\nant\nbee\n"), &["line 1 is empty"]);
+    assert!(f.names().is_empty());
+    add("ant\nbee\n\n\n").unwrap();
+    assert_eq!(f.store.manifest("d").unwrap().class_names.unwrap(), ["ant", "bee"]);
+}
+
+/// What a library said of such a file had its bytes in it, and the terminal obeyed them.
+#[test]
+fn a_file_that_is_no_tar_file_is_told_what_it_is_and_none_of_its_bytes_are_shown() {
+    let f = Fixture::new();
+    let add = |bytes: &[u8]| {
+        f.write(&[("x.tar", bytes)]);
+        f.add("d", WebDataset, "x.tar")
+    };
+    for (first, program) in
+        [("1f8b0800", "gzip"), ("28b52ffd", "zstd"), ("425a6839", "bzip2"), ("fd377a585a00", "xz")]
+    {
+        let mut bytes = hex::decode(first).unwrap();
+        refused(add(&bytes), &["x.tar", &format!("it is compressed with {program}; unpack it first")]);
+        bytes.resize(2000, 0x1b);
+        refused(add(&bytes), &["x.tar", &format!("it is compressed with {program}; unpack it first")]);
+    }
+    for bytes in [&b"\x1b[31m"[..], &[0x1b; 4000], &tar_of("1")[3..]] {
+        let error = add(bytes).unwrap_err().to_string();
+        assert!(error.ends_with("it is not a tar file") && !error.contains('\u{1b}'), "{error}");
+    }
+    // Of a second member's header, and names within.
+    let whole = tar_of("1");
+    let mut bytes = whole[..1024].to_vec();
+    bytes.extend([0x1b; 1024]);
+    refused(add(&bytes), &["x.tar", "it is damaged (", "download or copy"]);
+    let red = "\u{1b}[31m\n";
+    refused(add(&tar(&[(&format!("{red}.jpg"), "1")])), &[r"sample `\u{1b}[31m\n` has no label"]);
+    refused(add(&tar(&[(&format!("{red}.cls"), red)])), &[r"member `\u{1b}[31m\n.cls` has label"]);
+    refused(
+        add(&tar(&[(&format!("{red}.jpg"), "bad"), (&format!("{red}.cls"), "1")])),
+        &[r"x.tar: \u{1b}[31m\n` ("],
+    );
+    for cut in [1, 511] {
+        refused(add(&whole[..cut]), &["it is not a tar file"]);
+    }
 }
 
 /// The bytes of files did not count: 256 of the largest were held in memory, 8 GiB.

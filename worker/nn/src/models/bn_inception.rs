@@ -129,7 +129,7 @@ fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError>
     let last =
         Linear::new(&mut scope.sub("last_linear"), 1024, classes, Init::xavier(1024), Init::Constant(0.0))?;
     let keep = 1.0 - options::drop_rate(spec, "dropout", 0.0)?;
-    let input = ImageInput { model: INFO.name, channels, least: 7 };
+    let input = ImageInput::new(spec, channels);
     Ok(Box::new(BnInception { input, conv1, conv2, blocks, keep, last }))
 }
 

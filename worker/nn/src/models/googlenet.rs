@@ -74,7 +74,6 @@ struct Variant {
     drop_rate: f64,
     linear: fn(i64) -> Init,
     hidden_bias: Init,
-    least: i64,
 }
 
 /// Names of a block and of its convolutions: 1 × 1, 3 × 3 with its reduction, 5 × 5 with its reduction, and behind the
@@ -108,7 +107,6 @@ const TORCHVISION: Variant = Variant {
     drop_rate: 0.2,
     linear: |_| Init::Normal { std: 0.01 },
     hidden_bias: Init::Constant(0.0),
-    least: 15,
 };
 
 const PAPER: Variant = Variant {
@@ -127,7 +125,6 @@ const PAPER: Variant = Variant {
     drop_rate: 0.4,
     linear: Init::xavier,
     hidden_bias: Init::Constant(0.2),
-    least: 31,
 };
 
 /// Outputs of the six convolutions of each block (table 1 of the paper).
@@ -220,7 +217,7 @@ fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError>
         Init::Constant(0.0),
     )?;
     let keep = 1.0 - options::drop_rate(spec, "dropout", variant.drop_rate)?;
-    let input = ImageInput { model: INFO.name, channels, least: variant.least };
+    let input = ImageInput::new(spec, channels);
     Ok(Box::new(GoogLeNet { input, variant, conv1, conv2, blocks, heads, keep, fc }))
 }
 

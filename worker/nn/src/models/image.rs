@@ -1,25 +1,40 @@
 //! Which images a network takes.
 
 use crate::error::NnError;
+use lockstep_common::job::ModelSpec;
 use tch::Tensor;
 
 /// Images [N, channels, H, W] of at least some size.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct ImageInput {
-    pub(super) model: &'static str,
-    pub(super) channels: i64,
-    /// The least height and width from which something is left for the last layer.
-    pub(super) least: i64,
+    model: String,
+    channels: i64,
+    least: i64,
+    least_in_training: i64,
 }
 
 impl ImageInput {
+    /// Those of `channels` channels that the network of `spec` takes.
+    pub(super) fn new(spec: &ModelSpec, channels: i64) -> Self {
+        Self {
+            model: spec.name.clone(),
+            channels,
+            least: spec.least_side().into(),
+            least_in_training: spec.least_side_in_training().into(),
+        }
+    }
+
     /// Refuses what the network cannot take, with a line that says what it would take.
     pub(super) fn check(&self, x: &Tensor) -> Result<(), NnError> {
         self.check_for(x, self.least, "")
     }
 
-    /// The same with another least size; `remedy` says what to do beside taking larger images.
-    pub(super) fn check_for(&self, x: &Tensor, least: i64, remedy: &str) -> Result<(), NnError> {
+    /// The same for training with auxiliary heads; `remedy` says what to do beside taking larger images.
+    pub(super) fn check_in_training(&self, x: &Tensor, remedy: &str) -> Result<(), NnError> {
+        self.check_for(x, self.least_in_training, remedy)
+    }
+
+    fn check_for(&self, x: &Tensor, least: i64, remedy: &str) -> Result<(), NnError> {
         let size = x.size();
         let fault = |expected: String, got: String| {
             Err(NnError::Shape { what: format!("model `{}`", self.model), expected, got })

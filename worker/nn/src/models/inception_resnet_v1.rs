@@ -6,7 +6,7 @@
 use super::blocks::chain;
 use super::image::ImageInput;
 use super::inception_resnet::{Body, RESIDUAL_SCALE, Widths, scales};
-use super::inception_v4::{DROPOUT, LEAST, classifier, units};
+use super::inception_v4::{DROPOUT, classifier, units};
 use super::options::{BN_EPS, BN_MOMENTUM, CLASSES, IN_CHANNELS};
 use super::{Model, ModelInfo, Output, options};
 use crate::error::NnError;
@@ -81,7 +81,7 @@ fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError>
     let body = Body::new(scope, 256, &units, &WIDTHS, repeats, scales(spec)?)?;
     let logits = classifier(&mut scope.sub("logits"), body.outputs, spec)?;
     let keep = 1.0 - options::drop_rate(spec, "dropout", 0.2)?;
-    let input = ImageInput { model: INFO.name, channels, least: LEAST };
+    let input = ImageInput::new(spec, channels);
     Ok(Box::new(InceptionResnetV1 { input, stem, conv2d_4b, body, keep, logits }))
 }
 

@@ -9,7 +9,7 @@ use super::blocks::{Block, Path, Pool};
 use super::image::ImageInput;
 use super::inception_resnet::{Body, RESIDUAL_SCALE, Residual, Widths, scales};
 use super::inception_resnet_v1::NarrowStem;
-use super::inception_v4::{DROPOUT, LEAST, Stem, classifier, units};
+use super::inception_v4::{DROPOUT, Stem, classifier, units};
 use super::options::{BN_EPS, BN_MOMENTUM, CLASSES, IN_CHANNELS};
 use super::{Model, ModelInfo, OptionInfo, Output, options};
 use crate::error::NnError;
@@ -104,7 +104,7 @@ fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError>
     };
     let classif = classifier(&mut scope.sub("classif"), outputs, spec)?;
     let keep = 1.0 - options::drop_rate(spec, "dropout", 0.2)?;
-    let input = ImageInput { model: INFO.name, channels, least: LEAST };
+    let input = ImageInput::new(spec, channels);
     Ok(Box::new(InceptionResnetV2 { input, first, body, tail, keep, classif }))
 }
 

@@ -43,9 +43,6 @@ pub(super) const INFO: ModelInfo = ModelInfo {
     build,
 };
 
-/// The least side from which a 5 × 5 convolution of the head has its 25 inputs.
-const LEAST_WITH_AUX: i64 = 299;
-
 struct InceptionV3 {
     input: ImageInput,
     stem: [ConvNorm; 3],
@@ -117,7 +114,7 @@ fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError>
     let last_blocks = build_all(scope, &last)?;
     let fc = Linear::new(&mut scope.sub("fc"), 2048, classes, WEIGHT, Init::Constant(0.0))?;
     let keep = 1.0 - options::drop_rate(spec, "dropout", 0.5)?;
-    let input = ImageInput { model: INFO.name, channels, least: 75 };
+    let input = ImageInput::new(spec, channels);
     Ok(Box::new(InceptionV3 { input, stem, middle, blocks, last_blocks, head, keep, fc }))
 }
 
@@ -232,7 +229,7 @@ impl Model for InceptionV3 {
         self.input.check(x)?; // [N, 3, 299, 299]
         let head = self.head.as_ref().filter(|_| fwd.train);
         if head.is_some() {
-            self.input.check_for(x, LEAST_WITH_AUX, " to train with `aux`, or `aux = false`")?;
+            self.input.check_in_training(x, " to train with `aux`, or `aux = false`")?;
         }
         let x = chain(&self.stem, x.shallow_clone(), fwd)?; // [N, 64, 147, 147]
         let x = chain(&self.middle, max_pool(&x, 3, 2)?, fwd)?; // [N, 192, 71, 71]

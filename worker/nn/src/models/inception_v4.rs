@@ -32,9 +32,6 @@ pub(super) const DROPOUT: OptionInfo = OptionInfo {
     meaning: "share of values dropped before the last layer, as in the paper",
 };
 
-/// The least side from which each of the paper's networks has something left for its last block.
-pub(super) const LEAST: i64 = 75;
-
 /// The units of the paper's networks, initialized as TF-Slim does.
 pub(super) fn units(spec: &ModelSpec) -> Result<Units, NnError> {
     Ok(Units {
@@ -120,7 +117,7 @@ fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError>
     }
     let last = classifier(&mut scope.sub("last_linear"), inputs, spec)?;
     let keep = 1.0 - options::drop_rate(spec, "dropout", 0.2)?;
-    let input = ImageInput { model: INFO.name, channels, least: LEAST };
+    let input = ImageInput::new(spec, channels);
     Ok(Box::new(InceptionV4 { input, stem, blocks, keep, last }))
 }
 

@@ -71,17 +71,15 @@ const fn block(kernel: i64, outputs: [i64; 3], drops: bool) -> Widths {
     Widths { suffix: "", kernel, stride: 1, outputs, weights: [WIDE; 3], drops }
 }
 
-/// A network: the channels of its images, the least side that leaves something for its last block, its blocks.
+/// A network: the channels of its images, its blocks.
 #[derive(Clone, Copy)]
 struct Plan {
     in_channels: i64,
-    least: i64,
     blocks: &'static [Widths],
 }
 
 const CIFAR: Plan = Plan {
     in_channels: 3,
-    least: 4,
     blocks: &[
         block(5, [192, 160, 96], false),
         block(5, [192, 192, 192], true),
@@ -90,13 +88,11 @@ const CIFAR: Plan = Plan {
 };
 const MNIST: Plan = Plan {
     in_channels: 1,
-    least: 4,
     blocks: &[block(5, [96, 64, 48], false), block(5, [128, 96, 48], true), block(5, [128, 96, 0], true)],
 };
 /// Its first convolution has no padding.
 const IMAGENET: Plan = Plan {
     in_channels: 3,
-    least: 39,
     blocks: &[
         Widths { stride: 4, weights: [NARROW, WIDE, WIDE], ..block(11, [96, 96, 96], false) },
         block(5, [256, 256, 256], false),
@@ -153,7 +149,7 @@ fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError>
         blocks.push(Block { drops, units });
         inputs = second;
     }
-    let input = ImageInput { model: INFO.name, channels, least: plan.least };
+    let input = ImageInput::new(spec, channels);
     Ok(Box::new(Nin { input, blocks, keep: 1.0 - options::drop_rate(spec, "dropout", 0.5)? }))
 }
 

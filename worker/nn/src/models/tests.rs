@@ -104,6 +104,7 @@ fn images_down_to_the_documented_size_are_taken_and_smaller_ones_refused_in_one_
     for (name, options, least) in cases {
         let is_plain = name == "googlenet" && options["variant"] == "paper";
         let spec = spec(name, if is_plain { BatchNorm::None } else { BatchNorm::Local }, options);
+        assert_eq!(i64::from(spec.least_side()), least, "{name}");
         let (_, model) = outlined(&spec);
         let forward = |shape: [i64; 4]| {
             let x = Tensor::ones(shape, (Kind::Float, Device::Cpu));
@@ -167,6 +168,8 @@ fn an_auxiliary_head_says_which_images_it_needs_and_can_be_left_out() {
     let message = forward(json!({})).unwrap_err().to_string();
     assert!(message.contains("at least 299x299 pixels to train with `aux`, or `aux = false`"), "{message}");
     assert!(forward(json!({ "aux": false })).unwrap().auxiliary.is_empty());
+    let least = |options| spec("inception-v3", BatchNorm::Local, options).least_side_in_training();
+    assert_eq!((least(json!({})), least(json!({ "aux": false }))), (299, 75));
 }
 
 #[test]
