@@ -6,6 +6,7 @@
 pub mod audit;
 pub mod checkpoint;
 pub mod dataset;
+pub mod device;
 pub mod digest;
 pub mod durable;
 pub mod http;

@@ -15,6 +15,18 @@ pub fn shown_lines(text: &str) -> Cow<'_, str> {
     escaped(text, |c| c != '\n' && is_hidden(c))
 }
 
+/// JSON `text` with such characters escaped as JSON has it: they stand in strings only.
+pub fn shown_json(text: &str) -> Cow<'_, str> {
+    if !text.contains(is_hidden) {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len() + 8);
+    for c in text.chars() {
+        if is_hidden(c) { out.push_str(&format!("\\u{:04x}", u32::from(c))) } else { out.push(c) }
+    }
+    Cow::Owned(out)
+}
+
 /// `count` things, such as `1 shard` or `2 shards`.
 pub fn counted(count: u64, thing: &str) -> String {
     format!("{count} {thing}{}", if count == 1 { "" } else { "s" })
@@ -51,6 +63,7 @@ mod tests {
     fn what_a_terminal_would_obey_is_escaped_and_nothing_else() {
         assert_eq!(shown("\u{1b}[31mred\r\n\u{7}\u{9b}x"), r"\u{1b}[31mred\r\n\u{7}\u{9b}x");
         assert_eq!(shown("a\u{202e}gpj.exe"), r"a\u{202e}gpj.exe");
+        assert_eq!(shown_json("[\"a\u{9b}\u{202e}\"]"), r#"["a\u009b\u202e"]"#);
         assert_eq!(shown_lines("one\n\ttwo"), "one\n\\ttwo");
         for plain in ["", "Schäferhund 犬 🐕 \\ `x`", "\u{fffd}"] {
             assert!(matches!(shown(plain), Cow::Borrowed(_)), "{plain}");

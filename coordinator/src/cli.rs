@@ -1,6 +1,7 @@
 //! The command line.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use lockstep_common::device::EXPECTED;
 use lockstep_common::ids::JobId;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -251,9 +252,5 @@ pub(crate) enum CheckpointCommand {
 
 /// A device as workers name it.
 fn device(name: &str) -> Result<String, String> {
-    let index = name.strip_prefix("cuda:").map(str::parse::<usize>);
-    match (name, index) {
-        ("cpu", _) | (_, Some(Ok(_))) => Ok(name.to_owned()),
-        _ => Err("a device is `cpu` or `cuda:0`, `cuda:1`, ...".to_owned()),
-    }
+    lockstep_common::device::gpu(name).map(|_| name.to_owned()).ok_or_else(|| EXPECTED.to_owned())
 }

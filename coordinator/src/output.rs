@@ -1,6 +1,6 @@
 //! Standard output and the errors of the command line. Of what others have written nothing reaches a terminal that it would obey.
 
-use lockstep_common::shown::shown_lines;
+use lockstep_common::shown::{shown_json, shown_lines};
 use std::io::Write;
 
 /// Writes a line to standard output. A reader that has gone away, such as `head`, is no error.
@@ -11,8 +11,7 @@ pub(crate) fn say(line: impl std::fmt::Display) {
 /// Writes a value as one line of JSON to standard output.
 pub(crate) fn say_json(value: &impl serde::Serialize) {
     match serde_json::to_string(value) {
-        // JSON has escapes of its own.
-        Ok(json) => drop(writeln!(std::io::stdout().lock(), "{json}")),
+        Ok(json) => drop(writeln!(std::io::stdout().lock(), "{}", shown_json(&json))),
         Err(e) => note(format_args!("error: cannot be written as JSON: {e}")),
     }
 }

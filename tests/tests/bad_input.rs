@@ -99,9 +99,14 @@ fn a_dataset_that_does_not_fit_the_model_is_refused_with_file_and_line() {
 #[test]
 fn usage_errors_end_with_2_and_failures_with_1() {
     let place = Place::empty();
-    for args in
-        [&["frobnicate"][..], &["run"], &["run", "x.toml", "--workers", "0"], &["status", "seven"], &[]]
-    {
+    for args in [
+        &["frobnicate"][..],
+        &["run"],
+        &["run", "x.toml", "--workers", "0"],
+        &["status", "seven"],
+        &[],
+        &["run", "x.toml", "--devices", "cpu,gpu"],
+    ] {
         let ended = place.coordinator(args);
         assert_eq!(ended.status.code(), Some(2), "{args:?}: {}", ended.stderr);
     }
@@ -112,6 +117,8 @@ fn usage_errors_end_with_2_and_failures_with_1() {
     let file = place.job_file(Job::default());
     let too_many = ["run", &file.to_string_lossy(), "--workers", "9"];
     one_line(&place.coordinator(too_many).refused(1, &["1 to 4 workers, not 9"]));
+    let too_many = ["run", &file.to_string_lossy(), "--devices", "cpu,cpu,cpu,cpu,cpu"];
+    one_line(&place.coordinator(too_many).refused(1, &["1 to 4 workers, and `--devices` names 5"]));
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use crate::bench::AllreduceArgs;
 use crate::commands::{EvalArgs, PredictArgs};
 use clap::{Args, Parser, Subcommand};
+use lockstep_common::device::{EXPECTED, gpu};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -58,12 +59,10 @@ impl std::str::FromStr for DeviceArg {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, String> {
-        match s.strip_prefix("cuda:") {
-            None if s == "cpu" => Ok(Self::Cpu),
-            Some(index) if index.parse::<usize>().is_ok() => {
-                Ok(Self::Cuda(index.parse().unwrap_or_default()))
-            }
-            _ => Err("a device is `cpu` or `cuda:0`, `cuda:1`, ...".to_owned()),
+        match gpu(s) {
+            Some(None) => Ok(Self::Cpu),
+            Some(Some(index)) => Ok(Self::Cuda(index)),
+            None => Err(EXPECTED.to_owned()),
         }
     }
 }

@@ -135,9 +135,15 @@ fn cores() -> u32 {
 
 fn worker_count(args: &RunArgs, spec: &JobSpec, path: &str) -> Result<u32> {
     let (min, max) = (spec.workers.min, spec.max_workers());
+    let named = args.devices.len() as u32;
     match args.workers {
-        None if args.devices.is_empty() => Ok(DEFAULT_WORKERS.clamp(min, max)),
-        None => Ok((args.devices.len() as u32).clamp(min, max)),
+        None if named > max => {
+            bail!(
+                "`{path}` takes {min} to {max} workers, and `--devices` names {named}; `--workers N` takes the first N"
+            )
+        }
+        None if named == 0 => Ok(DEFAULT_WORKERS.clamp(min, max)),
+        None => Ok(named.max(min)),
         Some(n) if (min..=max).contains(&n) => Ok(n),
         Some(n) => {
             bail!("`{path}` takes {min} to {max} workers, not {n}; see its `[workers]` and `logical_shards`")

@@ -271,10 +271,11 @@ class GlobalBatchNorm : public torch::autograd::Function<GlobalBatchNorm> {
   }
 };
 
-void check(const Tensor& x, const Tensor& gamma) {
+void check(const Tensor& x, const Tensor& gamma, const Tensor& beta) {
   TORCH_CHECK(x.dim() >= 2, "batch norm needs [N, C, ...], got ", x.sizes());
   TORCH_CHECK(
-      gamma.numel() == x.size(1), "batch norm over ", gamma.numel(), " channels got an input of shape ", x.sizes());
+      gamma.numel() == x.size(1) && beta.numel() == x.size(1),
+      "batch norm over ", gamma.numel(), " channels got an input of shape ", x.sizes());
 }
 
 }  // namespace
@@ -331,7 +332,7 @@ extern "C" Tensor* lockstep_batch_norm(
   Tensor* y = nullptr;
   lockstep::guarded(failure, [&] {
     auto merger = c10::make_intrusive<Merger>(callback);
-    check(*x, *gamma);
+    check(*x, *gamma, *beta);
     y = new Tensor(
         x->is_cuda() ? lockstep::device_batch_norm(*x, *gamma, *beta, eps, relu, std::move(merger), nullptr)
                      : GlobalBatchNorm::apply(*x, *gamma, *beta, eps, relu, std::move(merger)));
@@ -352,7 +353,7 @@ extern "C" Tensor* lockstep_lone_batch_norm(
     Failure* failure) noexcept {
   Tensor* y = nullptr;
   lockstep::guarded(failure, [&] {
-    check(*x, *gamma);
+    check(*x, *gamma, *beta);
     lockstep::Statistics own;
     Tensor normalized = lockstep::device_batch_norm(*x, *gamma, *beta, eps, relu, nullptr, &own);
     *mean = new Tensor(std::move(own.mean));

@@ -1,6 +1,9 @@
 // Batch normalization on a GPU, over the global batch or over a shard that is alone, fused with an optional ReLU.
 
+#include <algorithm>
+#include <cmath>
 #include <map>
+#include <tuple>
 
 #include "merge.h"
 
@@ -42,8 +45,13 @@ class DeviceBatchNorm : public torch::autograd::Function<DeviceBatchNorm> {
     const bool empty = x.numel() == 0;
     double count = static_cast<double>(x.numel()) / static_cast<double>(channels);
 
-    Tensor mean = torch::zeros({channels}, gamma.options()), inverse_std = torch::full({channels}, 1 / std::sqrt(eps), gamma.options());
-    if (!empty) std::tie(mean, inverse_std) = at::batch_norm_stats(x, eps);
+    Tensor mean, inverse_std;
+    if (empty) {
+      mean = torch::zeros({channels}, gamma.options());
+      inverse_std = torch::full({channels}, 1 / std::sqrt(eps), gamma.options());
+    } else {
+      std::tie(mean, inverse_std) = at::batch_norm_stats(x, eps);
+    }
     if (merger) {
       std::vector<double> merged = to_vector(torch::cat({mean, inverse_std}));
       for (size_t c = channels; c < merged.size(); ++c) merged[c] = variance(merged[c], eps) * count;
@@ -80,8 +88,8 @@ class DeviceBatchNorm : public torch::autograd::Function<DeviceBatchNorm> {
     if (empty) {
       sum = moment = dgamma = dbeta = torch::zeros_like(mean);
     } else {
-      std::tie(sum, moment, dgamma, dbeta) =
-          at::batch_norm_backward_reduce(dy, x, mean, inverse_std, gamma, /*input_g=*/true, /*weight_g=*/true, /*bias_g=*/true);
+      std::tie(sum, moment, dgamma, dbeta) = at::batch_norm_backward_reduce(
+          dy, x, mean, inverse_std, gamma, /*input_g=*/true, /*weight_g=*/true, /*bias_g=*/true);
     }
     // Every shard takes part, whether or not it needs dx itself.
     if (ctx->saved_data.count("merger") != 0) {

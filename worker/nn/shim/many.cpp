@@ -29,8 +29,10 @@ extern "C" bool lockstep_fused_sgd(
     lockstep::Failure* failure) noexcept {
   return lockstep::guarded(failure, [&] {
     const torch::NoGradGuard no_grad;
+    // Without momentum the kernel wants no buffers, and they stay as they are.
+    const std::vector<torch::Tensor> buffers = momentum == 0 ? list(nullptr, 0) : list(momentum_buffers, count);
     at::_fused_sgd_(
-        list(parameters, count), list(gradients, count), list(momentum_buffers, count), weight_decay, momentum, lr,
+        list(parameters, count), list(gradients, count), buffers, weight_decay, momentum, lr,
         /*dampening=*/0, nesterov, /*maximize=*/false, /*is_first_step=*/false);
   });
 }

@@ -98,7 +98,7 @@ pub struct Forward {
     /// Whom synchronized batch norm talks to.
     pub sync: Arc<dyn BatchNormSync>,
     /// Batch statistics so far, in the order of the calls, which is the same on all shards.
-    pub records: Vec<BnRecord>,
+    pub(crate) records: Vec<BnRecord>,
     late: Vec<Late>,
     uses: HashMap<(u16, String), u16>,
     draws: HashMap<(u16, String), u16>,
@@ -174,7 +174,12 @@ impl Forward {
                 let (mean, others) = rest.split_at(statistics[0].numel());
                 let (inverse_std, others) = others.split_at(mean.len());
                 rest = others;
-                let m2 = inverse_std.iter().map(|inverse| (inverse.powi(-2) - eps).max(0.0) * record.count);
+                let variance = |inverse: &f64| match inverse.powi(-2) - eps {
+                    // Rounded away; NaN stays.
+                    variance if variance < 0.0 => 0.0,
+                    variance => variance,
+                };
+                let m2 = inverse_std.iter().map(|inverse| variance(inverse) * record.count);
                 record.set_moments(&mean.iter().copied().chain(m2).collect::<Vec<_>>());
             }
         }
@@ -197,4 +202,37 @@ fn count(counts: &mut HashMap<(u16, String), u16>, (network, name): (u16, &str))
     let count = counts.entry((network, name.to_owned())).or_default();
     *count += 1;
     *count - 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_gpu_has_seen_is_read_into_the_records_in_their_order() {
+        let mut forward = Forward::training(1, 0, LogicalShard(0), Vec::new(), Arc::new(LocalOnly));
+        let record = |count, mean| BnRecord {
+            network: 0,
+            layer: "bn".to_owned(),
+            momentum: 0.1,
+            count,
+            mean,
+            var_unbiased: Vec::new(),
+        };
+        let eps = 1e-3;
+        let statistics = |means: &[f64], variances: &[f64]| {
+            let inverse: Vec<_> = variances.iter().map(|variance| (variance + eps).sqrt().recip()).collect();
+            [Tensor::from_slice(means), Tensor::from_slice(&inverse)]
+        };
+        forward.record_later(record(5.0, Vec::new()), statistics(&[1.0, 2.0], &[4.0, 0.0]), eps);
+        forward.records.push(record(3.0, vec![7.0]));
+        forward.record_later(record(1.0, Vec::new()), statistics(&[f64::NAN], &[f64::NAN]), eps);
+        let records = forward.take_records().unwrap();
+        assert!(forward.take_records().unwrap().is_empty());
+        assert_eq!((&records[0].mean[..], &records[1].mean[..]), (&[1.0, 2.0][..], &[7.0][..]));
+        // 5 / 4 of the biased variance.
+        assert!((records[0].var_unbiased[0] - 5.0).abs() < 1e-12);
+        assert!(records[0].var_unbiased[1].abs() < 1e-15);
+        assert!(records[2].mean[0].is_nan() && records[2].var_unbiased[0].is_nan());
+    }
 }

@@ -73,7 +73,8 @@ pub fn apply_running_stats<'a>(
         for (buffer, batch) in [("running_mean", &record.mean), ("running_var", &record.var_unbiased)] {
             let values = running.get_mut(&name(record, buffer)).map(|(_, values)| values);
             for (r, b) in values.into_iter().flatten().zip(batch) {
-                *r = (1.0 - record.momentum) * *r + record.momentum * b;
+                let moved = (1.0 - record.momentum) * *r + record.momentum * b;
+                *r = if kind == Kind::Double { moved } else { f64::from(moved as f32) };
             }
         }
     }
@@ -132,5 +133,34 @@ mod tests {
         average_records(&mut mine, &summed).unwrap();
         assert_eq!((mine[0].count, mine[0].mean[0], mine[0].var_unbiased[0]), (4.0, 7.0, 3.0));
         assert!(average_records(&mut mine, &summed[1..]).is_err());
+    }
+
+    #[test]
+    fn running_statistics_move_by_each_record_in_turn_and_are_rounded_as_they_are_kept() {
+        let mut vars = Vars::new("model", 1, Kind::Float, Device::Cpu);
+        for name in ["a", "b"] {
+            let mut scope = vars.root();
+            let mut scope = scope.sub(name);
+            let _ = (
+                scope.buffer("running_mean", &[1], 0.1).unwrap(),
+                scope.buffer("running_var", &[1], 1.0).unwrap(),
+            );
+        }
+        let record = |layer: &str, count, mean| BnRecord {
+            network: 0,
+            layer: layer.to_owned(),
+            momentum: 0.1,
+            count,
+            mean: vec![mean],
+            var_unbiased: vec![mean],
+        };
+        let records =
+            [record("b", 4.0, 0.7), record("a", 4.0, 3.0), record("a", 1.0, 9.0), record("b", 4.0, 0.3)];
+        apply_running_stats(&vars, &records).unwrap();
+        let move_to = |running: f32, mean: f64| (0.9 * f64::from(running) + 0.1 * mean) as f32;
+        let found = |name: &str| Vec::<f32>::try_from(&vars.var(name).unwrap().tensor).unwrap()[0];
+        assert_eq!(found("a.running_mean"), move_to(0.1, 3.0));
+        assert_eq!(found("b.running_mean"), move_to(move_to(0.1, 0.7), 0.3));
+        assert_eq!(found("b.running_var"), move_to(move_to(1.0, 0.7), 0.3));
     }
 }

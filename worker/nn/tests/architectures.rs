@@ -138,7 +138,7 @@ fn check_pass(case: &Case, expected: &BTreeMap<String, Tensor>, vars: &Vars, tra
     check_fingerprints(&what, &gradients, theirs("gradients"), 1e-10);
 
     if train && case.batch_norm != BatchNorm::None {
-        apply_running_stats(vars, &fwd.records).unwrap();
+        apply_running_stats(vars, &fwd.take_records().unwrap()).unwrap();
         let buffers = vars.iter().filter(|(_, var)| var.role == Role::Buffer);
         let statistics: Vec<_> =
             buffers.map(|(name, var)| (name.to_owned(), formula::fingerprint(name, &var.tensor))).collect();

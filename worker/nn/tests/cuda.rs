@@ -248,9 +248,9 @@ fn one_kernel_updates_as_libtorchs_operations_do() {
     if !has_gpu() {
         return;
     }
-    for nesterov in [false, true] {
+    for (momentum, nesterov) in [(0.9, false), (0.9, true), (0.0, false)] {
         let spec: OptimizerSpec = serde_json::from_value(serde_json::json!({
-            "name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.01
+            "name": "sgd", "lr": 0.1, "momentum": momentum, "nesterov": nesterov, "weight_decay": 0.01
         }))
         .unwrap();
         let updated = |device: Device| {
@@ -279,6 +279,11 @@ fn one_kernel_updates_as_libtorchs_operations_do() {
             let after = vars.parameters().map(|(_, var)| var.tensor.detach().to_device(Device::Cpu));
             after.collect::<Vec<_>>()
         };
-        check(&format!("nesterov {nesterov}"), &updated(GPU), &updated(Device::Cpu), 1e-14);
+        check(
+            &format!("momentum {momentum}, nesterov {nesterov}"),
+            &updated(GPU),
+            &updated(Device::Cpu),
+            1e-14,
+        );
     }
 }

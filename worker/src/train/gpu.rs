@@ -1,7 +1,6 @@
 //! How a GPU's gradients travel: over NCCL, or through the host.
 //!
-//! All ranks choose alike: from their devices' names first, then from what each says that it can. Never run on a
-//! GPU so far.
+//! All ranks choose alike: from their devices' names first, then from what each says that it can.
 #![allow(unsafe_code)]
 
 use super::Number;

@@ -11,13 +11,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// How long a lane looks for the others before it sleeps.
+/// How long a lane looks for the others before it sleeps, where each has a core. Lanes of Inception v3 at 75 × 75 wait 0.2 ms
+/// for each other on average, 188 times a step, and to wake a thread takes a good part of that.
 const EAGER: Duration = Duration::from_micros(200);
 
 /// Collects the owned shards' sums for each exchange; the last to arrive hands them to the group.
 pub(crate) struct Rendezvous {
     group: Group,
     permits: Arc<Permits>,
+    /// Whether no lane needs the core of one that waits.
+    is_eager: bool,
     first: u32,
     owned: usize,
     state: Mutex<State>,
@@ -40,12 +43,13 @@ struct Meeting {
 }
 
 impl Rendezvous {
-    pub(crate) fn new(group: Group, permits: Arc<Permits>) -> Self {
+    pub(crate) fn new(group: Group, permits: Arc<Permits>, threads: usize) -> Self {
         let range = group.placement().range(group.rank());
         let waited = range.clone().map(|_| AtomicU64::new(0)).collect();
         Self {
             group,
             permits,
+            is_eager: range.len() <= threads,
             first: range.start,
             owned: range.len(),
             state: Mutex::default(),
@@ -116,8 +120,7 @@ impl Rendezvous {
             let is_over = |state: &State| {
                 state.failure.is_some() || state.meetings.get(&tag).is_none_or(|m| m.pending.is_some())
             };
-            // Others often come soon, and waking a thread takes as long as that.
-            while start.elapsed() < EAGER && !is_over(&self.state.lock()) {
+            while self.is_eager && start.elapsed() < EAGER && !is_over(&self.state.lock()) {
                 std::thread::yield_now();
             }
             let mut waiting = self.state.lock();

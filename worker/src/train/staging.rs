@@ -1,7 +1,7 @@
 //! A GPU's gradients through page-locked host memory, where the ranks do not share NCCL.
 //!
 //! A full bucket is copied to the host in order with the computation, and nobody waits for it: whatever hook comes
-//! next looks whether it has arrived, and hands it to the group. Never run on a GPU so far.
+//! next looks whether it has arrived, and hands it to the group.
 
 use super::Number;
 use super::device_buckets::{Carried, Carrier};

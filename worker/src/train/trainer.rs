@@ -85,7 +85,7 @@ impl<T: Number> Trainer<T> {
         let owned = group.placement().range(group.rank());
         let modes: Vec<_> = plan.networks.iter().map(|n| n.model.batch_norm).collect();
         let permits = Arc::new(Permits::new(threads));
-        let rendezvous = Arc::new(Rendezvous::new(group.clone(), permits.clone()));
+        let rendezvous = Arc::new(Rendezvous::new(group.clone(), permits.clone(), threads));
         let mut lanes = Vec::new();
         for (slot, shard) in owned.enumerate() {
             let alias = |learns: bool| {

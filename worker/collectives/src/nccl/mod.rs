@@ -1,8 +1,8 @@
 //! Gradients from GPU to GPU over NCCL.
 //!
 //! Everything here is compiled on every machine and loaded on none until a group asks for NCCL: a host without a
-//! GPU starts without any CUDA library. Nothing in this module has been run on a GPU so far; without one, the
-//! choice of libraries, the choice of backend and the geometry of the pieces are tested.
+//! GPU starts without any CUDA library. Without one, the choice of libraries, the choice of backend
+//! and the geometry of the pieces are tested.
 //!
 //! ```text
 //! choose       which ranks may use NCCL, from their devices' names

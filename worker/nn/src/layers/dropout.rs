@@ -86,3 +86,19 @@ impl Draws {
         mask
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_threads_draw_what_one_does() {
+        let draws = Draws { seed: 1, purpose: "dropout".to_owned(), at: [2, 0, 1], level: 40_000.0 };
+        let samples: Vec<u64> = (5..40).collect();
+        for per_row in [0, 1, 33] {
+            let mask = |in_parallel| draws.mask(&samples, per_row, in_parallel, |scale| scale);
+            assert_eq!(mask(true), mask(false));
+            assert_eq!(mask(true).len(), samples.len() * per_row);
+        }
+    }
+}

@@ -1,6 +1,7 @@
 //! Pooling and local response normalization.
 
 use crate::error::NnError;
+use crate::shim::on_device;
 use tch::{Device, Kind, Tensor};
 
 /// The largest value of each `kernel` × `kernel` window that lies within the image.
@@ -46,8 +47,8 @@ fn mean_by_products(x: &Tensor, side: i64) -> Result<Tensor, NnError> {
     };
     let kind = if x.f_kind()? == Kind::Double { Kind::Double } else { Kind::Float };
     let means = |size| -> Result<Tensor, NnError> {
-        let means = Tensor::f_from_slice(&window_means(size, side))?.f_view([side, size])?;
-        Ok(means.f_to_kind(kind)?.f_to_device(x.device())?)
+        let means = on_device(&window_means(size, side), x.device())?;
+        Ok(means.f_view([side, size])?.f_to_kind(kind)?)
     };
     let (rows, columns) = (means(height)?, means(width)?.f_transpose(0, 1)?);
     Ok(tch::autocast(false, || rows.f_matmul(&x.f_to_kind(kind)?.f_matmul(&columns)?))?)

@@ -52,7 +52,7 @@ impl Sgd {
     }
 
     /// The same as [`Self::update`] for all of `learning`, which is on a GPU, in few kernels.
-    pub(super) fn update_on_gpu(&mut self, learning: &[Learning<'_>], momentum: f64) -> Result<(), NnError> {
+    pub(super) fn update_on_gpu(&self, learning: &[Learning<'_>], momentum: f64) -> Result<(), NnError> {
         let rates = |learning: &Learning<'_>| [learning.rates.lr, learning.rates.weight_decay];
         let mut rest: Vec<_> = learning.iter().collect();
         while let Some(first) = rest.first() {

@@ -1,4 +1,4 @@
-//! What tch lacks, from a C++ file over libtorch: gradient hooks, batch norm over the global batch, autocast, channels-last memory,
+//! What tch lacks, from C++ files over libtorch: gradient hooks, batch norm over the global batch, autocast, channels-last memory,
 //! CUDA on demand and beside the default stream. And a tensor's memory without a copy.
 //!
 //! The only unsafe code of this crate. Rust closures enter C++ as a context pointer with three functions (call,

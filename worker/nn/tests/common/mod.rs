@@ -200,7 +200,7 @@ fn shard_step(
         assert!(!var.tensor.grad().defined(), "`{name}` keeps a gradient");
     }
     let gradients = std::mem::take(&mut *gradients.lock().unwrap());
-    ShardResult { loss: loss.double_value(&[]), gradients, records: fwd.records }
+    ShardResult { loss: loss.double_value(&[]), gradients, records: fwd.take_records().unwrap() }
 }
 
 /// The largest difference relative to the largest magnitude of `expected`.
