@@ -35,11 +35,16 @@ const RECONNECT_PAUSE: Duration = Duration::from_millis(500);
 /// How long a leaving worker tries to hand in its last reports.
 const FAREWELL: Duration = Duration::from_secs(5);
 
+/// Makes the device ready. After an error a worker with these options cannot work on this machine.
+pub(crate) fn prepare(args: &JoinArgs) -> Result<()> {
+    match args.device {
+        DeviceArg::Cuda(index) => crate::train::device::enable_cuda(index),
+        DeviceArg::Cpu => Ok(()),
+    }
+}
+
 /// Joins and works until a signal, a dismissal or the end of standard input (where asked for).
 pub(crate) fn join(args: JoinArgs) -> Result<()> {
-    if let DeviceArg::Cuda(index) = args.device {
-        crate::train::device::enable_cuda(index)?;
-    }
     let runtime = network::runtime()?;
     let result = runtime.block_on(Agent::start(args));
     runtime.shutdown_timeout(Duration::from_secs(1));

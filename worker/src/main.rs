@@ -45,7 +45,13 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     let result = match cli::Cli::parse().command {
-        cli::Command::Join(args) => agent::join(*args),
+        cli::Command::Join(args) => match agent::prepare(&args) {
+            Ok(()) => agent::join(*args),
+            Err(error) => {
+                eprintln!("error: {}", one_line(error.chain()));
+                return ExitCode::from(2);
+            }
+        },
         cli::Command::Bench(command) => bench::run(command),
         cli::Command::Eval(args) => commands::eval(&args),
         cli::Command::Predict(args) => commands::predict(&args),

@@ -14,6 +14,9 @@ pub enum TensorsError {
     /// The bytes are not a safetensors file.
     #[error("it is not a safetensors file ({0})")]
     Format(SafeTensorError),
+    /// The bytes are PyTorch's own format.
+    #[error("it was written by `torch.save`; write it with `safetensors.torch.save_file`")]
+    Pickle,
     /// Two tensors of one name.
     #[error("there are two tensors named `{0}`")]
     Duplicate(String),
@@ -91,6 +94,9 @@ fn encode_with_metadata<'a>(
 
 /// The tensors of a safetensors file, by name.
 pub fn decode_tensors(file: &[u8]) -> Result<Vec<TensorBytes<'_>>, TensorsError> {
+    if file.starts_with(b"PK\x03\x04") || file.starts_with(b"\x80\x02") {
+        return Err(TensorsError::Pickle);
+    }
     let tensors = SafeTensors::deserialize(file).map_err(TensorsError::Format)?;
     let mut out: Vec<_> = tensors
         .tensors()

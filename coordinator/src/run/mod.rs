@@ -228,7 +228,7 @@ impl Watch<'_> {
                         return Ok((self.summary().await?, true));
                     }
                     stopping = true;
-                    progress.note("stopping after a checkpoint; once more to leave at once");
+                    progress.note("stopping after a checkpoint, or after the evaluation in progress; once more to leave at once");
                     self.pause().await?;
                 }
             }
@@ -240,6 +240,7 @@ impl Watch<'_> {
             for incident in fleet.tend()? {
                 match incident {
                     Incident::Died(what) => progress.note(format_args!("warning: {what}")),
+                    Incident::Unusable(what) => bail!(what),
                     Incident::GivenUp(what) => {
                         progress.note(format_args!("warning: {what}"));
                         self.go_on_with(fleet.size(), &what).await?;

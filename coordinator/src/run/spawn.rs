@@ -14,6 +14,9 @@ const MAX_RESTARTS: u32 = 3;
 /// Before a worker is started again, times the attempt.
 const RESTART_PAUSE: Duration = Duration::from_millis(500);
 
+/// The exit code of a worker that would not work if it were started again.
+const UNUSABLE: i32 = 2;
+
 /// How long workers may take to leave.
 const LEAVE_TIME: Duration = Duration::from_secs(5);
 
@@ -56,6 +59,8 @@ pub(super) enum Incident {
     Died(String),
     /// It died too often.
     GivenUp(String),
+    /// It says that it cannot work as it was started.
+    Unusable(String),
 }
 
 impl Fleet {
@@ -114,7 +119,14 @@ impl Fleet {
 
 impl Slot {
     fn died(&mut self, status: ExitStatus) -> Incident {
-        let last = last_line(&self.log).map(|line| format!(": {line}")).unwrap_or_default();
+        let last = last_line(&self.log);
+        if status.code() == Some(UNUSABLE) {
+            self.process = Process::GivenUp;
+            let why =
+                last.as_deref().map_or("it cannot work here", |line| line.trim_start_matches("error: "));
+            return Incident::Unusable(format!("worker {}: {why}", self.number));
+        }
+        let last = last.map(|line| format!(": {line}")).unwrap_or_default();
         let what = format!("worker {} ended ({status}){last}", self.number);
         let log = self.log.display();
         if self.restarts >= MAX_RESTARTS {

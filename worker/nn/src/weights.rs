@@ -12,6 +12,7 @@ use crate::vars::Vars;
 use lockstep_common::checkpoint::BATCH_COUNT;
 use lockstep_common::digest::TensorBytes;
 use lockstep_common::job::{BatchNorm, ModelSpec};
+use lockstep_common::shown::shown;
 use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 
@@ -43,6 +44,9 @@ pub fn load(
             return Err(NnError::Weights(format!("`{name}` has type {dtype}, which is none of weights")));
         }
         let stored = RawTensor::tensor_of(&tensor.dtype, &tensor.shape, &tensor.bytes)?;
+        if let Some(problem) = unsound(&tensor.name, &stored)? {
+            return Err(NnError::Weights(problem));
+        }
         values.insert(tensor.name.to_string(), stored.f_to_kind(kind)?);
     }
     outline.filled(kind, device, &values)
@@ -56,10 +60,28 @@ pub fn identify(tensors: &[TensorBytes<'_>]) -> Result<ModelSpec, NnError> {
     let shapes = shapes(tensors);
     match identify_shapes(&shapes) {
         Some(spec) if tensors.iter().all(|t| !shapes.contains_key(&*t.name) || is_of_weights(&t.dtype)) => {
+            for tensor in tensors.iter().filter(|t| shapes.contains_key(&*t.name)) {
+                let values = RawTensor::tensor_of(&tensor.dtype, &tensor.shape, &tensor.bytes)?;
+                if let Some(problem) = unsound(&tensor.name, &values)? {
+                    return Err(NnError::Weights(problem));
+                }
+            }
             Ok(spec)
         }
         _ => Err(NnError::Weights(nearest::differences(tensors, &shapes))),
     }
+}
+
+/// What makes `values` of no use as the tensor `name` of a network.
+fn unsound(name: &str, values: &Tensor) -> Result<Option<String>, NnError> {
+    let count = |what: Tensor| what.f_sum(Kind::Int64)?.f_int64_value(&[]);
+    let of = values.numel();
+    match count(values.f_isfinite()?.f_logical_not()?)? {
+        0 => {}
+        n => return Ok(Some(format!("{n} of the {of} values of `{}` are not finite numbers", shown(name)))),
+    }
+    let negative = if name.ends_with("running_var") { count(values.f_lt(0.0)?)? } else { 0 };
+    Ok((negative > 0).then(|| format!("{negative} of the {of} variances in `{}` are negative", shown(name))))
 }
 
 /// Whether weights can have the element type `dtype`, as safetensors names it.
@@ -334,5 +356,28 @@ mod tests {
         );
         let none = TensorBytes { name: "none".into(), ..whole[fc].clone() };
         assert_eq!(unknown(&[none]), "of its 1 tensor none has a name of a network of `worker models`");
+    }
+
+    #[test]
+    fn weights_that_are_not_finite_and_negative_variances_are_refused_by_name() {
+        let spec = spec("small-cnn", json!({ "classes": 10 }));
+        let whole = stored(&spec);
+        let spoilt = |name: &str, value: f32| {
+            let mut file = whole.clone();
+            let tensor = file.iter_mut().find(|t| t.name.ends_with(name)).unwrap();
+            assert_eq!(tensor.dtype, "F32");
+            tensor.bytes.to_mut()[..4].copy_from_slice(&value.to_le_bytes());
+            (tensor.name.to_string(), file)
+        };
+        for (name, value, what) in [
+            ("weight", f32::NAN, "not finite"),
+            ("bias", f32::INFINITY, "not finite"),
+            ("running_var", -1.0, "negative"),
+        ] {
+            let (name, file) = spoilt(name, value);
+            for told in [refusal(&spec, &file), unknown(&file)] {
+                assert!(told.contains(&name) && told.contains(what) && told.contains("1 of the"), "{told}");
+            }
+        }
     }
 }

@@ -140,6 +140,8 @@ struct Parts {
     key: String,
     image: Option<Vec<u8>>,
     label: Option<u32>,
+    /// A member that would be an image or a label if its name had one dot.
+    dotted: Option<String>,
 }
 
 /// Receives a sample: its key, the encoded image and the label.
@@ -165,7 +167,16 @@ fn read(path: &Path, receive: Receive<'_>) -> Result<(), DatasetError> {
             continue;
         }
         let member = entry.path().map_err(damaged)?.to_string_lossy().into_owned();
-        let Some((key, kind)) = split_name(&member) else { continue };
+        let Some((key, kind)) = split_name(&member) else {
+            if let Some(key) = dotted(&member) {
+                if key != parts.key {
+                    let next = Parts { key: key.to_owned(), ..Parts::default() };
+                    std::mem::replace(&mut parts, next).finish(path, receive)?;
+                }
+                parts.dotted.get_or_insert(member);
+            }
+            continue;
+        };
         let wrong =
             |problem: String| source_error(path, format!("its member `{}` {problem}", shown(&member)));
         if !form.is_file() {
@@ -224,7 +235,7 @@ fn read(path: &Path, receive: Receive<'_>) -> Result<(), DatasetError> {
 
 impl Parts {
     fn finish(self, path: &Path, receive: Receive<'_>) -> Result<(), DatasetError> {
-        let Self { key, image, label } = self;
+        let Self { key, image, label, dotted } = self;
         let lacks = |what: &str| {
             let problem = format!(
                 "sample `{}` has no {what}; the members of a sample must follow one another (`tar --sort=name`)",
@@ -238,7 +249,18 @@ impl Parts {
                 Err(lacks("label beside its image: add a member `.cls`, or `.json` with `label`"))
             }
             (None, Some(_)) => Err(lacks("image beside its label: add a member `.jpg`, `.jpeg` or `.png`")),
-            (None, None) => Ok(()),
+            (None, None) => match dotted {
+                // Left out, it would be lost without a word.
+                Some(member) => Err(source_error(
+                    path,
+                    format!(
+                        "its member `{}` belongs to no sample: a sample's name ends at its first dot, and `.jpg`, `.jpeg`, `.png`, \
+                         `.cls` or `.json` must follow; make the tar file again with other dots replaced",
+                        shown(&member)
+                    ),
+                )),
+                None => Ok(()),
+            },
         }
     }
 }
@@ -263,6 +285,15 @@ fn split_name(member: &str) -> Option<(&str, Kind)> {
     };
     // A hidden file, such as `._a.jpg`, has no key.
     (dot > folder).then_some((&member[..dot], kind))
+}
+
+/// The key of a member that ends as an image or a label does, but not from the first dot on.
+fn dotted(member: &str) -> Option<&str> {
+    let folder = member.rfind('/').map_or(0, |slash| slash + 1);
+    let dot = folder + member[folder..].find('.')?;
+    let last = member.rsplit('.').next()?.to_ascii_lowercase();
+    let ends_as_one = matches!(last.as_str(), "jpg" | "jpeg" | "png" | "cls");
+    (dot > folder && ends_as_one).then_some(&member[..dot])
 }
 
 fn class_of(bytes: &[u8]) -> Result<u32, String> {
@@ -313,6 +344,8 @@ mod tests {
         assert_eq!(split_name("0001.PNG"), Some(("0001", Kind::Image)));
         assert_eq!(split_name("0001.cls"), Some(("0001", Kind::Class)));
         assert_eq!(split_name("x/0001.json"), Some(("x/0001", Kind::Json)));
+        assert_eq!(dotted("a/0001.seg.png"), Some("a/0001"));
+        assert_eq!([dotted("0001.v2.txt"), dotted("._0001.jpg"), dotted("0001")], [None; 3]);
         for unused in ["0001.seg.png", "0001.txt", "0001", "._0001.jpg", ".jpg", "a.b/c"] {
             assert_eq!(split_name(unused), None, "{unused}");
         }
