@@ -310,35 +310,37 @@ fn changed(
     path
 }
 
-/// A copy of a file of weights in which the tensor `broken` is NaN.
-fn with_nan(file: &Path, broken: &str) -> PathBuf {
+/// A copy of a file of weights in which the tensors of the layer `broken` hold the largest number there is.
+fn with_largest(file: &Path, broken: &str) -> PathBuf {
     let bytes = fs::read(file).expect("the weights");
     let tensors = SafeTensors::deserialize(&bytes).expect("safetensors").tensors();
-    let nan = |view: &TensorView<'_>| f32::NAN.to_le_bytes().repeat(view.data().len() / 4);
+    let largest = |view: &TensorView<'_>| f32::MAX.to_le_bytes().repeat(view.data().len() / 4);
     let kept: Vec<_> = tensors
         .iter()
-        .map(|(name, view)| (name, view, if name == broken { nan(view) } else { view.data().to_vec() }))
+        .map(|(name, view)| {
+            (name, view, if name.starts_with(broken) { largest(view) } else { view.data().to_vec() })
+        })
         .collect();
     let views = kept.iter().map(|(name, view, bytes)| {
         (name, TensorView::new(view.dtype(), view.shape().to_vec(), bytes).expect("a tensor"))
     });
-    let path = file.with_file_name("nan.safetensors");
+    let path = file.with_file_name("largest.safetensors");
     fs::write(&path, safetensors::serialize(views, None).expect("safetensors")).expect("written");
     path
 }
 
-/// NaNs are neither more nor less than one another: the label was always among the first five, and the job finished.
+/// Such outputs are neither more nor less than one another: the label was always among the first five, and the job finished.
 #[test]
-fn a_network_whose_outputs_are_nan_is_refused_by_job_and_commands() {
+fn a_network_whose_outputs_are_not_finite_is_refused_by_job_and_commands() {
     let place = Place::new();
     place.run(Job { steps: 4, width: 16, ..Job::default() }, 1);
     let (job, file) = evaluates(&place, Job::default());
-    let broken = with_nan(Path::new(&file), "fc.bias").to_string_lossy().into_owned();
+    let broken = with_largest(Path::new(&file), "fc.").to_string_lossy().into_owned();
     let section = worker(["weights", &broken]).ok().stdout;
     let (before, rest) = job.split_once("[model]").expect("a model");
     let (_, after) = rest.split_once("[data]").expect("data");
     let job = format!("{before}{section}\n[data]{after}");
-    let logit = "of `tiny/test`: the network's logit of class 0 is NaN";
+    let logit = "of `tiny/test`: the network's logit of class 0 is inf";
     let ended = place.start_run(&job, 2).wait().refused(1, &["error: j2 failed: ", "sample ", logit]);
     assert!(!ended.stderr.contains("checkpoint export"), "{}", ended.stderr);
     assert!(!place.job_dir("j2").join("artifacts/evaluation.json").exists());
@@ -358,7 +360,7 @@ fn a_network_whose_outputs_are_nan_is_refused_by_job_and_commands() {
     fs::write(&picture, lockstep_tests::images::png(&[90; 16 * 16 * 3], 16, 16)).expect("a picture");
     let picture = picture.to_string_lossy();
     let args = ["predict", "--checkpoint", &broken, "--datasets", &data, "--job", &job, &picture];
-    let named = format!("image `{picture}`: checkpoint `{broken}`: the network's logit of class 0 is NaN");
+    let named = format!("image `{picture}`: checkpoint `{broken}`: the network's logit of class 0 is inf");
     refused(worker(args), &[&named]);
 }
 
