@@ -51,6 +51,7 @@ impl Libtorch {
                 "shim/device_norm.cpp",
                 "shim/layout.cpp",
                 "shim/many.cpp",
+                "shim/merge.cpp",
                 "shim/streams.cpp",
             ])
             .compile("lockstep_shim");

@@ -3,7 +3,7 @@
 //!
 //! `worker/nn` builds them, and a test there holds its registry against this list.
 
-use super::ModelSpec;
+use super::{BatchNorm, ModelSpec};
 use serde_json::Value;
 
 /// What a network is for.
@@ -80,15 +80,25 @@ impl OptionKind {
 }
 
 impl ModelSpec {
+    /// The option that does not go with the others, and why: the end of a sentence.
+    pub fn contradiction(&self) -> Option<(&'static str, &'static str)> {
+        let is_paper = self.name == "googlenet" && self.option("variant") == Some("paper");
+        let problem = "= \"paper\" has no batch normalization; set `batch_norm = \"none\"`";
+        (is_paper && self.batch_norm != BatchNorm::None).then_some(("variant", problem))
+    }
+
+    fn option(&self, name: &str) -> Option<&str> {
+        self.options.get(name).and_then(Value::as_str)
+    }
+
     /// The least height and width of the images from which something is left for the network's last layer; 1 where any will do.
     pub fn least_side(&self) -> u32 {
-        let option = |name| self.options.get(name).and_then(Value::as_str);
         match self.name.as_str() {
             // Its first convolution has no padding.
-            "nin" if option("widths") == Some("imagenet") => 39,
+            "nin" if self.option("widths") == Some("imagenet") => 39,
             "nin" => 4,
             // Its last pooling has a window of 3, torchvision's of 2.
-            "googlenet" if option("variant") == Some("paper") => 31,
+            "googlenet" if self.option("variant") == Some("paper") => 31,
             "googlenet" => 15,
             "bn-inception" => 7,
             "inception-v3" | "inception-v4" | "inception-resnet-v1" | "inception-resnet-v2" => 75,

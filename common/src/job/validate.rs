@@ -1,8 +1,8 @@
 //! What a job file must satisfy beyond its types.
 
 use super::{
-    AverageSpec, BatchNorm, Crops, JobSpec, ModelRole, ModelSpec, OptimizerSpec, Precision, ScheduleSpec,
-    Task, WireFormat, catalogue,
+    AverageSpec, Crops, JobSpec, ModelRole, ModelSpec, OptimizerSpec, Precision, ScheduleSpec, Task,
+    WireFormat, catalogue,
 };
 use crate::suggest::did_you_mean;
 
@@ -182,12 +182,9 @@ fn check_model(section: &str, model: &ModelSpec, role: ModelRole) -> Result<(), 
         if let Some(problem) = option.kind.problem(value) {
             return Err(Fault::at(&[section, key], format!("`{key}` is {value}; {problem}")));
         }
-        if (entry.name, &key[..], value.as_str()) == ("googlenet", "variant", Some("paper"))
-            && model.batch_norm != BatchNorm::None
-        {
-            let what = "`variant` \"paper\" has no batch normalization; set `batch_norm = \"none\"`";
-            return Err(Fault::at(&[section, key], what.to_owned()));
-        }
+    }
+    if let Some((key, problem)) = model.contradiction() {
+        return Err(Fault::at(&[section, key], format!("`{key}` {problem}")));
     }
     check_weights(section, model)?;
     match &model.optimizer {

@@ -3,6 +3,7 @@
 mod codec;
 mod flight;
 mod messages;
+mod requests;
 mod summary;
 
 pub use codec::{
@@ -11,8 +12,11 @@ pub use codec::{
 };
 pub use flight::{FlightReport, FlightSummary, InFlight, Missing, PastCollective, RankFlight};
 pub use messages::{
-    Assignment, CheckpointPart, DatasetBrief, FileHead, Following, FromWorker, Held, InterfaceAddress,
-    LEASE_GRACE_MS, LEASE_MARGIN_MS, MAX_ADDRESSES, NOT_STORED, Outcome, Pace, PartFile, Peer, Position,
-    Refusal, Register, Request, Response, Resumption, Running, StepRecord, StopMode, ToWorker, TokenPurpose,
+    Assignment, DatasetBrief, Following, FromWorker, Held, InterfaceAddress, LEASE_GRACE_MS, LEASE_MARGIN_MS,
+    MAX_ADDRESSES, Outcome, Pace, Peer, Position, Register, Resumption, Running, StepRecord, StopMode,
+    ToWorker,
+};
+pub use requests::{
+    CheckpointPart, FileHead, NOT_STORED, PartFile, Refusal, Request, Response, TokenPurpose,
 };
 pub use summary::{CheckpointFailure, JobState, JobSummary, LogLine, Straggler, WorkerSummary};

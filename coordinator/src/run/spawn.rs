@@ -162,14 +162,6 @@ impl Recipe {
             .arg("127.0.0.1:0")
             .arg("--threads")
             .arg(self.threads.to_string())
-            .args(
-                self.devices
-                    .iter()
-                    .cycle()
-                    .nth(number as usize - 1)
-                    .into_iter()
-                    .flat_map(|device| ["--device", device]),
-            )
             .arg("--exit-on-stdin-close")
             // Not as an argument, which every user of the host could see.
             .env("LOCKSTEP_TOKEN", &self.token)
@@ -179,6 +171,9 @@ impl Recipe {
             // Ctrl-C at the terminal is the coordinator's to handle.
             .process_group(0)
             .kill_on_drop(true);
+        if let Some(device) = self.devices.iter().cycle().nth(number as usize - 1) {
+            command.args(["--device", device]);
+        }
         command.spawn().with_context(|| format!("cannot start `{}`", self.program.display()))
     }
 }

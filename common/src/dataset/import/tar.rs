@@ -167,16 +167,16 @@ fn read(path: &Path, receive: Receive<'_>) -> Result<(), DatasetError> {
             continue;
         }
         let member = entry.path().map_err(damaged)?.to_string_lossy().into_owned();
-        let Some((key, kind)) = split_name(&member) else {
-            if let Some(key) = dotted(&member) {
-                if key != parts.key {
-                    let next = Parts { key: key.to_owned(), ..Parts::default() };
-                    std::mem::replace(&mut parts, next).finish(path, receive)?;
-                }
-                parts.dotted.get_or_insert(member);
-            }
+        let Some((key, extension)) = split_name(&member) else { continue };
+        let Some(kind) = Kind::of(extension) else { continue };
+        if key != parts.key {
+            std::mem::replace(&mut parts, Parts { key: key.to_owned(), ..Parts::default() })
+                .finish(path, receive)?;
+        }
+        if kind == Kind::Dotted {
+            parts.dotted.get_or_insert(member);
             continue;
-        };
+        }
         let wrong =
             |problem: String| source_error(path, format!("its member `{}` {problem}", shown(&member)));
         if !form.is_file() {
@@ -188,10 +188,6 @@ fn read(path: &Path, receive: Receive<'_>) -> Result<(), DatasetError> {
             return Err(wrong(format!(
                 "{what}; make the tar file again with the files themselves (GNU tar: `--dereference --hard-dereference`)"
             )));
-        }
-        if key != parts.key {
-            std::mem::replace(&mut parts, Parts { key: key.to_owned(), ..Parts::default() })
-                .finish(path, receive)?;
         }
         let limit = if kind == Kind::Image { MAX_IMAGE_BYTES } else { MAX_LABEL_BYTES };
         let size = entry.size();
@@ -216,6 +212,7 @@ fn read(path: &Path, receive: Receive<'_>) -> Result<(), DatasetError> {
             }
             Kind::Class => Some(class_of(&bytes).map_err(wrong)?),
             Kind::Json => json_label(&bytes).map_err(wrong)?,
+            Kind::Dotted => None,
         };
         if let Some(label) = label
             && let Some(other) = parts.label.replace(label)
@@ -271,29 +268,31 @@ enum Kind {
     Image,
     Class,
     Json,
+    /// What would be an image or a label if its name had one dot.
+    Dotted,
 }
 
-/// The key of a member and its kind, or `None` for members that are of no use here.
-fn split_name(member: &str) -> Option<(&str, Kind)> {
-    let folder = member.rfind('/').map_or(0, |slash| slash + 1);
-    let dot = folder + member[folder..].find('.')?;
-    let kind = match member[dot + 1..].to_ascii_lowercase().as_str() {
-        "jpg" | "jpeg" | "png" => Kind::Image,
-        "cls" => Kind::Class,
-        "json" => Kind::Json,
-        _ => return None,
-    };
-    // A hidden file, such as `._a.jpg`, has no key.
-    (dot > folder).then_some((&member[..dot], kind))
+impl Kind {
+    /// By what follows the key's dot; `None` for members that are of no use here.
+    fn of(extension: &str) -> Option<Self> {
+        match extension.to_ascii_lowercase().as_str() {
+            "jpg" | "jpeg" | "png" => Some(Self::Image),
+            "cls" => Some(Self::Class),
+            "json" => Some(Self::Json),
+            other => match other.rsplit_once('.').and_then(|(_, last)| Self::of(last)) {
+                Some(Self::Image | Self::Class) => Some(Self::Dotted),
+                _ => None,
+            },
+        }
+    }
 }
 
-/// The key of a member that ends as an image or a label does, but not from the first dot on.
-fn dotted(member: &str) -> Option<&str> {
+/// The key of a member, which ends at the first dot of its file name, and what follows that dot. A hidden file, such as
+/// `._a.jpg`, has no key.
+fn split_name(member: &str) -> Option<(&str, &str)> {
     let folder = member.rfind('/').map_or(0, |slash| slash + 1);
     let dot = folder + member[folder..].find('.')?;
-    let last = member.rsplit('.').next()?.to_ascii_lowercase();
-    let ends_as_one = matches!(last.as_str(), "jpg" | "jpeg" | "png" | "cls");
-    (dot > folder && ends_as_one).then_some(&member[..dot])
+    (dot > folder).then_some((&member[..dot], &member[dot + 1..]))
 }
 
 fn class_of(bytes: &[u8]) -> Result<u32, String> {
@@ -340,14 +339,17 @@ mod tests {
 
     #[test]
     fn a_members_key_ends_at_the_first_dot_of_its_file_name() {
-        assert_eq!(split_name("a/b.c/0001.jpg"), Some(("a/b.c/0001", Kind::Image)));
-        assert_eq!(split_name("0001.PNG"), Some(("0001", Kind::Image)));
-        assert_eq!(split_name("0001.cls"), Some(("0001", Kind::Class)));
-        assert_eq!(split_name("x/0001.json"), Some(("x/0001", Kind::Json)));
-        assert_eq!(dotted("a/0001.seg.png"), Some("a/0001"));
-        assert_eq!([dotted("0001.v2.txt"), dotted("._0001.jpg"), dotted("0001")], [None; 3]);
-        for unused in ["0001.seg.png", "0001.txt", "0001", "._0001.jpg", ".jpg", "a.b/c"] {
-            assert_eq!(split_name(unused), None, "{unused}");
+        let split =
+            |member| split_name(member).and_then(|(key, extension)| Some((key, Kind::of(extension)?)));
+        assert_eq!(split("a/b.c/0001.jpg"), Some(("a/b.c/0001", Kind::Image)));
+        assert_eq!(split("0001.PNG"), Some(("0001", Kind::Image)));
+        assert_eq!(split("0001.cls"), Some(("0001", Kind::Class)));
+        assert_eq!(split("x/0001.json"), Some(("x/0001", Kind::Json)));
+        for dotted in ["a/0001.seg.png", "a/0001.v2.3.CLS"] {
+            assert_eq!(split(dotted), Some(("a/0001", Kind::Dotted)), "{dotted}");
+        }
+        for unused in ["0001.v2.json", "0001.txt", "0001", "._0001.jpg", ".jpg", "a.b/c"] {
+            assert_eq!(split(unused), None, "{unused}");
         }
     }
 

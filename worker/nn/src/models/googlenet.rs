@@ -157,9 +157,9 @@ struct GoogLeNet {
 
 fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError> {
     let variant = options::choice(spec, "variant", &[("torchvision", TORCHVISION), ("paper", PAPER)])?;
-    if variant.local_response && spec.batch_norm != BatchNorm::None {
-        let problem = "= \"paper\" has no batch normalization; set `batch_norm = \"none\"`".to_owned();
-        return Err(NnError::Option { model: spec.name.clone(), option: "variant".to_owned(), problem });
+    if let Some((option, problem)) = spec.contradiction() {
+        let (option, problem) = (option.to_owned(), problem.to_owned());
+        return Err(NnError::Option { model: spec.name.clone(), option, problem });
     }
     let units = if variant.local_response {
         Units {
