@@ -91,7 +91,7 @@ fn write_and_rename(path: &Path, bytes: &[u8], mode: u32, replace: bool) -> Resu
         let lock = file.as_file().try_clone()?;
         Ok((file, lock))
     })
-    .map_err(FileError::on("write", path))?
+    .map_err(|e| FileError::new("write", path, cause(e)))?
     .0;
     temporary
         .write_all(bytes)
@@ -100,6 +100,14 @@ fn write_and_rename(path: &Path, bytes: &[u8], mode: u32, replace: bool) -> Resu
     let persisted = if replace { temporary.persist(path) } else { temporary.persist_noclobber(path) };
     persisted.map_err(|e| FileError::new("write", path, e.error))?;
     sync_dir(parent)
+}
+
+/// What the system said, without the temporary name that `tempfile` adds and nobody has asked for.
+fn cause(error: io::Error) -> io::Error {
+    match error.to_string().split_once(" at path ") {
+        Some((said, _)) => io::Error::new(error.kind(), said),
+        None => error,
+    }
 }
 
 /// A folder under a temporary name, removed when dropped; for building something that is later moved in place.
@@ -270,6 +278,16 @@ mod tests {
         write_atomic(&path, b"two").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"two");
         assert_eq!(names(dir.path()), ["a"]);
+    }
+
+    #[test]
+    fn an_error_names_the_file_and_no_temporary_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("none/a");
+        let said = write_atomic(&path, b"one").unwrap_err();
+        let said = format!("{said} {}", std::error::Error::source(&said).unwrap());
+        assert!(said.contains(&path.display().to_string()) && said.contains("No such file"), "{said}");
+        assert!(!said.contains(TEMPORARY_PREFIX), "{said}");
     }
 
     #[test]

@@ -35,28 +35,35 @@ def lockstep_rate(report, warmup):
     return sum(step["samples"] for step in steps) / sum(step["seconds"] for step in steps)
 
 
-def alternate(coordinator, job, peer, workers, threads, rounds, warmup):
-    """Images per second of Lockstep on `workers` with `threads` each, and of the Python program `peer`, round by round.
+def alternate(coordinator, jobs, peer, workers, threads, rounds, warmup):
+    """Images per second of Lockstep on `workers` with `threads` each, job by job, and of the Python program `peer`: a list
+    of rounds for each.
 
     Neither counts its first `warmup` steps; `peer` is told of them here.
     """
     peer = [*peer, "--warmup", str(warmup)]
     # Both sides are told how many intra-op threads a process has.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    run = [coordinator, "run", job, "--fresh", "--workers", str(workers), "--threads", str(threads)]
-    lockstep, others = [], []
+    options = ["--fresh", "--workers", str(workers), "--threads", str(threads)]
+    rates = [[] for _ in range(len(jobs) + 1)]
     for round_number in range(1, rounds + 1):
-        lockstep.append(lockstep_rate(last_json(run, environment), warmup))
-        others.append(last_json([sys.executable, *peer], environment)["images_per_second"])
-        print(f"round {round_number}: Lockstep {lockstep[-1]:.0f}, PyTorch {others[-1]:.0f} images/s", file=sys.stderr)
-    return lockstep, others
+        for job, own in zip(jobs, rates):
+            own.append(lockstep_rate(last_json([coordinator, "run", job, *options], environment), warmup))
+        rates[-1].append(last_json([sys.executable, *peer], environment)["images_per_second"])
+        newest = ", ".join(f"{own[-1]:.0f}" for own in rates)
+        print(f"round {round_number}: {newest} images/s, the last of PyTorch", file=sys.stderr)
+    return rates
 
 
 def report(title, sides):
-    """Prints a table of (name, rates) of Lockstep and PyTorch. Returns the ratio of their medians."""
+    """Prints a table of (name, rates), of Lockstep and at last of PyTorch. Returns the ratio of the first's median to the
+    last's.
+    """
     print(f"{title:<44} {'median':>8} {'lowest':>8} {'highest':>8}  images/s")
     for name, rates in sides:
         print(f"{name:<44} {statistics.median(rates):>8.0f} {min(rates):>8.0f} {max(rates):>8.0f}")
-    ratio = statistics.median(sides[0][1]) / statistics.median(sides[1][1])
-    print(f"{'ratio':<44} {ratio:>7.2f}x", flush=True)
-    return ratio
+    peer = statistics.median(sides[-1][1])
+    ratios = [statistics.median(rates) / peer for _, rates in sides[:-1]]
+    for (name, _), ratio in zip(sides, ratios):
+        print(f"{'ratio' if len(ratios) == 1 else 'ratio of ' + name:<44} {ratio:>7.2f}x", flush=True)
+    return ratios[0]

@@ -23,7 +23,7 @@ def main():
     arguments = parser.parse_args()
 
     peer = [HERE / "step_ddp.py", "--data", arguments.data]
-    lockstep, ddp = alternate(arguments.coordinator, arguments.job, peer, 2, 1, arguments.rounds, WARMUP)
+    lockstep, ddp = alternate(arguments.coordinator, [arguments.job], peer, 2, 1, arguments.rounds, WARMUP)
     ratio = report("2 workers x 1 thread, global batch 128", [
         ("Lockstep, synchronized batch norm", lockstep),
         ("PyTorch DDP, Gloo, local batch norm", ddp),

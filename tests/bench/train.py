@@ -1,6 +1,8 @@
 """Training images/s of three networks, Lockstep beside PyTorch: one process of two threads, and two of one.
 
-Exit code 1 when Lockstep is slower than --at-least times PyTorch in any of the six.
+PyTorch's two processes each normalize by their own half of the batch, so Lockstep does that too there, beside what it does
+unless it is told otherwise: both workers by the whole batch. Exit code 1 when Lockstep, with the batch norm that PyTorch
+has, is slower than --at-least times PyTorch in any of the six.
 """
 
 import argparse
@@ -22,7 +24,7 @@ memory_format = "{memory_format}"
 [model]
 name = "{network}"
 classes = 10
-batch_norm = "sync"
+batch_norm = "{batch_norm}"
 {options}
 
 [data]
@@ -69,22 +71,28 @@ def main():
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(CASES)}")
     arguments = parser.parse_args()
 
-    job = Path(os.environ["LOCKSTEP_DATA_DIR"], "bench-train.toml")
     slow = []
     for network in arguments.cases or CASES:
         case = CASES[network]
         data = 'augment = [{ name = "flip" }]' if case.side == 28 else LARGER.format(side=case.side)
-        job.write_text(JOB.format(network=network, options=case.options, batch=case.batch, steps=case.steps,
-                                  shards=arguments.shards, memory_format=arguments.memory_format, data=data))
+        jobs = {}
+        for batch_norm in "local", "sync":
+            jobs[batch_norm] = Path(os.environ["LOCKSTEP_DATA_DIR"], f"bench-train-{batch_norm}.toml")
+            jobs[batch_norm].write_text(JOB.format(
+                network=network, options=case.options, batch=case.batch, steps=case.steps, shards=arguments.shards,
+                memory_format=arguments.memory_format, batch_norm=batch_norm, data=data))  # fmt: skip
+        whole = ("Lockstep, synchronized batch norm", jobs["sync"])
+        halves = ("Lockstep, local batch norm", jobs["local"])
         for workers, threads in (1, 2), (2, 1):
             peer = [HERE / "step_ddp.py", "--data", arguments.data, "--network", network, "--side", case.side,
                     "--workers", workers, "--threads", threads, "--global-batch", case.batch,
                     "--steps", case.steps - WARMUP]
             peer = [str(argument) for argument in peer]
-            rates = alternate(arguments.coordinator, job, peer, workers, threads, arguments.rounds, WARMUP)
+            names, own = zip(*([whole] if workers == 1 else [halves, whole]))
+            rates = alternate(arguments.coordinator, own, peer, workers, threads, arguments.rounds, WARMUP)
             title = f"{network} at {case.side}, batch {case.batch}, {workers} x {threads} threads"
             name = "PyTorch DDP, Gloo, local batch norm" if workers > 1 else "PyTorch"
-            ratio = report(title, [("Lockstep, synchronized batch norm", rates[0]), (name, rates[1])])
+            ratio = report(title, list(zip([*names, name], rates)))
             if ratio < arguments.at_least:
                 slow.append(f"{title}: {ratio:.2f}x")
     if slow:

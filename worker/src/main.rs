@@ -44,7 +44,9 @@ fn main() -> ExitCode {
         eprintln!("error: {error}");
         return ExitCode::from(2);
     }
-    let result = match cli::Cli::parse().command {
+    let command = cli::Cli::parse().command;
+    let prints = !matches!(command, cli::Command::Join(_) | cli::Command::Bench(_));
+    let result = match command {
         cli::Command::Join(args) => match agent::prepare(&args) {
             Ok(()) => agent::join(*args),
             Err(error) => {
@@ -60,9 +62,15 @@ fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        // Whoever read the output has seen enough: `worker models | head`.
+        Err(error) if prints && is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", one_line(error.chain()));
             ExitCode::FAILURE
         }
     }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
 }

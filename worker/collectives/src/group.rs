@@ -203,6 +203,24 @@ impl Group {
         (plan.local.iter().map(|merge| (merge.into, merge.from)).collect(), plan.kept.clone())
     }
 
+    /// Writes the reduction of `leaves`, one per logical shard, to `out`, in a group of one rank: what
+    /// [`all_reduce`](Self::all_reduce) of the same gives, where nothing has to be moved. All have one length.
+    pub fn combine<T: Element>(
+        &self,
+        out: &mut [T],
+        leaves: &[&[T]],
+        op: ReduceOp,
+    ) -> Result<(), CollectiveError> {
+        let is_whole = self.world_size() == 1 && leaves.len() == self.shape.placement.shards() as usize;
+        if !is_whole || op == ReduceOp::Moments || leaves.iter().any(|leaf| leaf.len() != out.len()) {
+            let detail = format!("{} vectors cannot be added up here to one of {}", leaves.len(), out.len());
+            return Err(CollectiveError::Config(detail));
+        }
+        op.combine(out, leaves, &self.plan().local);
+        op.finish(out, self.shape.placement.shards());
+        Ok(())
+    }
+
     pub(crate) fn plan(&self) -> &Plan {
         &self.shape.plan
     }

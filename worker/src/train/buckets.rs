@@ -93,6 +93,17 @@ impl BucketPlan {
         self.members.iter().copied()
     }
 
+    /// Where the sums of a phase go, per bucket: in the same memory as those of the phase before, so that no page of it is
+    /// new to the kernel each time.
+    pub(crate) fn sums<T: Number>(&self) -> Result<Vec<Tensor>, TrainError> {
+        let mut sums = self.sums.lock();
+        if sums.is_empty() {
+            let new = self.lengths().map(|length| Tensor::f_empty([length as i64], (T::KIND, Device::Cpu)));
+            *sums = new.collect::<Result<_, _>>()?;
+        }
+        Ok(sums.iter().map(Tensor::shallow_clone).collect())
+    }
+
     /// The parameters' parts of the buckets' vectors `flat`, by name.
     pub(crate) fn unpack(&self, flat: &[Tensor]) -> Result<Vec<(String, Tensor)>, TrainError> {
         let parameter = |place: &Place| {
@@ -194,21 +205,15 @@ impl<T: Number> GradientBuckets<T> {
     }
 
     /// The reduced gradients by parameter name, once they are there. On the CPU they share memory with those of the plan's
-    /// next phase, so that no page of it is new to the kernel each time.
+    /// next phase.
     pub(crate) fn wait(&self, device: Device) -> Result<Vec<(String, Tensor)>, TrainError> {
         let mut arriving = Vec::with_capacity(self.buckets.len());
         for (index, bucket) in self.buckets.iter().enumerate() {
             arriving.push(bucket.pending.lock().take().ok_or_else(|| never_sent(index))?);
         }
         arriving.iter_mut().try_for_each(|bucket| bucket.advance())?;
-        let mut sums = self.plan.sums.lock();
-        if sums.is_empty() {
-            let new =
-                self.plan.lengths().map(|length| Tensor::f_empty([length as i64], (T::KIND, Device::Cpu)));
-            *sums = new.collect::<Result<_, _>>()?;
-        }
-        let flat = arriving.into_iter().zip(&mut *sums).map(|(bucket, sum)| {
-            bucket.wait(values_mut::<T>(sum))?;
+        let flat = arriving.into_iter().zip(self.plan.sums::<T>()?).map(|(bucket, mut sum)| {
+            bucket.wait(values_mut::<T>(&mut sum))?;
             Ok(sum.f_to_device(device)?)
         });
         self.plan.unpack(&flat.collect::<Result<Vec<Tensor>, TrainError>>()?)

@@ -5,7 +5,7 @@ use super::buckets::{BucketPlan, GradientBuckets};
 use super::compress::Wire;
 use super::device_buckets::{Carrier, DeviceBuckets};
 use super::error::TrainError;
-use super::lone_gradients::LoneGradients;
+use super::solo_gradients::SoloGradients;
 use lockstep_collectives::Group;
 use lockstep_nn::NnError;
 use std::sync::Arc;
@@ -22,8 +22,8 @@ enum Buckets<T> {
     Host(GradientBuckets<T>),
     /// In memory of a GPU.
     Device(DeviceBuckets),
-    /// Of the only shard of a job, on a GPU: nobody adds to them.
-    Alone(LoneGradients),
+    /// Of a job's only rank, which sends nothing.
+    Solo(SoloGradients<T>),
 }
 
 impl<T: Number> Gradients<T> {
@@ -39,9 +39,10 @@ impl<T: Number> Gradients<T> {
         phase: u16,
     ) -> Result<Self, TrainError> {
         let owned = group.placement().range(group.rank()).len();
+        let is_solo = group.world_size() == 1 && wire.is_plain();
         let buckets = match carrier {
-            Some(_) if group.placement().shards() == 1 => {
-                Buckets::Alone(LoneGradients::new(plan, (T::KIND, device)))
+            _ if is_solo && (owned == 1 || device == Device::Cpu) => {
+                Buckets::Solo(SoloGradients::new(plan, group.clone(), device)?)
             }
             None => Buckets::Host(GradientBuckets::for_group(plan, wire, group.clone(), step, phase)),
             Some(carrier) => {
@@ -59,7 +60,7 @@ impl<T: Number> Gradients<T> {
         match &self.buckets {
             Buckets::Host(buckets) => buckets.deliver(slot, parameter, gradient),
             Buckets::Device(buckets) => buckets.deliver(slot, parameter, gradient),
-            Buckets::Alone(gradients) => gradients.deliver(parameter, gradient),
+            Buckets::Solo(gradients) => gradients.deliver(slot, parameter, gradient),
         }
     }
 
@@ -68,7 +69,7 @@ impl<T: Number> Gradients<T> {
         match &self.buckets {
             Buckets::Host(buckets) => buckets.finish(slot),
             Buckets::Device(buckets) => buckets.finish(slot),
-            Buckets::Alone(gradients) => gradients.finish(),
+            Buckets::Solo(gradients) => gradients.finish(slot),
         }
     }
 
@@ -77,7 +78,7 @@ impl<T: Number> Gradients<T> {
         match &self.buckets {
             Buckets::Host(buckets) => buckets.wait(device),
             Buckets::Device(buckets) => buckets.wait(),
-            Buckets::Alone(gradients) => gradients.wait(&self.group),
+            Buckets::Solo(gradients) => gradients.wait(),
         }
     }
 
@@ -86,7 +87,7 @@ impl<T: Number> Gradients<T> {
         match &self.buckets {
             Buckets::Host(buckets) => buckets.observed_order(),
             Buckets::Device(buckets) => buckets.observed_order(),
-            Buckets::Alone(gradients) => gradients.observed_order(),
+            Buckets::Solo(gradients) => gradients.observed_order(),
         }
     }
 }

@@ -250,18 +250,26 @@ impl Replica {
             let own = update.statistics.iter().filter(|r| usize::from(r.network) == network);
             statistics::apply(vars, own)?;
         }
+        let optimizer = &mut self.optimizers[learner];
+        let [average, averaged] = match trace {
+            Some(_) => optimizer.traced_average(&self.vars[learner], number)?,
+            None => {
+                optimizer.average(&self.vars[learner], number)?;
+                Default::default()
+            }
+        };
         if let (Some(seal), Some(trace)) = (&seal, &trace) {
             let NetworkSeal { vars, state } = &seal[learner];
-            let average = checksums(self.optimizers[learner].average_state())?;
             let differ = |found: &Checksums, sealed: &Checksums| {
                 found.iter().any(|(name, found)| sealed.get(name) != Some(found))
             };
             self.changed |= differ(&trace.parameters_before, vars);
             self.changed |= differ(&trace.state_before, state) || differ(&average, state);
         }
-        self.optimizers[learner].average(&self.vars[learner], number)?;
         match (seal, trace) {
-            (Some(seal), Some(trace)) if seals => self.seal = Some(self.renewed(seal, learner, trace)?),
+            (Some(seal), Some(trace)) if seals => {
+                self.seal = Some(self.renewed(seal, learner, trace, averaged)?);
+            }
             _ if seals => self.seal()?,
             _ => {}
         }
@@ -272,12 +280,14 @@ impl Replica {
         Ok(committed)
     }
 
-    /// `seal` after an update of `learner` that has left `trace`: what that has not touched is to be as it was.
+    /// `seal` after an update of `learner` that has left `trace` and, of the average's state, `averaged`: what that has
+    /// not touched is to be as it was.
     fn renewed(
         &self,
         mut seal: Vec<NetworkSeal>,
         learner: usize,
         trace: Trace,
+        averaged: Checksums,
     ) -> Result<Vec<NetworkSeal>, TrainError> {
         for (network, vars) in seal.iter_mut().zip(&self.vars) {
             let buffers = vars.iter().filter(|(_, var)| var.role != Role::Parameter);
@@ -286,7 +296,7 @@ impl Replica {
         let own = &mut seal[learner];
         own.vars.extend(trace.parameters_after);
         own.state.extend(trace.state_after);
-        own.state.extend(checksums(self.optimizers[learner].average_state())?);
+        own.state.extend(averaged);
         Ok(seal)
     }
 

@@ -105,11 +105,16 @@ fn find_pair(name: DatasetName, prefix: &Path) -> Result<Option<Pair>, DatasetEr
     let Some(images) = candidates("-images-idx3").into_iter().find(|p| p.exists()) else {
         return Ok(None);
     };
-    let [plain, compressed] = candidates("-labels-idx1");
-    let labels = if plain.exists() { plain } else { compressed };
-    if !labels.exists() {
-        let missing = std::io::Error::from(std::io::ErrorKind::NotFound);
-        return Err(FileError::new("read", labels, missing).into());
+    let labels = candidates("-labels-idx1");
+    match labels.iter().find(|path| path.exists()) {
+        Some(found) => Ok(Some(Pair { name, images, labels: found.clone() })),
+        None => {
+            let [plain, _] = labels;
+            let missing = std::io::Error::new(
+                std::io::ErrorKind::NotFound,
+                format!("it is not there, nor with `.gz`, and `{}` needs its labels", images.display()),
+            );
+            Err(FileError::new("read", plain, missing).into())
+        }
     }
-    Ok(Some(Pair { name, images, labels }))
 }

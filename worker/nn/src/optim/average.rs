@@ -3,12 +3,15 @@
 //! The running statistics of batch norms are averaged like weights, as TensorFlow's Inception did with its moving averages:
 //! those of the newest weights do not fit averages of older ones.
 
-use super::{of, prefixed};
+use super::pass::{Real, Row, Rule, pass};
+use super::trace::{Checksums, checksums};
+use super::{is_plain, of, prefixed};
 use crate::error::NnError;
+use crate::shim::{values, values_mut};
 use crate::vars::{Var, Vars};
 use lockstep_common::job::AverageSpec;
 use std::collections::BTreeMap;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 #[derive(Debug)]
 pub(super) struct Average {
@@ -24,9 +27,39 @@ impl Average {
         Ok(Self { spec, mean: vars.iter().map(copy).collect::<Result<_, NnError>>()? })
     }
 
-    /// Takes in the weights after update `step`, which counts from 0.
-    pub(super) fn update(&mut self, vars: &Vars, step: u64) -> Result<(), NnError> {
+    /// Takes in the weights after update `step`, which counts from 0. Returns the checksums of [`state`](Self::state)
+    /// before and after, if it `is_traced`; empty ones otherwise.
+    pub(super) fn update(
+        &mut self,
+        vars: &Vars,
+        step: u64,
+        is_traced: bool,
+    ) -> Result<[Checksums; 2], NnError> {
         let weight = new_weight(&self.spec, step);
+        let kind = self.mean.values().next().map(Tensor::kind);
+        let is_plain = |(name, var): (&str, &Var)| {
+            let kind = kind.unwrap_or(Kind::Float);
+            let mean = self.mean.get(name);
+            is_plain(&var.tensor, &var.tensor, kind) && mean.is_some_and(|m| is_plain(m, &var.tensor, kind))
+        };
+        match kind {
+            Some(Kind::Float) if vars.iter().all(is_plain) => Ok(self.sweep::<f32>(vars, weight, is_traced)),
+            Some(Kind::Double) if vars.iter().all(is_plain) => Ok(self.sweep::<f64>(vars, weight, is_traced)),
+            _ => self.update_one_by_one(vars, weight, is_traced),
+        }
+    }
+
+    fn update_one_by_one(
+        &mut self,
+        vars: &Vars,
+        weight: f64,
+        is_traced: bool,
+    ) -> Result<[Checksums; 2], NnError> {
+        let traced = |average: &Self| match is_traced {
+            true => checksums(average.state()),
+            false => Ok(Checksums::new()),
+        };
+        let before = traced(self)?;
         for (name, var) in vars.iter() {
             let mean = of(&mut self.mean, name)?;
             // A weight of 1 must leave nothing of the old value, not even by rounding.
@@ -36,7 +69,26 @@ impl Average {
                 let _ = mean.f_lerp_(&var.tensor, weight)?;
             }
         }
-        Ok(())
+        Ok([before, traced(self)?])
+    }
+
+    /// One pass over memory by all of rayon's threads.
+    fn sweep<T: Real>(&mut self, vars: &Vars, weight: f64, is_traced: bool) -> [Checksums; 2] {
+        let rule = Nearer { weight: (weight != 1.0).then(|| T::from_f64(weight)) };
+        let mut of_all: BTreeMap<&str, &Var> = vars.iter().collect();
+        let mut names = Vec::new();
+        let mut rows = Vec::new();
+        for (name, mean) in &mut self.mean {
+            let Some(var) = of_all.remove(name.as_str()) else { continue };
+            rows.push(Row { changed: [values_mut(mean)], read: values(&var.tensor), rule });
+            names.push(format!("{AVERAGE}.{name}"));
+        }
+        let changes = pass(rows, is_traced);
+        let named = || names.iter().zip(&changes);
+        [
+            named().map(|(name, [change])| (name.clone(), change.before)).collect(),
+            named().map(|(name, [change])| (name.clone(), change.after)).collect(),
+        ]
     }
 
     /// Exchanges the weights of `vars` with their averages.
@@ -51,7 +103,24 @@ impl Average {
     }
 
     pub(super) fn state(&self) -> impl Iterator<Item = (String, Tensor)> + '_ {
-        prefixed("average", &self.mean)
+        prefixed(AVERAGE, &self.mean)
+    }
+}
+
+const AVERAGE: &str = "average";
+
+#[derive(Clone, Copy)]
+struct Nearer<T> {
+    /// `None` for 1, which must leave nothing of the old value, not even by rounding.
+    weight: Option<T>,
+}
+
+impl<T: Real> Rule<T, 1> for Nearer<T> {
+    fn apply(self, [mean]: [&mut [T]; 1], value: &[T]) {
+        match self.weight {
+            None => mean.copy_from_slice(value),
+            Some(weight) => mean.iter_mut().zip(value).for_each(|(m, v)| *m = *m + (*v - *m) * weight),
+        }
     }
 }
 
@@ -78,7 +147,7 @@ fn new_weight(spec: &AverageSpec, step: u64) -> f64 {
 mod tests {
     use super::*;
     use crate::init::Init;
-    use tch::{Device, Kind, no_grad};
+    use tch::{Device, no_grad};
 
     /// The average after each of these values of the only weight, which was 0 at first.
     fn averages(spec: AverageSpec, values: &[f64]) -> Vec<f64> {
@@ -89,7 +158,7 @@ mod tests {
             no_grad(|| {
                 let mut weight = vars.var("weight").unwrap().tensor.detach();
                 let _ = weight.fill_(*value);
-                average.update(&vars, step as u64).unwrap();
+                average.update(&vars, step as u64, false).unwrap();
                 average.mean["weight"].double_value(&[0])
             })
         };
@@ -128,5 +197,40 @@ mod tests {
         assert!(same(&values(), &before), "statistics too belong to the average");
         no_grad(|| average.exchange(&vars)).unwrap();
         assert!(same(&values(), &learnt) && average.mean["weight"].equal(&before[0]));
+    }
+
+    #[test]
+    fn one_pass_is_near_libtorchs_operations_and_sees_what_it_found_and_left() {
+        for kind in [Kind::Float, Kind::Double] {
+            let mut vars = Vars::new("model", 1, kind, Device::Cpu);
+            let _ = vars.root().parameter("weight", &[200_003], Init::Normal { std: 1.0 }).unwrap();
+            let _ = vars.root().buffer("running_mean", &[5], 1.0).unwrap();
+            let spec = AverageSpec::Ema { decay: 0.75, warmup: false };
+            let mut averages = [(); 2].map(|()| Average::new(spec.clone(), &vars).unwrap());
+            let [one, other] = &mut averages;
+            let seen = |average: &Average| checksums(average.state()).unwrap();
+            no_grad(|| {
+                for weight in [0.3, 0.7, 1.0] {
+                    let _ = vars.var("weight").unwrap().tensor.detach().normal_(0.0, 1.0);
+                    let before = seen(one);
+                    let trace = match kind {
+                        Kind::Float => one.sweep::<f32>(&vars, weight, true),
+                        _ => one.sweep::<f64>(&vars, weight, true),
+                    };
+                    assert_eq!(trace, [before, seen(one)]);
+                    let wanted = other.update_one_by_one(&vars, weight, true).unwrap();
+                    assert_eq!(wanted[1], seen(other));
+                    for (name, mean) in &one.mean {
+                        let off = (mean - &other.mean[name]).abs().max().double_value(&[]);
+                        // Three roundings of numbers below 16, in either.
+                        let bound = 6.0
+                            * 16.0
+                            * if kind == Kind::Float { f64::from(f32::EPSILON) } else { f64::EPSILON };
+                        assert!(off <= bound, "{name}, {kind:?}, {weight}: {off}");
+                        assert!(weight != 1.0 || off == 0.0, "{name}: all of the old value is gone");
+                    }
+                }
+            });
+        }
     }
 }

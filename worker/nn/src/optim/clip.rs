@@ -1,7 +1,9 @@
 //! Bounds on the reduced gradient.
 
-use super::NamedGradient;
+use super::pass::sum_of_squares;
+use super::{NamedGradient, is_plain};
 use crate::error::NnError;
+use crate::shim::values;
 use tch::{Device, Kind, Tensor};
 
 /// Clamps every element into [−`max`, `max`], in place.
@@ -18,10 +20,10 @@ pub fn clip_norm(gradients: &mut [NamedGradient], max: f64) -> Result<f64, NnErr
     if gradients.is_empty() {
         return Ok(0.0);
     }
-    let square = |(_, gradient): &NamedGradient| gradient.f_to_kind(Kind::Double)?.f_square()?.f_sum(None);
-    let squares = gradients.iter().map(square).collect::<Result<Vec<_>, _>>()?;
-    // On a GPU one wait for all. Added here, because the order is to be this one everywhere.
-    let squares = Vec::<f64>::try_from(Tensor::f_stack(&squares, 0)?.f_to_device(Device::Cpu)?)?;
+    let squares = match gradients.iter().map(|(_, gradient)| squares_in_memory(gradient)).collect() {
+        Some(squares) => squares,
+        None => squares_by_libtorch(gradients)?,
+    };
     let norm = squares.into_iter().fold(0.0, |sum, square| sum + square).sqrt();
     // PyTorch's guard against a division by zero.
     let scale = max / (norm + 1e-6);
@@ -31,6 +33,24 @@ pub fn clip_norm(gradients: &mut [NamedGradient], max: f64) -> Result<f64, NnErr
         }
     }
     Ok(norm)
+}
+
+/// The sum of the squares of `gradient`, if that lies on the CPU without gaps.
+fn squares_in_memory(gradient: &Tensor) -> Option<f64> {
+    match gradient.kind() {
+        kind if !is_plain(gradient, gradient, kind) => None,
+        Kind::Float => Some(sum_of_squares(values::<f32>(gradient))),
+        Kind::Double => Some(sum_of_squares(values::<f64>(gradient))),
+        _ => None,
+    }
+}
+
+/// The sum of the squares of each of `gradients`.
+fn squares_by_libtorch(gradients: &[NamedGradient]) -> Result<Vec<f64>, NnError> {
+    let square = |(_, gradient): &NamedGradient| gradient.f_to_kind(Kind::Double)?.f_square()?.f_sum(None);
+    let squares = gradients.iter().map(square).collect::<Result<Vec<_>, _>>()?;
+    // On a GPU one wait for all.
+    Ok(Vec::<f64>::try_from(Tensor::f_stack(&squares, 0)?.f_to_device(Device::Cpu)?)?)
 }
 
 #[cfg(test)]
@@ -54,5 +74,24 @@ mod tests {
         let mut g = gradients();
         clip_value(&mut g, 3.5).unwrap();
         assert_eq!((g[0].1.double_value(&[0]), g[1].1.double_value(&[0])), (3.0, -3.5));
+    }
+
+    #[test]
+    fn both_ways_to_a_norm_agree() {
+        for count in [1, 7, 8, 4099, 300_001] {
+            let gradient = Tensor::randn([count], (Kind::Double, Device::Cpu)) * 1e3;
+            for kind in [Kind::Float, Kind::Double] {
+                let gradient = vec![("a".to_owned(), gradient.to_kind(kind))];
+                let (own, libtorch) =
+                    (squares_in_memory(&gradient[0].1).unwrap(), squares_by_libtorch(&gradient).unwrap()[0]);
+                // Each of the sums, of terms above zero, rounds at most `count` times.
+                let bound = 2.0 * count as f64 * f64::EPSILON * libtorch;
+                assert!((own - libtorch).abs() <= bound, "{count}, {kind:?}: {own} and {libtorch}");
+            }
+        }
+        let sparse = Tensor::ones([10], (Kind::Float, Device::Cpu)).slice(0, 0, 10, 2);
+        assert_eq!(squares_in_memory(&sparse), None);
+        let mut g = vec![("a".to_owned(), sparse)];
+        assert_eq!(clip_norm(&mut g, 10.0).unwrap(), 5f64.sqrt());
     }
 }

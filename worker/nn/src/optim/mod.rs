@@ -3,6 +3,7 @@
 mod adam;
 mod average;
 mod clip;
+mod pass;
 mod rmsprop;
 mod sgd;
 mod trace;
@@ -19,7 +20,7 @@ use lockstep_common::job::{AverageSpec, OptimizerSpec};
 use rmsprop::Rmsprop;
 use sgd::Sgd;
 use std::collections::BTreeMap;
-use tch::{Device, Tensor, no_grad};
+use tch::{Device, Kind, Tensor, no_grad};
 
 /// A gradient by the name of its parameter.
 pub type NamedGradient = (String, Tensor);
@@ -124,8 +125,8 @@ impl Optimizer {
         no_grad(|| self.update(vars, gradients, lr, step, false)).map(drop)
     }
 
-    /// The same, with the checksums of the parameters and the state that the update has found and of those that it has left, which
-    /// cost little where they come from the same pass over memory.
+    /// The same, with the checksums of the parameters and the state that the update has found and of those that it has
+    /// left, which cost little where they come from the same pass over memory.
     pub fn traced_step(
         &mut self,
         vars: &Vars,
@@ -151,9 +152,12 @@ impl Optimizer {
             Ok(Learning { name, parameter, gradient, rates: Rates { lr: lr * own.lr, ..*own } })
         });
         let mut learning = learning.collect::<Result<Vec<_>, NnError>>()?;
-        if let Rule::Sgd(sgd) = &mut self.rule
-            && let Some(trace) = sgd.update_all(&mut learning, momentum, is_traced)?
-        {
+        let at_once = match &mut self.rule {
+            Rule::Sgd(sgd) => sgd.update_all(&mut learning, momentum, is_traced)?,
+            Rule::Rmsprop(rmsprop) => rmsprop.update_all(&mut learning, momentum, is_traced)?,
+            Rule::Adam(_) => None,
+        };
+        if let Some(trace) = at_once {
             return Ok(trace);
         }
         let mut trace = Trace::default();
@@ -182,16 +186,19 @@ impl Optimizer {
         checksums(self.rule.state())
     }
 
-    /// The state of the average, by name.
-    pub fn average_state(&self) -> impl Iterator<Item = (String, Tensor)> + '_ {
-        self.average.iter().flat_map(Average::state)
-    }
-
     /// Takes `vars` into the average, if there is one: weights and running statistics as they are after update `step`.
     pub fn average(&mut self, vars: &Vars, step: u64) -> Result<(), NnError> {
         match &mut self.average {
-            Some(average) => no_grad(|| average.update(vars, step)),
+            Some(average) => no_grad(|| average.update(vars, step, false)).map(drop),
             None => Ok(()),
+        }
+    }
+
+    /// The same, with the checksums of the average as it was found and as it is left.
+    pub fn traced_average(&mut self, vars: &Vars, step: u64) -> Result<[Checksums; 2], NnError> {
+        match &mut self.average {
+            Some(average) => no_grad(|| average.update(vars, step, true)),
+            None => Ok(Default::default()),
         }
     }
 
@@ -206,7 +213,7 @@ impl Optimizer {
     /// The state by name, such as `momentum_buffer.fc.weight`: the tensors themselves, not copies.
     pub fn state(&self) -> BTreeMap<String, Tensor> {
         let mut state = self.rule.state();
-        state.extend(self.average_state());
+        state.extend(self.average.iter().flat_map(Average::state));
         state
     }
 
@@ -229,6 +236,37 @@ impl Rule {
             Self::Rmsprop(rmsprop) => rmsprop.state(),
         }
     }
+}
+
+/// The type of all of `learning` and of its `states`, if that is on the CPU, of one type and without gaps. Fails if one of
+/// them has no state.
+fn plain_kind(
+    learning: &[Learning<'_>],
+    states: &[&BTreeMap<String, Tensor>],
+) -> Result<Option<Kind>, NnError> {
+    let Some(kind) = learning.first().map(|first| first.parameter.kind()) else { return Ok(None) };
+    for Learning { name, parameter, gradient, .. } in learning {
+        let state = |state: &&BTreeMap<String, Tensor>| match state.get(*name) {
+            Some(tensor) => Ok(is_plain(tensor, parameter, kind)),
+            None => Err(not_a_parameter(name)),
+        };
+        let states = states.iter().map(state).collect::<Result<Vec<_>, _>>()?;
+        let is_plain = is_plain(parameter, parameter, kind) && is_plain(gradient, parameter, kind);
+        if !is_plain || states.contains(&false) {
+            return Ok(None);
+        }
+    }
+    Ok(Some(kind))
+}
+
+/// Whether `tensor` lies on the CPU without gaps, of the type `kind` and of the shape of `like`.
+fn is_plain(tensor: &Tensor, like: &Tensor, kind: Kind) -> bool {
+    let is_there = tensor.device() == Device::Cpu && tensor.is_contiguous();
+    is_there && tensor.kind() == kind && tensor.size() == like.size()
+}
+
+fn by_name<'a, 'b>(learning: &'a mut [Learning<'b>]) -> BTreeMap<&'a str, &'a mut Learning<'b>> {
+    learning.iter_mut().map(|learning| (learning.name, learning)).collect()
 }
 
 /// A zero tensor for each parameter.

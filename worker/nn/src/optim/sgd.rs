@@ -2,23 +2,14 @@
 //!
 //! On the CPU it is one pass over memory by all of rayon's threads, with the same bits as libtorch's operations one by one.
 
+use super::pass::{Real, Row, Rule, pass};
 use super::trace::Trace;
-use super::{Learning, not_a_parameter, of, prefixed, zeros};
-use crate::checksum::{Checksum, ROW};
+use super::{Learning, by_name, not_a_parameter, of, plain_kind, prefixed, zeros};
 use crate::error::NnError;
 use crate::shim::{Moving, fused_sgd, values, values_mut};
 use crate::vars::Vars;
-use rayon::prelude::*;
 use std::collections::BTreeMap;
-use std::ops::{Add, Mul, Sub};
-use tch::{Device, Kind, Tensor};
-
-/// Elements that one thread takes at a time.
-const PIECE: usize = 1 << 16;
-/// Elements that stay in the caches nearest to the core while several loops go over them.
-const BLOCK: usize = 1 << 11;
-/// With fewer elements in all, other threads are not worth waking.
-const FEW: usize = 1 << 17;
+use tch::{Kind, Tensor};
 
 #[derive(Debug)]
 pub(super) struct Sgd {
@@ -80,75 +71,36 @@ impl Sgd {
         momentum: f64,
         is_traced: bool,
     ) -> Result<Option<Trace>, NnError> {
-        let is_plain = |kind: Kind, tensor: &Tensor| {
-            tensor.device() == Device::Cpu && tensor.kind() == kind && tensor.is_contiguous()
-        };
-        let Some(kind) = learning.first().map(|first| first.parameter.kind()) else {
-            return Ok(Some(Trace::default()));
-        };
-        for Learning { name, parameter, gradient, .. } in &*learning {
-            let buffer = of(&mut self.momentum_buffers, name)?;
-            let same = parameter.size() == gradient.size() && parameter.size() == buffer.size();
-            if !same || ![parameter, *gradient, buffer].iter().all(|tensor| is_plain(kind, tensor)) {
-                return Ok(None);
-            }
-        }
-        match kind {
-            Kind::Float => Ok(Some(self.sweep::<f32>(learning, momentum, is_traced))),
-            Kind::Double => Ok(Some(self.sweep::<f64>(learning, momentum, is_traced))),
+        match plain_kind(learning, &[&self.momentum_buffers])? {
+            Some(Kind::Float) => Ok(Some(self.sweep::<f32>(learning, momentum, is_traced))),
+            Some(Kind::Double) => Ok(Some(self.sweep::<f64>(learning, momentum, is_traced))),
             _ => Ok(None),
         }
     }
 
     fn sweep<T: Real>(&mut self, learning: &mut [Learning<'_>], momentum: f64, is_traced: bool) -> Trace {
-        let mut by_name: BTreeMap<&str, &mut Learning<'_>> =
-            learning.iter_mut().map(|learning| (learning.name, learning)).collect();
+        let mut by_name = by_name(learning);
         let mut names = Vec::new();
-        let mut pieces: Vec<Piece<'_, T>> = Vec::new();
+        let mut rows = Vec::new();
         for (name, buffer) in &mut self.momentum_buffers {
             let Some(Learning { parameter, gradient, rates, .. }) = by_name.remove(name.as_str()) else {
                 continue;
             };
-            let rule = Rule {
+            let rule = Descent {
                 lr: T::from_f64(rates.lr),
                 decay: (rates.weight_decay != 0.0).then(|| T::from_f64(rates.weight_decay)),
                 momentum: (momentum != 0.0).then(|| T::from_f64(momentum)),
                 nesterov: self.nesterov,
             };
-            let parameters = values_mut::<T>(parameter).chunks_mut(PIECE);
-            let of_all =
-                parameters.zip(values::<T>(gradient).chunks(PIECE)).zip(values_mut(buffer).chunks_mut(PIECE));
-            let owner = names.len();
-            pieces.extend(of_all.map(|((parameter, gradient), buffer)| Piece {
-                owner,
-                parameter,
-                gradient,
-                buffer,
+            rows.push(Row {
+                changed: [values_mut(parameter), values_mut(buffer)],
+                read: values(gradient),
                 rule,
-            }));
+            });
             names.push(name.as_str());
         }
-        let few = pieces.iter().map(|piece| piece.parameter.len()).sum::<usize>() < FEW;
-        let sums: Vec<Sums> = match few {
-            true => pieces.iter_mut().map(|piece| piece.update(is_traced)).collect(),
-            false => pieces.par_iter_mut().map(|piece| piece.update(is_traced)).collect(),
-        };
-        if !is_traced {
-            return Trace::default();
-        }
-        let mut whole = vec![Sums::default(); names.len()];
-        for (piece, sums) in pieces.iter().zip(&sums) {
-            whole[piece.owner].add(sums);
-        }
-        let mut trace = Trace::default();
-        for (name, sums) in names.into_iter().zip(whole) {
-            let state = state_name(name);
-            trace.state_before.insert(state.clone(), sums.buffer_before);
-            trace.state_after.insert(state, sums.buffer_after);
-            trace.parameters_before.insert(name.to_owned(), sums.parameter_before);
-            trace.parameters_after.insert(name.to_owned(), sums.parameter_after);
-        }
-        trace
+        let changes = pass(rows, is_traced);
+        Trace::of(&names, [MOMENTUM_BUFFER], changes.iter().map(|[parameter, buffer]| (parameter, [buffer])))
     }
 
     pub(super) fn state(&self) -> BTreeMap<String, Tensor> {
@@ -158,92 +110,16 @@ impl Sgd {
 
 const MOMENTUM_BUFFER: &str = "momentum_buffer";
 
-fn state_name(parameter: &str) -> String {
-    format!("{MOMENTUM_BUFFER}.{parameter}")
-}
-
-/// An element of a parameter.
-trait Real:
-    tch::kind::Element
-    + bytemuck::Pod
-    + Send
-    + Sync
-    + Add<Output = Self>
-    + Mul<Output = Self>
-    + Sub<Output = Self>
-{
-    /// The nearest one.
-    fn from_f64(value: f64) -> Self;
-}
-
-impl Real for f32 {
-    fn from_f64(value: f64) -> Self {
-        value as Self
-    }
-}
-
-impl Real for f64 {
-    fn from_f64(value: f64) -> Self {
-        value
-    }
-}
-
 #[derive(Clone, Copy)]
-struct Rule<T> {
+struct Descent<T> {
     lr: T,
     decay: Option<T>,
     momentum: Option<T>,
     nesterov: bool,
 }
 
-/// A part of a parameter: whole rows of a checksum, but for the last part.
-struct Piece<'a, T> {
-    /// Which parameter.
-    owner: usize,
-    parameter: &'a mut [T],
-    gradient: &'a [T],
-    buffer: &'a mut [T],
-    rule: Rule<T>,
-}
-
-const _: () = assert!((BLOCK * size_of::<f32>()).is_multiple_of(ROW) && PIECE.is_multiple_of(BLOCK));
-
-#[derive(Clone, Copy, Default)]
-struct Sums {
-    buffer_before: Checksum,
-    buffer_after: Checksum,
-    parameter_before: Checksum,
-    parameter_after: Checksum,
-}
-
-impl Sums {
-    fn add(&mut self, next: &Self) {
-        self.buffer_before = self.buffer_before.then(&next.buffer_before);
-        self.buffer_after = self.buffer_after.then(&next.buffer_after);
-        self.parameter_before = self.parameter_before.then(&next.parameter_before);
-        self.parameter_after = self.parameter_after.then(&next.parameter_after);
-    }
-}
-
-impl<T: Real> Piece<'_, T> {
-    fn update(&mut self, is_traced: bool) -> Sums {
-        let mut sums = Sums::default();
-        let blocks = self.parameter.chunks_mut(BLOCK).zip(self.gradient.chunks(BLOCK));
-        for ((parameter, gradient), buffer) in blocks.zip(self.buffer.chunks_mut(BLOCK)) {
-            let checksum = |values: &[T]| Checksum::of(bytemuck::cast_slice(values));
-            let before = is_traced.then(|| (checksum(buffer), checksum(parameter)));
-            self.rule.apply(parameter, gradient, buffer);
-            if let Some((buffer_before, parameter_before)) = before {
-                let (buffer_after, parameter_after) = (checksum(buffer), checksum(parameter));
-                sums.add(&Sums { buffer_before, buffer_after, parameter_before, parameter_after });
-            }
-        }
-        sums
-    }
-}
-
-impl<T: Real> Rule<T> {
-    fn apply(self, parameter: &mut [T], gradient: &[T], buffer: &mut [T]) {
+impl<T: Real> Rule<T, 2> for Descent<T> {
+    fn apply(self, [parameter, buffer]: [&mut [T]; 2], gradient: &[T]) {
         // The branches are outside of the loops, so that those become vector code.
         match (self.decay, self.momentum) {
             (None, None) => self.descend(parameter, gradient, buffer, |g, _| g, |d, _| d),
@@ -254,7 +130,9 @@ impl<T: Real> Rule<T> {
             }
         }
     }
+}
 
+impl<T: Real> Descent<T> {
     fn heavy(
         self,
         parameter: &mut [T],
@@ -291,11 +169,13 @@ impl<T: Real> Rule<T> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::pass::{BLOCK, PIECE};
     use super::super::{NamedGradient, Rates};
     use super::*;
+    use crate::checksum::Checksum;
     use crate::init::Init;
     use crate::optim::trace::checksums;
-    use tch::no_grad;
+    use tch::{Device, no_grad};
 
     /// Parameters of which one has several pieces and a last row that is not whole.
     fn vars(kind: Kind) -> Vars {
@@ -352,7 +232,7 @@ mod tests {
                             found.equal(&wanted),
                             "{name} of {kind:?}, {nesterov} {momentum} {weight_decay}"
                         );
-                        let buffer = state_name(name);
+                        let buffer = format!("{MOMENTUM_BUFFER}.{name}");
                         assert!(state[&buffer].equal(&sgds[1].state()[&buffer]), "{buffer}");
                         if name == "still" {
                             assert!(!trace.parameters_after.contains_key(name), "nothing has touched it");

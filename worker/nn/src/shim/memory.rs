@@ -30,7 +30,7 @@ pub fn with_bytes<R>(tensor: &Tensor, read: impl FnOnce(&[u8]) -> R) -> Result<R
 /// The elements of `tensor`, if it lies on the CPU without gaps and has this type; none otherwise.
 ///
 /// The same holds as for [`with_bytes`].
-pub(crate) fn values<T: Element>(tensor: &Tensor) -> &[T] {
+pub fn values<T: Element>(tensor: &Tensor) -> &[T] {
     match is_plain::<T>(tensor) {
         // SAFETY: as in `with_bytes`; the type was compared.
         true => unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<T>(), tensor.numel()) },

@@ -21,8 +21,7 @@ pub use hooks::{GradientHook, backward, on_gradient};
 pub use layout::channels_last;
 pub(crate) use layout::weight_for;
 pub(crate) use many::{Moving, copy_all, fused_sgd};
-pub(crate) use memory::values;
-pub use memory::{values_mut, with_bytes};
+pub use memory::{values, values_mut, with_bytes};
 pub(crate) use streams::on_device;
 pub use streams::{SideStream, copy_async, pinned};
 

@@ -60,6 +60,11 @@ pub(crate) trait Wire<T>: Send + Sync {
         leaves: Vec<Numbers<T>>,
     ) -> Result<Box<dyn Arriving<T>>, CollectiveError>;
 
+    /// Whether the sum over all shards is that of the numbers themselves.
+    fn is_plain(&self) -> bool {
+        false
+    }
+
     /// What the owned shards have kept back, where the format loses anything.
     fn feedback(&self) -> Option<&Feedback> {
         None
@@ -97,6 +102,10 @@ impl<T: Element> Wire<T> for Plain {
         leaves: Vec<Numbers<T>>,
     ) -> Result<Box<dyn Arriving<T>>, CollectiveError> {
         Ok(Box::new(group.all_reduce(tag, leaves, ReduceOp::Sum)?))
+    }
+
+    fn is_plain(&self) -> bool {
+        true
     }
 }
 
