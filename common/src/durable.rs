@@ -83,7 +83,7 @@ pub fn create_atomic(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
 
 fn write_and_rename(path: &Path, bytes: &[u8], mode: u32, replace: bool) -> Result<(), FileError> {
     let parent = parent(path);
-    let mut temporary = locked_temporary(parent, |dir| {
+    let temporary = locked_temporary(parent, |dir| {
         let file = tempfile::Builder::new()
             .prefix(TEMPORARY_PREFIX)
             .permissions(Permissions::from_mode(mode))
@@ -91,12 +91,11 @@ fn write_and_rename(path: &Path, bytes: &[u8], mode: u32, replace: bool) -> Resu
         let lock = file.as_file().try_clone()?;
         Ok((file, lock))
     })
-    .map_err(|e| FileError::new("write", path, cause(e)))?
+    .map_err(FileError::on("write", path))?
     .0;
-    temporary
-        .write_all(bytes)
-        .and_then(|()| temporary.as_file().sync_all())
-        .map_err(FileError::on("write", path))?;
+    // Of the file itself: errors of the temporary one's own methods name that.
+    let mut file = temporary.as_file();
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(FileError::on("write", path))?;
     let persisted = if replace { temporary.persist(path) } else { temporary.persist_noclobber(path) };
     persisted.map_err(|e| FileError::new("write", path, e.error))?;
     sync_dir(parent)
@@ -240,7 +239,7 @@ fn locked_temporary<T: AsRef<Path>>(
     make: impl Fn(&Path) -> io::Result<(T, File)>,
 ) -> io::Result<(T, File)> {
     loop {
-        let (made, lock) = make(parent)?;
+        let (made, lock) = make(parent).map_err(cause)?;
         match lock.lock() {
             Err(e) if e.kind() != io::ErrorKind::Unsupported => return Err(e),
             _ => {}
@@ -283,11 +282,16 @@ mod tests {
     #[test]
     fn an_error_names_the_file_and_no_temporary_one() {
         let dir = tempfile::tempdir().unwrap();
+        let check = |error: FileError, path: &Path, cause: &str| {
+            let said = format!("{error} {}", std::error::Error::source(&error).unwrap());
+            assert!(said.contains(&path.display().to_string()) && said.contains(cause), "{said}");
+            assert!(!said.contains(TEMPORARY_PREFIX), "{said}");
+        };
         let path = dir.path().join("none/a");
-        let said = write_atomic(&path, b"one").unwrap_err();
-        let said = format!("{said} {}", std::error::Error::source(&said).unwrap());
-        assert!(said.contains(&path.display().to_string()) && said.contains("No such file"), "{said}");
-        assert!(!said.contains(TEMPORARY_PREFIX), "{said}");
+        check(write_atomic(&path, b"one").unwrap_err(), &path, "No such file");
+        // Nobody, not even root, makes anything there.
+        let path = Path::new("/proc/self");
+        check(TemporaryDir::new_in(path).unwrap_err(), path, "No such file");
     }
 
     #[test]

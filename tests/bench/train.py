@@ -79,7 +79,8 @@ def main():
         for batch_norm in "local", "sync":
             jobs[batch_norm] = Path(os.environ["LOCKSTEP_DATA_DIR"], f"bench-train-{batch_norm}.toml")
             jobs[batch_norm].write_text(JOB.format(
-                network=network, options=case.options, batch=case.batch, steps=case.steps, shards=arguments.shards,
+                network=network, options=case.options, batch=case.batch, steps=case.steps,
+                shards=arguments.shards if batch_norm == "sync" else 2,  # a half each
                 memory_format=arguments.memory_format, batch_norm=batch_norm, data=data))  # fmt: skip
         whole = ("Lockstep, synchronized batch norm", jobs["sync"])
         halves = ("Lockstep, local batch norm", jobs["local"])

@@ -380,6 +380,30 @@ fn a_report_that_could_not_be_written_is_refused_before_the_evaluation() {
 }
 
 #[test]
+fn a_reader_that_has_gone_away_is_no_error() {
+    let place = Place::new();
+    place.run(Job { steps: 4, ..Job::default() }, 1);
+    let (checkpoint, report) = (place.checkpoint("j1", 4), place.file("report.json"));
+    let printed = |args: &[&OsStr]| {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let mut worker = command("worker");
+        let ended = worker.args(args).stdout(writer).output().expect("the worker starts");
+        assert!(ended.status.success(), "{args:?}: {}", String::from_utf8_lossy(&ended.stderr));
+    };
+    printed(&["models".as_ref()]);
+    printed(&[
+        "eval".as_ref(),
+        "--checkpoint".as_ref(),
+        checkpoint.as_ref(),
+        "--json".as_ref(),
+        report.as_ref(),
+    ]);
+    let report = fs::read_to_string(report).expect("a report");
+    assert!(serde_json::from_str::<Value>(&report).is_ok(), "{report}");
+}
+
+#[test]
 fn weights_of_no_network_are_told_what_they_lack() {
     let place = Place::new();
     place.run(Job { steps: 4, width: 16, ..Job::default() }, 1);

@@ -98,12 +98,3 @@ fn images_too_small_for_the_network_are_refused_before_a_worker_starts() {
     let ended = place.coordinator(["run", &path.to_string_lossy(), "--workers", "1"]);
     ended.refused(1, &["error: j1 failed: ", "weights `none`: "]);
 }
-
-#[test]
-fn a_reader_that_has_seen_enough_is_no_error() {
-    let (reader, writer) = std::io::pipe().expect("a pipe");
-    drop(reader);
-    let mut models = command("worker");
-    let ended = models.args(["models"]).stdout(writer).output().expect("the worker starts");
-    assert!(ended.status.success() && ended.stderr.is_empty(), "{ended:?}");
-}

@@ -17,6 +17,7 @@ mod mesh;
 mod metrics;
 mod models;
 mod network;
+mod output;
 mod pace;
 mod report;
 mod session;
@@ -44,9 +45,7 @@ fn main() -> ExitCode {
         eprintln!("error: {error}");
         return ExitCode::from(2);
     }
-    let command = cli::Cli::parse().command;
-    let prints = !matches!(command, cli::Command::Join(_) | cli::Command::Bench(_));
-    let result = match command {
+    let result = match cli::Cli::parse().command {
         cli::Command::Join(args) => match agent::prepare(&args) {
             Ok(()) => agent::join(*args),
             Err(error) => {
@@ -62,15 +61,9 @@ fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        // Whoever read the output has seen enough: `worker models | head`.
-        Err(error) if prints && is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", one_line(error.chain()));
             ExitCode::FAILURE
         }
     }
-}
-
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
 }

@@ -1,5 +1,6 @@
 //! `worker models`.
 
+use crate::output::output;
 use anyhow::Result;
 use lockstep_common::job::ModelSpec;
 use lockstep_nn::models::{ModelInfo, registry, validate};
@@ -7,7 +8,7 @@ use std::io::Write;
 
 /// Prints the registry of architectures, each with the parameters that it has by default.
 pub(crate) fn list(json: bool) -> Result<()> {
-    let mut out = std::io::stdout().lock();
+    let mut out = output();
     if json {
         let rows =
             registry().iter().map(|info| Ok(row(info, parameters(info)?))).collect::<Result<Vec<_>>>()?;

@@ -1,5 +1,6 @@
 //! Files of weights to begin with: a job's, and `worker weights`, which says what to write in a job file for one.
 
+use crate::output::output;
 use crate::tasks::NetworkPlan;
 use crate::train::error::TrainError;
 use anyhow::{Context, Result};
@@ -38,7 +39,7 @@ pub(crate) fn describe(path: &Path) -> Result<()> {
     let file = std::fs::read(path).with_context(|| format!("cannot read `{shown}`"))?;
     let tensors = decode_tensors(&file).with_context(|| format!("`{shown}` cannot be read"))?;
     let spec = weights::identify(&tensors).with_context(|| format!("weights `{shown}`"))?;
-    let mut out = std::io::stdout().lock();
+    let mut out = output();
     writeln!(out, "[model]")?;
     for (key, value) in section(&spec) {
         writeln!(out, "{key} = {value}")?;

@@ -203,21 +203,23 @@ impl Group {
         (plan.local.iter().map(|merge| (merge.into, merge.from)).collect(), plan.kept.clone())
     }
 
-    /// Writes the reduction of `leaves`, one per logical shard, to `out`, in a group of one rank: what
-    /// [`all_reduce`](Self::all_reduce) of the same gives, where nothing has to be moved. All have one length.
-    pub fn combine<T: Element>(
-        &self,
-        out: &mut [T],
-        leaves: &[&[T]],
-        op: ReduceOp,
-    ) -> Result<(), CollectiveError> {
-        let is_whole = self.world_size() == 1 && leaves.len() == self.shape.placement.shards() as usize;
-        if !is_whole || op == ReduceOp::Moments || leaves.iter().any(|leaf| leaf.len() != out.len()) {
-            let detail = format!("{} vectors cannot be added up here to one of {}", leaves.len(), out.len());
+    /// Writes the sum of `leaves`, one per logical shard, to `out`: what [`all_reduce`](Self::all_reduce) of them gives,
+    /// where nothing has to be moved.
+    ///
+    /// Fails unless this group has one rank, and `leaves` one vector of the length of `out` per shard.
+    pub fn sum<T: Element>(&self, out: &mut [T], leaves: &[&[T]]) -> Result<(), CollectiveError> {
+        let shards = self.shape.placement.shards();
+        let is_whole = self.world_size() == 1 && leaves.len() == shards as usize;
+        if !is_whole || leaves.iter().any(|leaf| leaf.len() != out.len()) {
+            let detail = format!(
+                "a sum in place needs one rank and {shards} vectors of {} numbers; there are {} ranks and {} vectors",
+                out.len(),
+                self.world_size(),
+                leaves.len()
+            );
             return Err(CollectiveError::Config(detail));
         }
-        op.combine(out, leaves, &self.plan().local);
-        op.finish(out, self.shape.placement.shards());
+        ReduceOp::Sum.combine(out, leaves, &self.plan().local);
         Ok(())
     }
 

@@ -254,6 +254,21 @@ fn solo_gives_the_bits_of_many_ranks() {
     let sum = solo.all_reduce(tag, leaves.clone(), ReduceOp::Sum).unwrap();
     assert!(sum.is_ready());
     assert_same(&sum.wait().unwrap(), &reference(&leaves, ReduceOp::Sum));
+    for (shards, reduction) in
+        (1..=9).flat_map(|shards| [Reduction::Exact, Reduction::Fast].map(|reduction| (shards, reduction)))
+    {
+        let group = Group::solo(Placement::even(shards, 1), reduction).unwrap();
+        let leaves: Vec<Vec<f32>> = (0..shards).map(|s| f32::leaf(5, s, 5000, ReduceOp::Sum)).collect();
+        let moved = group.all_reduce(tag, leaves.clone(), ReduceOp::Sum).unwrap().wait().unwrap();
+        let mut in_place = vec![f32::NAN; 5000];
+        let leaves: Vec<&[f32]> = leaves.iter().map(Vec::as_slice).collect();
+        group.sum(&mut in_place, &leaves).unwrap();
+        assert_same(&in_place, &moved);
+        assert!(
+            group.sum(&mut in_place[1..], &leaves).is_err()
+                && group.sum(&mut in_place, &leaves[1..]).is_err()
+        );
+    }
     solo.barrier(tag).unwrap().wait().unwrap();
     assert_eq!(*solo.all_gather(tag, vec![7]).unwrap().wait().unwrap(), [vec![7u8]]);
     assert_eq!(*solo.broadcast(tag, Rank(0), Some(vec![8])).unwrap().wait().unwrap(), [8u8][..]);

@@ -8,11 +8,12 @@ use crate::shim::with_bytes;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
-/// Sums that run side by side: as many words as the widest vector registers have.
+/// Words of a row, and sums of each kind: those of word `i` of every row.
 const LANES: usize = 16;
-/// Lanes that are added together.
+/// Lanes that are added together: so few that their sums stay in registers, which those of all lanes do not, many times
+/// slower.
 const GROUP: usize = 4;
-/// Rows that stay in the nearest cache while their lanes are added, group by group.
+/// Rows that stay in the nearest cache, 4 KiB of its 32 or more, while their lanes are added, group by group.
 const NEAR: usize = 64;
 /// Bytes of a word.
 const WORD: usize = size_of::<u32>();
@@ -33,7 +34,7 @@ pub struct Checksum {
 impl Checksum {
     /// That of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
-        let mut checksum = Self { rows: bytes.len().div_ceil(ROW) as u32, ..Self::default() };
+        let mut checksum = Self::default();
         let (rows, rest) = bytes.as_chunks::<ROW>();
         rows.chunks(NEAR).for_each(|rows| checksum.add(rows));
         if !rest.is_empty() {
@@ -44,12 +45,13 @@ impl Checksum {
         checksum
     }
 
-    /// Adds the words of `rows`, which stay in the nearest cache.
+    /// Adds `rows`, which stay in the nearest cache.
     fn add(&mut self, rows: &[[u8; ROW]]) {
         let (words, sums) = (self.words.as_chunks_mut().0, self.sums.as_chunks_mut().0);
         for (index, (words, sums)) in words.iter_mut().zip(sums).enumerate() {
             add_lanes(rows, index, words, sums);
         }
+        self.rows = self.rows.wrapping_add(rows.len() as u32);
     }
 
     /// [`Self::of`], by all of rayon's threads where that is worth waking them.
@@ -101,8 +103,7 @@ fn sum_there(tensor: &Tensor) -> Result<i64, NnError> {
     Ok(flat.f_sum(Kind::Int64)?.f_int64_value(&[])?)
 }
 
-/// Adds the words of group `index` of each row. A group is so few lanes that their sums stay in registers, which they would not
-/// if all lanes were added row by row: that is many times slower.
+/// Adds the words of group `index` of each row.
 fn add_lanes(rows: &[[u8; ROW]], index: usize, words: &mut [u32; GROUP], sums: &mut [u32; GROUP]) {
     let (mut word, mut sum) = (*words, *sums);
     for row in rows {

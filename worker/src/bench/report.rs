@@ -1,6 +1,7 @@
 //! The table and its JSON.
 
 use super::args::{Plan, Size, name_of};
+use crate::output::output;
 use anyhow::{Result, ensure};
 use serde::Serialize;
 use std::io::Write;
@@ -81,7 +82,7 @@ impl Times {
 
     /// Prints everything that was measured on `hosts` hosts.
     pub(super) fn print(&self, hosts: u32, json: bool) -> Result<()> {
-        let mut out = std::io::stdout().lock();
+        let mut out = output();
         let (sizes, columns) = (self.plan.sizes.len(), self.plan.columns.len());
         if json {
             let cells = (0..sizes).flat_map(|size| (0..columns).map(move |column| (size, column)));

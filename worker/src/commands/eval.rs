@@ -12,6 +12,7 @@ use crate::evaluation::contest::{Division, Entrant, Entry, hold};
 use crate::evaluation::judge;
 use crate::evaluation::report::{Report, Subject, side_by_side};
 use crate::evaluation::stores::Stores;
+use crate::output::output;
 use crate::train::Number;
 use crate::train::device::{device, enable_cuda};
 use anyhow::{Context, Result, anyhow, bail};
@@ -57,9 +58,7 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<()> {
             print(&evaluations)?;
             target.write(&serde_json::to_string(&evaluations)?)
         }
-        (None, Some(_)) => {
-            Ok(writeln!(std::io::stdout().lock(), "{}", serde_json::to_string(&evaluations)?)?)
-        }
+        (None, Some(_)) => Ok(writeln!(output(), "{}", serde_json::to_string(&evaluations)?)?),
         (None, None) => print(&evaluations),
     }
 }
@@ -107,7 +106,7 @@ fn cannot_write(path: &Path) -> String {
 fn print(evaluations: &Evaluations) -> Result<()> {
     let mut rows: Vec<_> = evaluations.checkpoints.iter().map(|e| (e.path.as_str(), &e.report)).collect();
     rows.extend(evaluations.ensemble.as_ref().map(|report| ("ensemble", report)));
-    let mut out = std::io::stdout().lock();
+    let mut out = output();
     if let Some((_, Report { dataset, samples, crops, .. })) = rows.first() {
         let crops = crops.count();
         writeln!(

@@ -9,6 +9,7 @@ use crate::evaluation::candidate::Candidate;
 use crate::evaluation::judge::{answers, finite};
 use crate::evaluation::stores::Stores;
 use crate::evaluation::views::top;
+use crate::output::output;
 use crate::train::Number;
 use crate::train::device::{device, enable_cuda};
 use anyhow::{Context, Result, anyhow};
@@ -52,7 +53,7 @@ pub(crate) fn predict(args: &PredictArgs) -> Result<()> {
         Precision::F64 => judge_all::<f64>(args, candidate)?,
         Precision::F32 | Precision::Bf16 => judge_all::<f32>(args, candidate)?,
     };
-    let mut out = std::io::stdout().lock();
+    let mut out = output();
     if args.json {
         writeln!(out, "{}", serde_json::to_string_pretty(&answers)?)?;
         return Ok(());

@@ -251,7 +251,7 @@ impl Replica {
             statistics::apply(vars, own)?;
         }
         let optimizer = &mut self.optimizers[learner];
-        let [average, averaged] = match trace {
+        let [average_before, average_after] = match trace {
             Some(_) => optimizer.traced_average(&self.vars[learner], number)?,
             None => {
                 optimizer.average(&self.vars[learner], number)?;
@@ -264,11 +264,11 @@ impl Replica {
                 found.iter().any(|(name, found)| sealed.get(name) != Some(found))
             };
             self.changed |= differ(&trace.parameters_before, vars);
-            self.changed |= differ(&trace.state_before, state) || differ(&average, state);
+            self.changed |= differ(&trace.state_before, state) || differ(&average_before, state);
         }
         match (seal, trace) {
             (Some(seal), Some(trace)) if seals => {
-                self.seal = Some(self.renewed(seal, learner, trace, averaged)?);
+                self.seal = Some(self.renewed(seal, learner, trace, average_after)?);
             }
             _ if seals => self.seal()?,
             _ => {}
@@ -280,14 +280,14 @@ impl Replica {
         Ok(committed)
     }
 
-    /// `seal` after an update of `learner` that has left `trace` and, of the average's state, `averaged`: what that has
+    /// `seal` after an update of `learner` that has left `trace` and, of the average's state, `average`: what that has
     /// not touched is to be as it was.
     fn renewed(
         &self,
         mut seal: Vec<NetworkSeal>,
         learner: usize,
         trace: Trace,
-        averaged: Checksums,
+        average: Checksums,
     ) -> Result<Vec<NetworkSeal>, TrainError> {
         for (network, vars) in seal.iter_mut().zip(&self.vars) {
             let buffers = vars.iter().filter(|(_, var)| var.role != Role::Parameter);
@@ -296,7 +296,7 @@ impl Replica {
         let own = &mut seal[learner];
         own.vars.extend(trace.parameters_after);
         own.state.extend(trace.state_after);
-        own.state.extend(averaged);
+        own.state.extend(average);
         Ok(seal)
     }
 

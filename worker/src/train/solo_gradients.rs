@@ -1,10 +1,13 @@
 //! Gradients of a job's only rank, which has nothing to send: kept as they come and added where they are used.
+//!
+//! A lone shard's are libtorch's own tensors. Clipping scales them in place, so none may share memory with another's; no layer's
+//! do.
 
 use super::Number;
-use super::buckets::{BucketPlan, never_sent};
+use super::buckets::BucketPlan;
 use super::delivery::Deliveries;
 use super::error::TrainError;
-use lockstep_collectives::{Group, ReduceOp};
+use lockstep_collectives::Group;
 use lockstep_nn::NnError;
 use lockstep_nn::shim::{values, values_mut};
 use parking_lot::Mutex;
@@ -84,7 +87,7 @@ impl<T: Number> SoloGradients<T> {
             None => all.into_iter().next(),
             Some(mut room) => {
                 let leaves: Vec<&[T]> = all.iter().map(values::<T>).collect();
-                let added = self.group.combine(values_mut::<T>(&mut room), &leaves, ReduceOp::Sum);
+                let added = self.group.sum(values_mut::<T>(&mut room), &leaves);
                 added.map_err(|e| NnError::Exchange(Box::new(e)))?;
                 Some(room)
             }
@@ -98,7 +101,7 @@ impl<T: Number> SoloGradients<T> {
             return Err(failure.into());
         }
         let named = self.plan.places().iter().zip(&self.parameters).map(|(place, own)| {
-            let gradient = own.lock().sum.take().ok_or_else(|| never_sent(place.bucket))?;
+            let gradient = own.lock().sum.take().ok_or_else(|| never_came(&place.name))?;
             Ok((place.name.clone(), gradient))
         });
         named.collect()
@@ -108,6 +111,11 @@ impl<T: Number> SoloGradients<T> {
     pub(crate) fn observed_order(&self) -> Vec<usize> {
         self.deliveries.observed_order()
     }
+}
+
+/// That a shard has neither delivered a gradient nor finished, which no input can bring about.
+fn never_came(parameter: &str) -> TrainError {
+    TrainError::Fatal(format!("the gradient of `{parameter}` never came"))
 }
 
 #[cfg(test)]
@@ -146,8 +154,8 @@ mod tests {
 
     #[test]
     fn shards_are_added_in_the_order_of_the_tree_whoever_comes_first() {
-        // (x + 1) + (1 - x) is 2 only where x is not lost in a sum with 1 before the others are added.
-        let leaves = [1e16, 1.0, 1.0, -1e16].map(|value| Tensor::full([2, 3], value, MEMORY));
+        // One after the other, in the order of the shards or in that in which they come, these come to 4 and not to 3.
+        let leaves = [1.0, 2.0, 1e16, -1e16].map(|value| Tensor::full([2, 3], value, MEMORY));
         for order in [[0, 1, 2, 3], [3, 1, 0, 2]] {
             let gradients = gradients(4);
             for slot in order {
@@ -155,11 +163,10 @@ mod tests {
                 gradients.finish(slot).unwrap();
             }
             let named = gradients.wait().unwrap();
-            let wanted = (1e16 + 1.0) + (1.0 - 1e16);
-            assert_eq!(named[0].1, Tensor::full([2, 3], wanted, MEMORY));
+            assert_eq!(named[0].1, Tensor::full([2, 3], 3.0, MEMORY));
             assert_eq!(named[1].1, Tensor::zeros([2, 3], MEMORY));
         }
-        assert_eq!(leaves[0], Tensor::full([2, 3], 1e16, MEMORY), "what others may read has not changed");
+        assert_eq!(leaves[2], Tensor::full([2, 3], 1e16, MEMORY), "what others may read has not changed");
     }
 
     #[test]

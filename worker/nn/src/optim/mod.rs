@@ -238,8 +238,11 @@ impl Rule {
     }
 }
 
-/// The type of all of `learning` and of its `states`, if that is on the CPU, of one type and without gaps. Fails if one of
-/// them has no state.
+/// The type of all of `learning` and of its `states`, if that is on the CPU, of one type and without gaps; `None` for no
+/// parameters too. Fails if one of them has no state.
+///
+/// The bits of an update may depend on the answer, so it must be the same on all ranks: on the CPU reduced gradients have
+/// no gaps anywhere, and neither have parameters and states.
 fn plain_kind(
     learning: &[Learning<'_>],
     states: &[&BTreeMap<String, Tensor>],

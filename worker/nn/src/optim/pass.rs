@@ -65,35 +65,35 @@ impl Real for f64 {
 }
 
 /// What happens to each element of `M` tensors, by that of another one.
-pub(super) trait Rule<T, const M: usize>: Copy + Send + Sync {
+pub(super) trait Elementwise<T, const M: usize>: Copy + Send + Sync {
     /// Changes `changed` by `read`, which is as long as each of those.
     fn apply(self, changed: [&mut [T]; M], read: &[T]);
 }
 
 /// Tensors that a rule changes and one that it reads, all of one length.
-pub(super) struct Row<'a, T, R, const M: usize> {
+pub(super) struct Work<'a, T, R, const M: usize> {
     pub(super) changed: [&'a mut [T]; M],
     pub(super) read: &'a [T],
     pub(super) rule: R,
 }
 
 /// The checksums of a tensor before and after a pass.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Change {
     pub(super) before: Checksum,
     pub(super) after: Checksum,
 }
 
-/// Applies each row's rule. Returns what has changed of each row's tensors, if it `is_traced`; nothing otherwise.
-pub(super) fn pass<T: Real, R: Rule<T, M>, const M: usize>(
-    rows: Vec<Row<'_, T, R, M>>,
+/// Applies each rule of `all`. Returns what has changed of each one's tensors, if it `is_traced`; nothing otherwise.
+pub(super) fn pass<T: Real, R: Elementwise<T, M>, const M: usize>(
+    all: Vec<Work<'_, T, R, M>>,
     is_traced: bool,
 ) -> Vec<[Change; M]> {
-    let count = rows.len();
-    let elements = rows.iter().map(|row| row.read.len()).sum::<usize>();
+    let count = all.len();
+    let elements = all.iter().map(|work| work.read.len()).sum::<usize>();
     let mut pieces = Vec::new();
-    for (owner, row) in rows.into_iter().enumerate() {
-        let Row { mut changed, mut read, rule } = row;
+    for (owner, work) in all.into_iter().enumerate() {
+        let Work { mut changed, mut read, rule } = work;
         while !read.is_empty() {
             let length = read.len().min(PIECE);
             let own = changed.each_mut().map(|rest| {
@@ -103,7 +103,7 @@ pub(super) fn pass<T: Real, R: Rule<T, M>, const M: usize>(
             });
             let (own_read, others) = read.split_at(length);
             read = others;
-            pieces.push((owner, Row { changed: own, read: own_read, rule }));
+            pieces.push((owner, Work { changed: own, read: own_read, rule }));
         }
     }
     let changes: Vec<[Change; M]> = match elements < FEW {
@@ -120,7 +120,7 @@ pub(super) fn pass<T: Real, R: Rule<T, M>, const M: usize>(
     whole
 }
 
-impl<T: Real, R: Rule<T, M>, const M: usize> Row<'_, T, R, M> {
+impl<T: Real, R: Elementwise<T, M>, const M: usize> Work<'_, T, R, M> {
     /// Applies the rule block by block.
     fn apply(&mut self, is_traced: bool) -> [Change; M] {
         let mut changes = [Change::default(); M];
@@ -149,24 +149,50 @@ impl Change {
     }
 }
 
-/// Sums that run side by side: as many as hide the latency of an addition.
-const LANES: usize = 16;
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// The sum of the squares of `values`, in f64, in an order that depends on their number alone.
-pub(super) fn sum_of_squares<T: Real>(values: &[T]) -> f64 {
-    let of_piece = |piece: &[T]| {
-        let mut sums = [0.0; LANES];
-        let (rows, rest) = piece.as_chunks::<LANES>();
-        for row in rows.iter().map(<[T; LANES]>::as_slice).chain([rest]) {
-            for (sum, value) in sums.iter_mut().zip(row) {
-                *sum += value.to_f64() * value.to_f64();
+    /// b ← 2 b + r, a ← a − b.
+    #[derive(Clone, Copy)]
+    struct Coupled;
+
+    impl Elementwise<f32, 2> for Coupled {
+        fn apply(self, [a, b]: [&mut [f32]; 2], read: &[f32]) {
+            for ((a, b), r) in a.iter_mut().zip(b).zip(read) {
+                *b = 2.0 * *b + r;
+                *a -= *b;
             }
         }
-        sums.into_iter().sum::<f64>()
-    };
-    let pieces: Vec<f64> = match values.len() < FEW {
-        true => values.chunks(PIECE).map(of_piece).collect(),
-        false => values.par_chunks(PIECE).map(of_piece).collect(),
-    };
-    pieces.into_iter().sum()
+    }
+
+    /// What a pass makes of two tensors of several pieces, and of two small ones, and what it says of them.
+    fn passed(threads: usize, is_traced: bool) -> (Vec<[Vec<f32>; 2]>, Vec<[Change; 2]>) {
+        let values =
+            |count: usize, factor: usize| (0..count).map(|i| (i * factor % 1013) as f32 * 0.37).collect();
+        let counts = [2 * PIECE + BLOCK + 21, 5];
+        let mut changed: Vec<[Vec<f32>; 2]> = counts.map(|n| [values(n, 7), values(n, 11)]).into();
+        let read: Vec<Vec<f32>> = counts.map(|n| values(n, 13)).into();
+        let all = changed.iter_mut().zip(&read).map(|(changed, read)| Work {
+            changed: changed.each_mut().map(Vec::as_mut_slice),
+            read,
+            rule: Coupled,
+        });
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let changes = pool.install(|| pass(all.collect(), is_traced));
+        (changed, changes)
+    }
+
+    #[test]
+    fn neither_threads_nor_a_trace_change_a_bit() {
+        let (wanted, none) = passed(1, false);
+        assert!(none.is_empty());
+        let (found, traced) = passed(1, true);
+        assert_eq!((&found, &traced), (&wanted, &passed(3, true).1));
+        assert_eq!(passed(3, false).0, wanted);
+        for (changed, changes) in found.iter().zip(&traced) {
+            let left = changed.each_ref().map(|values| Checksum::of(bytemuck::cast_slice(values)));
+            assert_eq!(changes.map(|change| change.after), left);
+        }
+    }
 }

@@ -2,7 +2,7 @@
 //!
 //! On the CPU it is one pass over memory by all of rayon's threads, with the same bits as libtorch's operations one by one.
 
-use super::pass::{Real, Row, Rule, pass};
+use super::pass::{Elementwise, Real, Work, pass};
 use super::trace::Trace;
 use super::{Learning, by_name, not_a_parameter, of, plain_kind, prefixed, zeros};
 use crate::error::NnError;
@@ -81,7 +81,7 @@ impl Sgd {
     fn sweep<T: Real>(&mut self, learning: &mut [Learning<'_>], momentum: f64, is_traced: bool) -> Trace {
         let mut by_name = by_name(learning);
         let mut names = Vec::new();
-        let mut rows = Vec::new();
+        let mut all = Vec::new();
         for (name, buffer) in &mut self.momentum_buffers {
             let Some(Learning { parameter, gradient, rates, .. }) = by_name.remove(name.as_str()) else {
                 continue;
@@ -92,14 +92,14 @@ impl Sgd {
                 momentum: (momentum != 0.0).then(|| T::from_f64(momentum)),
                 nesterov: self.nesterov,
             };
-            rows.push(Row {
+            all.push(Work {
                 changed: [values_mut(parameter), values_mut(buffer)],
                 read: values(gradient),
                 rule,
             });
             names.push(name.as_str());
         }
-        let changes = pass(rows, is_traced);
+        let changes = pass(all, is_traced);
         Trace::of(&names, [MOMENTUM_BUFFER], changes.iter().map(|[parameter, buffer]| (parameter, [buffer])))
     }
 
@@ -118,7 +118,7 @@ struct Descent<T> {
     nesterov: bool,
 }
 
-impl<T: Real> Rule<T, 2> for Descent<T> {
+impl<T: Real> Elementwise<T, 2> for Descent<T> {
     fn apply(self, [parameter, buffer]: [&mut [T]; 2], gradient: &[T]) {
         // The branches are outside of the loops, so that those become vector code.
         match (self.decay, self.momentum) {

@@ -1,0 +1,28 @@
+//! Standard output.
+
+use std::io::{self, StdoutLock, Write};
+
+/// Standard output, where a reader that has gone away, such as `head`, is no error.
+pub(crate) struct Output(StdoutLock<'static>);
+
+/// Locks it.
+pub(crate) fn output() -> Output {
+    Output(io::stdout().lock())
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        unless_gone(self.0.write(bytes), bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        unless_gone(self.0.flush(), ())
+    }
+}
+
+fn unless_gone<R>(result: io::Result<R>, otherwise: R) -> io::Result<R> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(otherwise),
+        result => result,
+    }
+}
