@@ -1,17 +1,35 @@
 //! Standard output and the errors of the command line. Of what others have written nothing reaches a terminal that it would obey.
 
 use lockstep_common::shown::{shown_json, shown_lines};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
+use std::sync::OnceLock;
 
-/// Writes a line to standard output. A reader that has gone away, such as `head`, is no error.
+/// Why something that was to be said was not: the first reason.
+static UNSAID: OnceLock<String> = OnceLock::new();
+
+/// Writes a line to standard output. A reader that has gone away, such as `head`, is no error; what else goes wrong is kept for
+/// [`unsaid`].
 pub(crate) fn say(line: impl std::fmt::Display) {
-    let _ = writeln!(std::io::stdout().lock(), "{}", shown_lines(&line.to_string()));
+    write(&shown_lines(&line.to_string()));
+}
+
+fn write(line: &str) {
+    if let Err(error) = writeln!(std::io::stdout().lock(), "{line}")
+        && error.kind() != ErrorKind::BrokenPipe
+    {
+        UNSAID.get_or_init(|| error.to_string());
+    }
+}
+
+/// Why not all of what was said has been written; `None` if it has.
+pub(crate) fn unsaid() -> Option<&'static str> {
+    UNSAID.get().map(String::as_str)
 }
 
 /// Writes a value as one line of JSON to standard output.
 pub(crate) fn say_json(value: &impl serde::Serialize) {
     match serde_json::to_string(value) {
-        Ok(json) => drop(writeln!(std::io::stdout().lock(), "{}", shown_json(&json))),
+        Ok(json) => write(&shown_json(&json)),
         Err(e) => note(format_args!("error: cannot be written as JSON: {e}")),
     }
 }

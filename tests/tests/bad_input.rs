@@ -94,6 +94,30 @@ fn a_dataset_that_does_not_fit_the_model_is_refused_with_file_and_line() {
     let line = job.lines().position(|l| l.starts_with("in_channels")).expect("the option") + 1;
     let ended = place.start_run(job, 1).wait();
     one_line(&ended.refused(1, &[&format!("job.toml:{line}: `in_channels` is 3"), "make it 1"]));
+    let refused = |model: &str, words: &[&str]| {
+        let job = Job::default().to_string().replace("name = \"small-cnn\"\nwidth = 4", model);
+        let ended = place.start_run(job, 1).wait().refused(1, words);
+        one_line(&ended);
+    };
+    refused("name = \"nin\"", &["`in_channels` is 3", "make it 1, or set `channels = 3` in `[data]`"]);
+    refused("name = \"mlp\"\ninputs = 100", &["`inputs` of `mlp` is 100", "make it "]);
+}
+
+#[test]
+fn output_that_is_not_taken_is_no_success() {
+    let place = Place::new();
+    let full = || fs::OpenOptions::new().write(true).open("/dev/full").expect("a full device");
+    let mut dataset = place.command();
+    dataset.args(["dataset", "ls"]);
+    let mut models = command("worker");
+    models.args(["models"]);
+    for mut command in [dataset, models] {
+        let ended = command.stdout(full()).output().expect("it starts");
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert_eq!(ended.status.code(), Some(1), "{said}");
+        assert!(said.starts_with("error: cannot write to standard output: No space left"), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
 }
 
 #[test]

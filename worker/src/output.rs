@@ -23,6 +23,7 @@ impl Write for Output {
 fn unless_gone<R>(result: io::Result<R>, otherwise: R) -> io::Result<R> {
     match result {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(otherwise),
-        result => result,
+        Err(error) => Err(io::Error::new(error.kind(), format!("cannot write to standard output: {error}"))),
+        Ok(done) => Ok(done),
     }
 }

@@ -1,5 +1,5 @@
-//! The names of the architectures, their options and the least images that they take, so that a job can be refused where libtorch
-//! is not.
+//! The names of the architectures, their options and which images they take, so that a job can be refused where libtorch is
+//! not.
 //!
 //! `worker/nn` builds them, and a test there holds its registry against this list.
 
@@ -85,6 +85,34 @@ impl ModelSpec {
         let is_paper = self.name == "googlenet" && self.option("variant") == Some("paper");
         let problem = "= \"paper\" has no batch normalization; set `batch_norm = \"none\"`";
         (is_paper && self.batch_norm != BatchNorm::None).then_some(("variant", problem))
+    }
+
+    /// How many channels its images have, as the option `in_channels` or the network says; `None` for one that takes pixels as
+    /// plain numbers.
+    pub fn channels(&self) -> Option<u32> {
+        let own = match self.name.as_str() {
+            "mlp" | "gan-generator" | "gan-discriminator" => return None,
+            "small-cnn" => 1,
+            "nin" if self.option("widths") == Some("mnist") => 1,
+            _ => 3,
+        };
+        Some(self.count("in_channels").unwrap_or(own))
+    }
+
+    /// The option that says how many numbers an image has, and how many those are, for a network that takes or makes images as
+    /// plain numbers.
+    pub fn numbers(&self) -> Option<(&'static str, u32)> {
+        let option = match self.name.as_str() {
+            "mlp" | "gan-discriminator" => "inputs",
+            "gan-generator" => "outputs",
+            _ => return None,
+        };
+        Some((option, self.count(option).unwrap_or(784)))
+    }
+
+    /// A whole number that is given.
+    fn count(&self, name: &str) -> Option<u32> {
+        self.options.get(name).and_then(Value::as_u64).and_then(|count| count.try_into().ok())
     }
 
     fn option(&self, name: &str) -> Option<&str> {

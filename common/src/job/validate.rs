@@ -47,7 +47,7 @@ pub(super) fn check(job: &JobSpec) -> Result<(), Fault> {
     })?;
     for (key, bound) in [("value", job.clip.value), ("norm", job.clip.norm)] {
         require(bound.is_none_or(|b| b > 0.0 && b.is_finite()), &["clip", key], || {
-            format!("`{key}` must be above 0")
+            format!("`{key}` must be above 0 and finite")
         })?;
     }
     let grid = job.gan.grid;
@@ -199,7 +199,10 @@ fn check_weights(section: &str, model: &ModelSpec) -> Result<(), Fault> {
         (None, None) => Ok(()),
         (Some(file), None) => Err(Fault::at(
             &[section, "weights"],
-            format!("`weights` needs `weights_blake3`, the file's hash; `worker weights {file}` prints it"),
+            format!(
+                "`weights` needs `weights_blake3`, the file's hash; `worker weights {file}` prints it, for any \
+                     file `b3sum`"
+            ),
         )),
         (None, Some(_)) => {
             Err(Fault::at(&[section, "weights_blake3"], "`weights_blake3` needs `weights`, a file"))
@@ -207,7 +210,7 @@ fn check_weights(section: &str, model: &ModelSpec) -> Result<(), Fault> {
         (Some(_), Some(hash)) => {
             let is_hash = hash.len() == 64 && hash.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
             require(is_hash, &[section, "weights_blake3"], || {
-                format!("`weights_blake3` is {hash:?}; it must be 64 hexadecimal digits")
+                format!("`weights_blake3` is {hash:?}; it must be 64 hexadecimal digits, letters small")
             })
         }
     }
@@ -219,7 +222,7 @@ fn check_optimizer(optimizer: &OptimizerSpec, path: &[&str]) -> Result<(), Fault
         require(ok, &at(key), || format!("`{key}` is {value}; it must be {range}"))
     };
     let lr = optimizer.lr();
-    range("lr", lr, lr > 0.0 && lr.is_finite(), "above 0")?;
+    range("lr", lr, lr > 0.0 && lr.is_finite(), "above 0 and finite")?;
     let decay = optimizer.weight_decay();
     range("weight_decay", decay, decay >= 0.0 && decay.is_finite(), "at least 0")?;
     for group in optimizer.groups() {
@@ -272,7 +275,7 @@ fn check_average(job: &JobSpec) -> Result<(), Fault> {
 fn check_schedule(schedule: &ScheduleSpec) -> Result<(), Fault> {
     let positive = |key: &'static str, value: f64| {
         require(value > 0.0 && value.is_finite(), &["schedule", key], || {
-            format!("`{key}` is {value}; it must be above 0")
+            format!("`{key}` is {value}; it must be above 0 and finite")
         })
     };
     let factor = |key: &'static str, value: f64| {
@@ -287,8 +290,9 @@ fn check_schedule(schedule: &ScheduleSpec) -> Result<(), Fault> {
             positive("gamma", *gamma)
         }
         ScheduleSpec::Milestones { epochs, gamma, .. } => {
-            require(epochs.is_sorted() && epochs.iter().all(|e| *e > 0.0), &["schedule", "epochs"], || {
-                "`epochs` must be above 0 and in ascending order".to_owned()
+            let ascends = epochs.is_sorted_by(|a, b| a < b);
+            require(ascends && epochs.iter().all(|e| *e > 0.0), &["schedule", "epochs"], || {
+                "`epochs` must be above 0 and in ascending order, each once".to_owned()
             })?;
             positive("gamma", *gamma)
         }
@@ -298,7 +302,11 @@ fn check_schedule(schedule: &ScheduleSpec) -> Result<(), Fault> {
         }
         ScheduleSpec::Cosine { final_factor, .. } => factor("final_factor", *final_factor),
         ScheduleSpec::Exponential { decay, floor, .. } => {
-            positive("decay", *decay)?;
+            require(*decay >= 1.0 && decay.is_finite(), &["schedule", "decay"], || {
+                format!(
+                    "`decay` is {decay}; the rate is divided by it at each step, so it must be at least 1, such as 1.001"
+                )
+            })?;
             factor("floor", *floor)
         }
     }

@@ -12,7 +12,7 @@ pub(crate) use queue::JobReport;
 
 use crate::cli::{Cli, Command};
 use crate::data_dir::DataDir;
-use crate::output::note;
+use crate::output::{note, unsaid};
 use crate::run;
 use anyhow::{Context, Result};
 use lockstep_common::one_line::one_line;
@@ -23,10 +23,17 @@ use tracing_subscriber::EnvFilter;
 
 /// Runs the command line.
 pub fn main(cli: Cli) -> ExitCode {
-    match dispatch(cli) {
+    let code = match dispatch(cli) {
         Ok(code) => code,
         Err(error) => {
             note(format_args!("error: {}", one_line(error.chain())));
+            ExitCode::FAILURE
+        }
+    };
+    match unsaid() {
+        None => code,
+        Some(error) => {
+            note(format_args!("error: cannot write to standard output: {error}"));
             ExitCode::FAILURE
         }
     }

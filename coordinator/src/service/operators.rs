@@ -143,10 +143,11 @@ pub(crate) fn check_job(shared: &Shared, file: &str, toml: &str) -> Result<NewJo
             return Err(refuse_key("data", key, what));
         }
         whitened = spec.data.whiten.and(Some(shape));
-        let misfit =
-            misfit(&spec, &manifest, shape).or_else(|| too_small(&spec, key == "train", &manifest, shape));
-        if let Some((option, what)) = misfit {
-            return Err(refuse_key("model", option, what));
+        let misfit = too_few_classes(&spec, &manifest)
+            .or_else(|| other_images(&spec, &manifest, shape))
+            .or_else(|| too_small(&spec, key == "train", &manifest, shape));
+        if let Some(Misfit { section, option, what }) = misfit {
+            return Err(refuse_key(section, option, what));
         }
         datasets.push(DatasetBrief { name: name.clone(), digest: manifest.id });
     }
@@ -167,38 +168,52 @@ pub(crate) fn check_job(shared: &Shared, file: &str, toml: &str) -> Result<NewJo
     })
 }
 
-/// The option with which a classifier does not fit a dataset, and what is wrong with it.
-fn misfit(spec: &JobSpec, data: &Manifest, shape: SampleShape) -> Option<(&'static str, String)> {
-    let model = spec.model.as_ref()?;
-    let option = |name| model.options.get(name).and_then(serde_json::Value::as_u64);
-    let Manifest { name, classes, .. } = data;
-    if let Some(given) = option("classes")
-        && given < u64::from(*classes)
-    {
-        let what =
-            format!("`classes` is {given} and dataset `{name}` has {classes}; make it at least {classes}");
-        return Some(("classes", what));
-    }
-    let channels = shape.channels;
-    if let Some(given) = option("in_channels")
-        && given != u64::from(channels)
-    {
-        let what = format!(
-            "`in_channels` is {given} and the images of dataset `{name}` have {channels}; make it {channels}, or set \
-             `channels = {given}` in `[data]`"
-        );
-        return Some(("in_channels", what));
-    }
-    None
+/// Where a network does not fit a dataset, and what is wrong there.
+struct Misfit {
+    section: &'static str,
+    option: &'static str,
+    what: String,
 }
 
-/// The option with which a classifier needs larger images than it gets of the training set or the test set, and what to do.
-fn too_small(
-    spec: &JobSpec,
-    is_train: bool,
-    data: &Manifest,
-    shape: SampleShape,
-) -> Option<(&'static str, String)> {
+fn too_few_classes(spec: &JobSpec, data: &Manifest) -> Option<Misfit> {
+    let given = spec.model.as_ref()?.options.get("classes")?.as_u64()?;
+    let Manifest { name, classes, .. } = data;
+    (given < u64::from(*classes)).then(|| Misfit {
+        section: "model",
+        option: "classes",
+        what: format!("`classes` is {given} and dataset `{name}` has {classes}; make it at least {classes}"),
+    })
+}
+
+/// A network that takes images of other channels, or of another number of pixels, than it gets.
+fn other_images(spec: &JobSpec, data: &Manifest, shape: SampleShape) -> Option<Misfit> {
+    spec.networks().into_iter().find_map(|(section, model)| {
+        let (network, name, channels) = (&model.name, &data.name, shape.channels);
+        let named = |option: &'static str| if model.options.contains_key(option) { option } else { "name" };
+        if let Some(own) = model.channels()
+            && own != channels
+        {
+            let what = format!(
+                "`in_channels` is {own} and the images of dataset `{name}` have {channels}; make it {channels}, or set \
+                 `channels = {own}` in `[data]`"
+            );
+            return Some(Misfit { section, option: named("in_channels"), what });
+        }
+        let (option, own) = model.numbers()?;
+        let found = u64::from(channels) * u64::from(shape.height) * u64::from(shape.width);
+        (u64::from(own) != found).then(|| Misfit {
+            section,
+            option: named(option),
+            what: format!(
+                "`{option}` of `{network}` is {own} and the images of dataset `{name}`, as `[data]` prepares them, have {found} \
+                 numbers ({shape}); make it {found}"
+            ),
+        })
+    })
+}
+
+/// A classifier that needs larger images than it gets of the training set or the test set.
+fn too_small(spec: &JobSpec, is_train: bool, data: &Manifest, shape: SampleShape) -> Option<Misfit> {
     let model = spec.model.as_ref()?;
     // Of the training set such a job takes the statistics only.
     if is_train && spec.only_evaluates() {
@@ -223,7 +238,7 @@ fn too_small(
         "`{model}` takes images of at least {least} x {least} pixels{to_train}, and gets those of dataset `{name}` as {height} x \
          {width}; {remedy}enlarge them in `{key}` of `[data]`"
     );
-    Some((option, what))
+    Some(Misfit { section: "model", option, what })
 }
 
 /// Puts a checked job in the queue; it is durable when this returns.

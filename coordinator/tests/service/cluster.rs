@@ -32,6 +32,7 @@ logical_shards = 4
 
 [model]
 name = "nin"
+widths = "mnist"
 classes = 10
 
 [data]

@@ -50,6 +50,14 @@ pub enum NnError {
         /// What is wrong.
         problem: String,
     },
+    /// One of an optimizer's groups is of no parameter.
+    #[error("`{pattern}` in the optimizer's `groups` fits no parameter of the network{hint}")]
+    Group {
+        /// What the group's parameters are called.
+        pattern: String,
+        /// The nearest name, if one is near.
+        hint: String,
+    },
     /// Saved tensors do not fit the network or optimizer they are loaded into. Nothing was loaded.
     #[error("the saved {what} does not fit: {}", .problems.join("; "))]
     Load {

@@ -156,6 +156,46 @@ fn a_shard_without_samples_trains_every_network() {
 }
 
 #[test]
+fn networks_take_the_images_that_a_job_is_checked_for() {
+    tch::set_num_threads(1);
+    let forward = |spec: &ModelSpec, shape: &[i64]| {
+        let (_, model) = outlined(spec);
+        model.forward(&Tensor::ones(shape, (Kind::Float, Device::Cpu)), &mut Forward::evaluation())
+    };
+    let with_channels = [
+        ("small-cnn", json!({}), 1),
+        ("small-cnn", json!({ "in_channels": 2 }), 2),
+        ("nin", json!({}), 3),
+        ("nin", json!({ "widths": "mnist" }), 1),
+        ("googlenet", json!({}), 3),
+        ("bn-inception", json!({}), 3),
+        ("inception-v3", json!({}), 3),
+        ("inception-v4", json!({ "in_channels": 1 }), 1),
+        ("inception-resnet-v1", json!({}), 3),
+        ("inception-resnet-v2", json!({}), 3),
+    ];
+    for (name, options, channels) in with_channels {
+        let spec = spec(name, BatchNorm::Local, options);
+        assert_eq!((spec.channels(), spec.numbers()), (Some(channels), None), "{name}");
+        let side = spec.least_side().max(8).into();
+        assert!(forward(&spec, &[1, channels.into(), side, side]).is_ok(), "{name}");
+        assert!(forward(&spec, &[1, i64::from(channels) + 1, side, side]).is_err(), "{name}");
+    }
+    for (options, inputs) in [(json!({}), 784), (json!({ "inputs": 12 }), 12)] {
+        let spec = spec("mlp", BatchNorm::Local, options);
+        assert_eq!((spec.channels(), spec.numbers()), (None, Some(("inputs", inputs))));
+        assert!(
+            forward(&spec, &[1, inputs.into()]).is_ok()
+                && forward(&spec, &[1, i64::from(inputs) + 1]).is_err()
+        );
+    }
+    for (name, option) in [("gan-generator", "outputs"), ("gan-discriminator", "inputs")] {
+        assert_eq!(spec(name, BatchNorm::None, json!({})).numbers(), Some((option, 784)));
+        assert_eq!(spec(name, BatchNorm::None, json!({ option: 16 })).numbers(), Some((option, 16)));
+    }
+}
+
+#[test]
 fn an_auxiliary_head_says_which_images_it_needs_and_can_be_left_out() {
     tch::set_num_threads(1);
     let forward = |options| {

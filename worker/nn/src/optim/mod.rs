@@ -17,6 +17,7 @@ use crate::vars::{Vars, load_tensors};
 use adam::Adam;
 use average::Average;
 use lockstep_common::job::{AverageSpec, OptimizerSpec};
+use lockstep_common::suggest::did_you_mean;
 use rmsprop::Rmsprop;
 use sgd::Sgd;
 use std::collections::BTreeMap;
@@ -73,10 +74,9 @@ impl Optimizer {
     pub fn new(spec: &OptimizerSpec, vars: &Vars) -> Result<Self, NnError> {
         for group in spec.groups() {
             if !vars.parameters().any(|(name, _)| group.has(name)) {
-                return Err(NnError::Variable {
-                    name: group.parameters.clone(),
-                    problem: "of the optimizer's groups fits no parameter of the network".to_owned(),
-                });
+                let pattern = group.parameters.clone();
+                let hint = did_you_mean(&pattern, vars.parameters().map(|(name, _)| name));
+                return Err(NnError::Group { pattern, hint });
             }
         }
         let rates = vars.parameters().map(|(name, var)| {
