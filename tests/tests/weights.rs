@@ -51,7 +51,7 @@ fn weights_that_do_not_fit_fail_the_job_with_one_line_that_names_them() {
         let errors = ended.stderr.lines().filter(|line| line.starts_with("error: ")).count();
         assert_eq!(errors, 1, "{}", ended.stderr);
     };
-    let other = section.replace("small-cnn", "nin");
+    let other = section.replace("small-cnn", "nin") + "in_channels = 1\n";
     refused("other", other, &["these are the weights of `small-cnn`, not of `nin`"]);
     refused("classes", format!("{section}classes = 12\n"), &["weights of a `small-cnn` with `classes` = 10"]);
     let file = place.file("weights.safetensors");

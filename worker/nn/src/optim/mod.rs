@@ -5,6 +5,8 @@ mod average;
 mod clip;
 mod pass;
 mod rmsprop;
+#[cfg(test)]
+mod samples;
 mod sgd;
 mod trace;
 

@@ -191,25 +191,9 @@ impl<T: Real> Scaled<T> {
 #[cfg(test)]
 mod tests {
     use super::super::Rates;
-    use super::super::pass::{BLOCK, PIECE};
+    use super::super::samples::{gradients, learn, vars};
     use super::super::trace::checksums;
     use super::*;
-    use crate::init::Init;
-    use tch::{Device, no_grad};
-
-    /// Parameters of which one has several pieces and a last row that is not whole.
-    fn vars(kind: Kind) -> Vars {
-        let mut vars = Vars::new("model", 3, kind, Device::Cpu);
-        for (name, size) in [("large", 2 * PIECE + BLOCK + 21), ("small", 5), ("still", 4)] {
-            let _ = vars.root().parameter(name, &[size as i64], Init::Normal { std: 1.0 }).unwrap();
-        }
-        vars
-    }
-
-    fn gradients(vars: &Vars, seed: i64) -> [(&'static str, Tensor); 2] {
-        tch::manual_seed(seed);
-        ["small", "large"].map(|name| (name, vars.var(name).unwrap().tensor.detach().randn_like()))
-    }
 
     fn update(
         vars: &Vars,
@@ -219,16 +203,8 @@ mod tests {
         momentum: f64,
         at_once: bool,
     ) -> Trace {
-        let gradients = gradients(vars, seed);
-        let mut learning: Vec<_> = gradients
-            .iter()
-            .map(|(name, gradient)| {
-                let parameter = vars.var(name).unwrap().tensor.detach();
-                Learning { name, parameter, gradient, rates }
-            })
-            .collect();
-        no_grad(|| match at_once {
-            true => rmsprop.update_all(&mut learning, momentum, true).unwrap().unwrap(),
+        learn(vars, seed, rates, |learning| match at_once {
+            true => rmsprop.update_all(learning, momentum, true).unwrap().unwrap(),
             false => {
                 learning.iter_mut().for_each(|learning| rmsprop.update(learning, momentum).unwrap());
                 Trace::default()

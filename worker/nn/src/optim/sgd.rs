@@ -169,37 +169,16 @@ impl<T: Real> Descent<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::pass::{BLOCK, PIECE};
-    use super::super::{NamedGradient, Rates};
+    use super::super::Rates;
+    use super::super::samples::{learn, vars};
     use super::*;
     use crate::checksum::Checksum;
-    use crate::init::Init;
     use crate::optim::trace::checksums;
-    use tch::{Device, no_grad};
-
-    /// Parameters of which one has several pieces and a last row that is not whole.
-    fn vars(kind: Kind) -> Vars {
-        let mut vars = Vars::new("model", 3, kind, Device::Cpu);
-        for (name, size) in [("large", 2 * PIECE + BLOCK + 21), ("small", 5), ("still", 4)] {
-            let _ = vars.root().parameter(name, &[size as i64], Init::Normal { std: 1.0 }).unwrap();
-        }
-        vars
-    }
+    use tch::Device;
 
     fn update(vars: &Vars, sgd: &mut Sgd, seed: i64, rates: Rates, momentum: f64, at_once: bool) -> Trace {
-        tch::manual_seed(seed);
-        let gradients: Vec<NamedGradient> = ["small", "large"]
-            .map(|name| (name.to_owned(), vars.var(name).unwrap().tensor.detach().randn_like()))
-            .into();
-        let mut learning: Vec<_> = gradients
-            .iter()
-            .map(|(name, gradient)| {
-                let parameter = vars.var(name).unwrap().tensor.detach();
-                Learning { name, parameter, gradient, rates }
-            })
-            .collect();
-        no_grad(|| match at_once {
-            true => sgd.update_all(&mut learning, momentum, true).unwrap().unwrap(),
+        learn(vars, seed, rates, |learning| match at_once {
+            true => sgd.update_all(learning, momentum, true).unwrap().unwrap(),
             false => {
                 learning.iter_mut().for_each(|learning| sgd.update(learning, momentum).unwrap());
                 Trace::default()
