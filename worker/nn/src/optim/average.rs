@@ -3,9 +3,10 @@
 //! The running statistics of batch norms are averaged like weights, as TensorFlow's Inception did with its moving averages:
 //! those of the newest weights do not fit averages of older ones.
 
-use super::pass::{Elementwise, Real, Work, pass};
+use super::at_once::is_plain;
+use super::pass::{Changes, Elementwise, Real, Work, pass};
 use super::trace::{Checksums, checksums};
-use super::{is_plain, of, prefixed};
+use super::{of, prefixed};
 use crate::error::NnError;
 use crate::shim::{values, values_mut};
 use crate::vars::{Var, Vars};
@@ -78,14 +79,14 @@ impl Average {
         let mut names = Vec::new();
         let mut all = Vec::new();
         for ((name, mean), (_, var)) in self.mean.iter_mut().zip(vars.iter()) {
-            all.push(Work { changed: [values_mut(mean)], read: values(&var.tensor), rule });
+            all.push(Work { changed: values_mut(mean), state: [], read: values(&var.tensor), rule });
             names.push(format!("{AVERAGE}.{name}"));
         }
         let changes = pass(all, is_traced);
         let named = || names.iter().zip(&changes);
         [
-            named().map(|(name, [change])| (name.clone(), change.before)).collect(),
-            named().map(|(name, [change])| (name.clone(), change.after)).collect(),
+            named().map(|(name, Changes { changed, .. })| (name.clone(), changed.before)).collect(),
+            named().map(|(name, Changes { changed, .. })| (name.clone(), changed.after)).collect(),
         ]
     }
 
@@ -113,8 +114,8 @@ struct Nearer<T> {
     weight: Option<T>,
 }
 
-impl<T: Real> Elementwise<T, 1> for Nearer<T> {
-    fn apply(self, [mean]: [&mut [T]; 1], value: &[T]) {
+impl<T: Real> Elementwise<T, 0> for Nearer<T> {
+    fn apply(self, mean: &mut [T], []: [&mut [T]; 0], value: &[T]) {
         match self.weight {
             None => mean.copy_from_slice(value),
             Some(weight) => mean.iter_mut().zip(value).for_each(|(m, v)| *m = *m + (*v - *m) * weight),

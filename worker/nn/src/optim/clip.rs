@@ -1,7 +1,8 @@
 //! Bounds on the reduced gradient.
 
+use super::NamedGradient;
+use super::at_once::is_plain;
 use super::pass::{FEW, PIECE, Real};
-use super::{NamedGradient, is_plain};
 use crate::error::NnError;
 use crate::shim::values;
 use rayon::prelude::*;

@@ -1,6 +1,7 @@
 //! Optimizers whose state is ours to checkpoint: PyTorch's update rules, tensor for tensor.
 
 mod adam;
+mod at_once;
 mod average;
 mod clip;
 mod pass;
@@ -17,13 +18,14 @@ use crate::error::NnError;
 use crate::schedule;
 use crate::vars::{Vars, load_tensors};
 use adam::Adam;
+use at_once::AtOnce;
 use average::Average;
 use lockstep_common::job::{AverageSpec, OptimizerSpec};
 use lockstep_common::suggest::did_you_mean;
 use rmsprop::Rmsprop;
 use sgd::Sgd;
 use std::collections::BTreeMap;
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Device, Tensor, no_grad};
 
 /// A gradient by the name of its parameter.
 pub type NamedGradient = (String, Tensor);
@@ -238,40 +240,6 @@ impl Rule {
             Self::Rmsprop(rmsprop) => rmsprop.state(),
         }
     }
-}
-
-/// The type of all of `learning` and of its `states`, if that is on the CPU, of one type and without gaps; `None` for no
-/// parameters too. Fails if one of them has no state.
-///
-/// The bits of an update may depend on the answer, so it must be the same on all ranks: on the CPU reduced gradients have
-/// no gaps anywhere, and neither have parameters and states.
-fn plain_kind(
-    learning: &[Learning<'_>],
-    states: &[&BTreeMap<String, Tensor>],
-) -> Result<Option<Kind>, NnError> {
-    let Some(kind) = learning.first().map(|first| first.parameter.kind()) else { return Ok(None) };
-    for Learning { name, parameter, gradient, .. } in learning {
-        let state = |state: &&BTreeMap<String, Tensor>| match state.get(*name) {
-            Some(tensor) => Ok(is_plain(tensor, parameter, kind)),
-            None => Err(not_a_parameter(name)),
-        };
-        let states = states.iter().map(state).collect::<Result<Vec<_>, _>>()?;
-        let is_plain = is_plain(parameter, parameter, kind) && is_plain(gradient, parameter, kind);
-        if !is_plain || states.contains(&false) {
-            return Ok(None);
-        }
-    }
-    Ok(Some(kind))
-}
-
-/// Whether `tensor` lies on the CPU without gaps, of the type `kind` and of the shape of `like`.
-fn is_plain(tensor: &Tensor, like: &Tensor, kind: Kind) -> bool {
-    let is_there = tensor.device() == Device::Cpu && tensor.is_contiguous();
-    is_there && tensor.kind() == kind && tensor.size() == like.size()
-}
-
-fn by_name<'a, 'b>(learning: &'a mut [Learning<'b>]) -> BTreeMap<&'a str, &'a mut Learning<'b>> {
-    learning.iter_mut().map(|learning| (learning.name, learning)).collect()
 }
 
 /// A zero tensor for each parameter.

@@ -64,15 +64,16 @@ impl Real for f64 {
     }
 }
 
-/// What happens to each element of `M` tensors, by that of another one.
-pub(super) trait Elementwise<T, const M: usize>: Copy + Send + Sync {
-    /// Changes `changed` by `read`, which is as long as each of those.
-    fn apply(self, changed: [&mut [T]; M], read: &[T]);
+/// What happens to each element of a tensor and of its `N` tensors of state, by that of another one.
+pub(super) trait Elementwise<T, const N: usize>: Copy + Send + Sync {
+    /// Changes `changed` and `state` by `read`. All are of one length.
+    fn apply(self, changed: &mut [T], state: [&mut [T]; N], read: &[T]);
 }
 
 /// Tensors that a rule changes and one that it reads, all of one length.
-pub(super) struct Work<'a, T, R, const M: usize> {
-    pub(super) changed: [&'a mut [T]; M],
+pub(super) struct Work<'a, T, R, const N: usize> {
+    pub(super) changed: &'a mut [T],
+    pub(super) state: [&'a mut [T]; N],
     pub(super) read: &'a [T],
     pub(super) rule: R,
 }
@@ -84,61 +85,83 @@ pub(super) struct Change {
     pub(super) after: Checksum,
 }
 
+/// Those of a [`Work`]'s tensor and of its state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Changes<const N: usize> {
+    pub(super) changed: Change,
+    pub(super) state: [Change; N],
+}
+
 /// Applies each rule of `all`. Returns what has changed of each one's tensors, if it `is_traced`; nothing otherwise.
-pub(super) fn pass<T: Real, R: Elementwise<T, M>, const M: usize>(
-    all: Vec<Work<'_, T, R, M>>,
+pub(super) fn pass<T: Real, R: Elementwise<T, N>, const N: usize>(
+    all: Vec<Work<'_, T, R, N>>,
     is_traced: bool,
-) -> Vec<[Change; M]> {
+) -> Vec<Changes<N>> {
     let count = all.len();
     let elements = all.iter().map(|work| work.read.len()).sum::<usize>();
     let mut pieces = Vec::new();
     for (owner, work) in all.into_iter().enumerate() {
-        let Work { mut changed, mut read, rule } = work;
+        let Work { mut changed, mut state, mut read, rule } = work;
         while !read.is_empty() {
-            let length = read.len().min(PIECE);
-            let own = changed.each_mut().map(|rest| {
-                let (own, others) = std::mem::take(rest).split_at_mut(length);
-                *rest = others;
-                own
-            });
-            let (own_read, others) = read.split_at(length);
+            let (own, others) = read.split_at(read.len().min(PIECE));
             read = others;
-            pieces.push((owner, Work { changed: own, read: own_read, rule }));
+            let piece = Work {
+                changed: first(&mut changed, own.len()),
+                state: state.each_mut().map(|part| first(part, own.len())),
+                read: own,
+                rule,
+            };
+            pieces.push((owner, piece));
         }
     }
-    let changes: Vec<[Change; M]> = match elements < FEW {
+    let changes: Vec<Changes<N>> = match elements < FEW {
         true => pieces.iter_mut().map(|(_, piece)| piece.apply(is_traced)).collect(),
         false => pieces.par_iter_mut().map(|(_, piece)| piece.apply(is_traced)).collect(),
     };
     if !is_traced {
         return Vec::new();
     }
-    let mut whole = vec![[Change::default(); M]; count];
+    let mut whole = vec![Changes::default(); count];
     for ((owner, _), changes) in pieces.iter().zip(&changes) {
-        whole[*owner].iter_mut().zip(changes).for_each(|(whole, change)| whole.add(change));
+        let Changes { changed, state } = &mut whole[*owner];
+        changed.add(&changes.changed);
+        state.iter_mut().zip(&changes.state).for_each(|(whole, change)| whole.add(change));
     }
     whole
 }
 
-impl<T: Real, R: Elementwise<T, M>, const M: usize> Work<'_, T, R, M> {
+/// The first `length` elements of `rest`, which keeps the others.
+fn first<'a, T>(rest: &mut &'a mut [T], length: usize) -> &'a mut [T] {
+    let (first, others) = std::mem::take(rest).split_at_mut(length);
+    *rest = others;
+    first
+}
+
+impl<T: Real, R: Elementwise<T, N>, const N: usize> Work<'_, T, R, N> {
     /// Applies the rule block by block.
-    fn apply(&mut self, is_traced: bool) -> [Change; M] {
-        let mut changes = [Change::default(); M];
+    fn apply(&mut self, is_traced: bool) -> Changes<N> {
+        let checksum = |values: &[T]| {
+            if is_traced { Checksum::of(bytemuck::cast_slice(values)) } else { Checksum::default() }
+        };
+        let mut changes = Changes::default();
         for (index, read) in self.read.chunks(BLOCK).enumerate() {
             let own = index * BLOCK..index * BLOCK + read.len();
-            let checksums = |changed: &[&mut [T]; M]| {
-                changed.each_ref().map(|tensor| Checksum::of(bytemuck::cast_slice(&tensor[own.clone()])))
-            };
-            let before = is_traced.then(|| checksums(&self.changed));
-            self.rule.apply(self.changed.each_mut().map(|tensor| &mut tensor[own.clone()]), read);
-            if let Some(before) = before {
-                let after = checksums(&self.changed);
-                for (change, (before, after)) in changes.iter_mut().zip(before.into_iter().zip(after)) {
-                    change.add(&Change { before, after });
-                }
+            let changed = &mut self.changed[own.clone()];
+            let mut state = self.state.each_mut().map(|part| &mut part[own.clone()]);
+            let before = (checksum(changed), state.each_ref().map(|part| checksum(part)));
+            self.rule.apply(changed, state.each_mut().map(|part| &mut **part), read);
+            changes.changed.add(&Change { before: before.0, after: checksum(changed) });
+            for (change, (before, part)) in changes.state.iter_mut().zip(before.1.into_iter().zip(&state)) {
+                change.add(&Change { before, after: checksum(part) });
             }
         }
         changes
+    }
+}
+
+impl<const N: usize> Default for Changes<N> {
+    fn default() -> Self {
+        Self { changed: Change::default(), state: [Change::default(); N] }
     }
 }
 
@@ -157,8 +180,8 @@ mod tests {
     #[derive(Clone, Copy)]
     struct Coupled;
 
-    impl Elementwise<f32, 2> for Coupled {
-        fn apply(self, [a, b]: [&mut [f32]; 2], read: &[f32]) {
+    impl Elementwise<f32, 1> for Coupled {
+        fn apply(self, a: &mut [f32], [b]: [&mut [f32]; 1], read: &[f32]) {
             for ((a, b), r) in a.iter_mut().zip(b).zip(read) {
                 *b = 2.0 * *b + r;
                 *a -= *b;
@@ -166,21 +189,22 @@ mod tests {
         }
     }
 
-    /// What a pass makes of two tensors of several pieces, and of two small ones, and what it says of them.
-    fn passed(threads: usize, is_traced: bool) -> (Vec<[Vec<f32>; 2]>, Vec<[Change; 2]>) {
+    /// What a pass makes of a tensor of several pieces with its state, and of a small one, and what it says of them.
+    fn passed(threads: usize, is_traced: bool) -> (Vec<[Vec<f32>; 2]>, Vec<Changes<1>>) {
         let values =
             |count: usize, factor: usize| (0..count).map(|i| (i * factor % 1013) as f32 * 0.37).collect();
         let counts = [2 * PIECE + BLOCK + 21, 5];
-        let mut changed: Vec<[Vec<f32>; 2]> = counts.map(|n| [values(n, 7), values(n, 11)]).into();
+        let mut tensors: Vec<[Vec<f32>; 2]> = counts.map(|n| [values(n, 7), values(n, 11)]).into();
         let read: Vec<Vec<f32>> = counts.map(|n| values(n, 13)).into();
-        let all = changed.iter_mut().zip(&read).map(|(changed, read)| Work {
-            changed: changed.each_mut().map(Vec::as_mut_slice),
+        let all = tensors.iter_mut().zip(&read).map(|([changed, state], read)| Work {
+            changed,
+            state: [state.as_mut_slice()],
             read,
             rule: Coupled,
         });
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let changes = pool.install(|| pass(all.collect(), is_traced));
-        (changed, changes)
+        (tensors, changes)
     }
 
     #[test]
@@ -190,9 +214,9 @@ mod tests {
         let (found, traced) = passed(1, true);
         assert_eq!((&found, &traced), (&wanted, &passed(3, true).1));
         assert_eq!(passed(3, false).0, wanted);
-        for (changed, changes) in found.iter().zip(&traced) {
-            let left = changed.each_ref().map(|values| Checksum::of(bytemuck::cast_slice(values)));
-            assert_eq!(changes.map(|change| change.after), left);
+        for (tensors, Changes { changed, state: [state] }) in found.iter().zip(&traced) {
+            let left = tensors.each_ref().map(|values| Checksum::of(bytemuck::cast_slice(values)));
+            assert_eq!([changed.after, state.after], left);
         }
     }
 }

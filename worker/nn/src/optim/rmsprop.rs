@@ -3,15 +3,14 @@
 //! On the CPU it is one pass over memory by all of rayon's threads. Its square roots are correctly rounded, those of libtorch's
 //! operations one by one are not always.
 
-use super::pass::{Elementwise, Real, Work, pass};
-use super::trace::Trace;
-use super::{Learning, by_name, of, plain_kind, prefixed};
+use super::at_once::AtOnce;
+use super::pass::{Elementwise, Real};
+use super::{Learning, Rates, of, prefixed};
 use crate::error::NnError;
-use crate::shim::{values, values_mut};
 use crate::vars::Vars;
 use lockstep_common::job::RmspropForm;
 use std::collections::BTreeMap;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 #[derive(Debug)]
 pub(super) struct Rmsprop {
@@ -63,48 +62,6 @@ impl Rmsprop {
         Ok(())
     }
 
-    /// The rule of [`Self::update`], not always with its bits, for all of `learning` at once, if that is on the CPU, of one kind and without gaps;
-    /// `None`, and nothing has changed, otherwise. The trace is empty unless it is wanted.
-    pub(super) fn update_all(
-        &mut self,
-        learning: &mut [Learning<'_>],
-        momentum: f64,
-        is_traced: bool,
-    ) -> Result<Option<Trace>, NnError> {
-        match plain_kind(learning, &[&self.square_avg, &self.momentum_buffers])? {
-            Some(Kind::Float) => Ok(Some(self.sweep::<f32>(learning, momentum, is_traced))),
-            Some(Kind::Double) => Ok(Some(self.sweep::<f64>(learning, momentum, is_traced))),
-            _ => Ok(None),
-        }
-    }
-
-    fn sweep<T: Real>(&mut self, learning: &mut [Learning<'_>], momentum: f64, is_traced: bool) -> Trace {
-        let mut by_name = by_name(learning);
-        let mut names = Vec::new();
-        let mut all = Vec::new();
-        // Both have the same names in the same order.
-        for ((name, square), buffer) in self.square_avg.iter_mut().zip(self.momentum_buffers.values_mut()) {
-            let Some(Learning { parameter, gradient, rates, .. }) = by_name.remove(name.as_str()) else {
-                continue;
-            };
-            let rule = Scaled {
-                form: self.form,
-                lr: T::from_f64(rates.lr),
-                decay: (rates.weight_decay != 0.0).then(|| T::from_f64(rates.weight_decay)),
-                kept: T::from_f64(self.alpha),
-                new: T::from_f64(1.0 - self.alpha),
-                eps: T::from_f64(self.eps),
-                momentum: (momentum != 0.0).then(|| T::from_f64(momentum)),
-            };
-            let changed = [values_mut(parameter), values_mut(square), values_mut(buffer)];
-            all.push(Work { changed, read: values(gradient), rule });
-            names.push(name.as_str());
-        }
-        let changes = pass(all, is_traced);
-        let changes = changes.iter().map(|[parameter, square, buffer]| (parameter, [square, buffer]));
-        Trace::of(&names, [SQUARE_AVG, MOMENTUM_BUFFER], changes)
-    }
-
     pub(super) fn state(&self) -> BTreeMap<String, Tensor> {
         prefixed(SQUARE_AVG, &self.square_avg)
             .chain(prefixed(MOMENTUM_BUFFER, &self.momentum_buffers))
@@ -115,8 +72,31 @@ impl Rmsprop {
 const SQUARE_AVG: &str = "square_avg";
 const MOMENTUM_BUFFER: &str = "momentum_buffer";
 
+/// Not always with the bits of [`Rmsprop::update`].
+impl AtOnce<2> for Rmsprop {
+    type Step<T: Real> = Scaled<T>;
+
+    const STATE: [&'static str; 2] = [SQUARE_AVG, MOMENTUM_BUFFER];
+
+    fn parts(&self) -> [&BTreeMap<String, Tensor>; 2] {
+        [&self.square_avg, &self.momentum_buffers]
+    }
+
+    fn step<T: Real>(&self, rates: Rates, momentum: f64) -> Scaled<T> {
+        Scaled {
+            form: self.form,
+            lr: T::from_f64(rates.lr),
+            decay: (rates.weight_decay != 0.0).then(|| T::from_f64(rates.weight_decay)),
+            kept: T::from_f64(self.alpha),
+            new: T::from_f64(1.0 - self.alpha),
+            eps: T::from_f64(self.eps),
+            momentum: (momentum != 0.0).then(|| T::from_f64(momentum)),
+        }
+    }
+}
+
 #[derive(Clone, Copy)]
-struct Scaled<T> {
+pub(super) struct Scaled<T> {
     form: RmspropForm,
     lr: T,
     decay: Option<T>,
@@ -128,14 +108,16 @@ struct Scaled<T> {
     momentum: Option<T>,
 }
 
-impl<T: Real> Elementwise<T, 3> for Scaled<T> {
-    fn apply(self, changed: [&mut [T]; 3], gradient: &[T]) {
+impl<T: Real> Elementwise<T, 2> for Scaled<T> {
+    fn apply(self, parameter: &mut [T], state: [&mut [T]; 2], gradient: &[T]) {
         let (eps, lr) = (self.eps, self.lr);
         // The branches are outside of the loops, so that those become vector code.
         match self.form {
-            RmspropForm::Torch => self.decayed(changed, gradient, |g, s| g / (s.root() + eps), |u| u * lr),
+            RmspropForm::Torch => {
+                self.decayed(parameter, state, gradient, |g, s| g / (s.root() + eps), |u| u * lr);
+            }
             RmspropForm::Tensorflow => {
-                self.decayed(changed, gradient, |g, s| g / (s + eps).root() * lr, |u| u)
+                self.decayed(parameter, state, gradient, |g, s| g / (s + eps).root() * lr, |u| u);
             }
         }
     }
@@ -144,28 +126,30 @@ impl<T: Real> Elementwise<T, 3> for Scaled<T> {
 impl<T: Real> Scaled<T> {
     fn decayed(
         self,
-        changed: [&mut [T]; 3],
+        parameter: &mut [T],
+        state: [&mut [T]; 2],
         gradient: &[T],
         scaled: impl Fn(T, T) -> T,
         step: impl Fn(T) -> T,
     ) {
         match self.decay {
-            None => self.heavy(changed, gradient, |g, _| g, scaled, step),
-            Some(decay) => self.heavy(changed, gradient, |g, p| g + p * decay, scaled, step),
+            None => self.heavy(parameter, state, gradient, |g, _| g, scaled, step),
+            Some(decay) => self.heavy(parameter, state, gradient, |g, p| g + p * decay, scaled, step),
         }
     }
 
     fn heavy(
         self,
-        changed: [&mut [T]; 3],
+        parameter: &mut [T],
+        state: [&mut [T]; 2],
         gradient: &[T],
         decayed: impl Fn(T, T) -> T,
         scaled: impl Fn(T, T) -> T,
         step: impl Fn(T) -> T,
     ) {
         match self.momentum {
-            None => self.descend(changed, gradient, decayed, scaled, |u, _| step(u)),
-            Some(momentum) => self.descend(changed, gradient, decayed, scaled, |u, b| {
+            None => self.descend(parameter, state, gradient, decayed, scaled, |u, _| step(u)),
+            Some(momentum) => self.descend(parameter, state, gradient, decayed, scaled, |u, b| {
                 *b = *b * momentum + u;
                 step(*b)
             }),
@@ -174,7 +158,8 @@ impl<T: Real> Scaled<T> {
 
     fn descend(
         self,
-        [parameter, square, buffer]: [&mut [T]; 3],
+        parameter: &mut [T],
+        [square, buffer]: [&mut [T]; 2],
         gradient: &[T],
         decayed: impl Fn(T, T) -> T,
         scaled: impl Fn(T, T) -> T,
@@ -190,10 +175,11 @@ impl<T: Real> Scaled<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Rates;
     use super::super::samples::{gradients, learn, vars};
-    use super::super::trace::checksums;
+    use super::super::trace::{Trace, checksums};
     use super::*;
+    use crate::shim::{values, values_mut};
+    use tch::Kind;
 
     fn update(
         vars: &Vars,

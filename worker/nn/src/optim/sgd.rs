@@ -2,14 +2,14 @@
 //!
 //! On the CPU it is one pass over memory by all of rayon's threads, with the same bits as libtorch's operations one by one.
 
-use super::pass::{Elementwise, Real, Work, pass};
-use super::trace::Trace;
-use super::{Learning, by_name, not_a_parameter, of, plain_kind, prefixed, zeros};
+use super::at_once::AtOnce;
+use super::pass::{Elementwise, Real};
+use super::{Learning, Rates, not_a_parameter, of, prefixed, zeros};
 use crate::error::NnError;
-use crate::shim::{Moving, fused_sgd, values, values_mut};
+use crate::shim::{Moving, fused_sgd};
 use crate::vars::Vars;
 use std::collections::BTreeMap;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 #[derive(Debug)]
 pub(super) struct Sgd {
@@ -63,46 +63,6 @@ impl Sgd {
         Ok(())
     }
 
-    /// Updates all of `learning` at once, if that is on the CPU, of one kind and without gaps; `None`, and nothing has
-    /// changed, otherwise. The trace is empty unless it is wanted.
-    pub(super) fn update_all(
-        &mut self,
-        learning: &mut [Learning<'_>],
-        momentum: f64,
-        is_traced: bool,
-    ) -> Result<Option<Trace>, NnError> {
-        match plain_kind(learning, &[&self.momentum_buffers])? {
-            Some(Kind::Float) => Ok(Some(self.sweep::<f32>(learning, momentum, is_traced))),
-            Some(Kind::Double) => Ok(Some(self.sweep::<f64>(learning, momentum, is_traced))),
-            _ => Ok(None),
-        }
-    }
-
-    fn sweep<T: Real>(&mut self, learning: &mut [Learning<'_>], momentum: f64, is_traced: bool) -> Trace {
-        let mut by_name = by_name(learning);
-        let mut names = Vec::new();
-        let mut all = Vec::new();
-        for (name, buffer) in &mut self.momentum_buffers {
-            let Some(Learning { parameter, gradient, rates, .. }) = by_name.remove(name.as_str()) else {
-                continue;
-            };
-            let rule = Descent {
-                lr: T::from_f64(rates.lr),
-                decay: (rates.weight_decay != 0.0).then(|| T::from_f64(rates.weight_decay)),
-                momentum: (momentum != 0.0).then(|| T::from_f64(momentum)),
-                nesterov: self.nesterov,
-            };
-            all.push(Work {
-                changed: [values_mut(parameter), values_mut(buffer)],
-                read: values(gradient),
-                rule,
-            });
-            names.push(name.as_str());
-        }
-        let changes = pass(all, is_traced);
-        Trace::of(&names, [MOMENTUM_BUFFER], changes.iter().map(|[parameter, buffer]| (parameter, [buffer])))
-    }
-
     pub(super) fn state(&self) -> BTreeMap<String, Tensor> {
         prefixed(MOMENTUM_BUFFER, &self.momentum_buffers).collect()
     }
@@ -110,16 +70,36 @@ impl Sgd {
 
 const MOMENTUM_BUFFER: &str = "momentum_buffer";
 
+/// With the same bits as [`Sgd::update`].
+impl AtOnce<1> for Sgd {
+    type Step<T: Real> = Descent<T>;
+
+    const STATE: [&'static str; 1] = [MOMENTUM_BUFFER];
+
+    fn parts(&self) -> [&BTreeMap<String, Tensor>; 1] {
+        [&self.momentum_buffers]
+    }
+
+    fn step<T: Real>(&self, rates: Rates, momentum: f64) -> Descent<T> {
+        Descent {
+            lr: T::from_f64(rates.lr),
+            decay: (rates.weight_decay != 0.0).then(|| T::from_f64(rates.weight_decay)),
+            momentum: (momentum != 0.0).then(|| T::from_f64(momentum)),
+            nesterov: self.nesterov,
+        }
+    }
+}
+
 #[derive(Clone, Copy)]
-struct Descent<T> {
+pub(super) struct Descent<T> {
     lr: T,
     decay: Option<T>,
     momentum: Option<T>,
     nesterov: bool,
 }
 
-impl<T: Real> Elementwise<T, 2> for Descent<T> {
-    fn apply(self, [parameter, buffer]: [&mut [T]; 2], gradient: &[T]) {
+impl<T: Real> Elementwise<T, 1> for Descent<T> {
+    fn apply(self, parameter: &mut [T], [buffer]: [&mut [T]; 1], gradient: &[T]) {
         // The branches are outside of the loops, so that those become vector code.
         match (self.decay, self.momentum) {
             (None, None) => self.descend(parameter, gradient, buffer, |g, _| g, |d, _| d),
@@ -169,12 +149,12 @@ impl<T: Real> Descent<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Rates;
     use super::super::samples::{learn, vars};
+    use super::super::trace::Trace;
     use super::*;
     use crate::checksum::Checksum;
     use crate::optim::trace::checksums;
-    use tch::Device;
+    use tch::{Device, Kind};
 
     fn update(vars: &Vars, sgd: &mut Sgd, seed: i64, rates: Rates, momentum: f64, at_once: bool) -> Trace {
         learn(vars, seed, rates, |learning| match at_once {

@@ -1,6 +1,6 @@
 //! What an update has found and what it has left, as checksums.
 
-use super::pass::Change;
+use super::pass::Changes;
 use crate::checksum::Checksum;
 use crate::error::NnError;
 use std::borrow::Borrow;
@@ -24,20 +24,16 @@ pub struct Trace {
 }
 
 impl Trace {
-    /// That of an update of the parameters `names`: for each of them how it has changed, and how its state under each of
-    /// `prefixes` has. Empty if there are no changes, because nobody traced them.
-    pub(super) fn of<'a, const N: usize>(
-        names: &[&str],
-        prefixes: [&str; N],
-        changes: impl Iterator<Item = (&'a Change, [&'a Change; N])>,
-    ) -> Self {
+    /// That of an update of the parameters `names`, whose state has the parts `state`. Empty if there are no changes, because
+    /// nobody traced them.
+    pub(super) fn of<const N: usize>(names: &[&str], state: [&str; N], changes: &[Changes<N>]) -> Self {
         let mut trace = Self::default();
-        for (name, (parameter, state)) in names.iter().zip(changes) {
-            trace.parameters_before.insert((*name).to_owned(), parameter.before);
-            trace.parameters_after.insert((*name).to_owned(), parameter.after);
-            for (prefix, change) in prefixes.iter().zip(state) {
-                trace.state_before.insert(format!("{prefix}.{name}"), change.before);
-                trace.state_after.insert(format!("{prefix}.{name}"), change.after);
+        for (name, changes) in names.iter().zip(changes) {
+            trace.parameters_before.insert((*name).to_owned(), changes.changed.before);
+            trace.parameters_after.insert((*name).to_owned(), changes.changed.after);
+            for (part, change) in state.iter().zip(&changes.state) {
+                trace.state_before.insert(format!("{part}.{name}"), change.before);
+                trace.state_after.insert(format!("{part}.{name}"), change.after);
             }
         }
         trace
