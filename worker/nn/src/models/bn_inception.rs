@@ -113,7 +113,7 @@ fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError>
         bias: Init::Constant(0.0),
         bias_before_norm: true,
     };
-    let channels = options::count(spec, "in_channels", 3)?;
+    let channels = options::channels(spec)?;
     let classes = options::count(spec, "classes", IMAGENET_CLASSES)?;
     let mut unit = |name, conv| ConvNorm::new(scope, name, conv, &units);
     let conv1 = unit("conv1_7x7_s2", ConvSpec::same(channels, 64, [7, 7]).stride(2))?;

@@ -77,7 +77,7 @@ struct Generator {
 fn build_generator(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError> {
     let latent = options::count(spec, "latent", LATENT)?;
     let hidden = options::count(spec, "hidden", 1200)?;
-    let outputs = options::count(spec, "outputs", 784)?;
+    let outputs = options::numbers(spec)?;
     let mut linear = |name, inputs, outputs| {
         let weight = Init::Uniform { bound: 0.05 };
         Linear::new(&mut scope.sub(name), inputs, outputs, weight, Init::Constant(0.0))
@@ -107,7 +107,7 @@ struct Discriminator {
 }
 
 fn build_discriminator(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError> {
-    let inputs = options::count(spec, "inputs", 784)?;
+    let inputs = options::numbers(spec)?;
     let hidden = options::count(spec, "hidden", 240)?;
     let pieces = options::count(spec, "pieces", 5)?;
     let drop_rate = options::drop_rate(spec, "dropout", 0.5)?;

@@ -185,7 +185,7 @@ fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError>
     } else {
         ["conv1", "conv2", "conv3"]
     };
-    let channels = options::count(spec, "in_channels", 3)?;
+    let channels = options::channels(spec)?;
     let classes = options::count(spec, "classes", IMAGENET_CLASSES)?;
     let conv1 = ConvNorm::new(scope, names[0], ConvSpec::same(channels, 64, [7, 7]).stride(2), &units)?;
     let conv2 = [

@@ -74,7 +74,7 @@ struct InceptionResnetV1 {
 
 fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError> {
     let units = units(spec)?;
-    let channels = options::count(spec, "in_channels", 3)?;
+    let channels = options::channels(spec)?;
     let stem = NarrowStem::new(scope, channels, &units)?;
     let conv2d_4b = ConvNorm::new(scope, "conv2d_4b", ConvSpec::valid(192, 256, [3, 3]).stride(2), &units)?;
     let repeats = [("repeat_1", 5), ("repeat_2", 10), ("repeat_3", 5)];

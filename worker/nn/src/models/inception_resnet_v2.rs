@@ -80,7 +80,7 @@ fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError>
     let choices = [("released", Variant::Released), ("paper", Variant::Paper)];
     let variant = options::choice(spec, "variant", &choices)?;
     let units = units(spec)?;
-    let channels = options::count(spec, "in_channels", 3)?;
+    let channels = options::channels(spec)?;
     let names = |counts: [usize; 3]| {
         let [a, b, c] = counts;
         [("repeat", a), ("repeat_1", b), ("repeat_2", c)]

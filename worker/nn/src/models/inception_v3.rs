@@ -66,7 +66,7 @@ fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError>
         bias: Init::Constant(0.0),
         bias_before_norm: false,
     };
-    let channels = options::count(spec, "in_channels", 3)?;
+    let channels = options::channels(spec)?;
     let classes = options::count(spec, "classes", IMAGENET_CLASSES)?;
     let mut unit = |name, conv| ConvNorm::new(scope, name, conv, &units);
     let stem = [

@@ -103,7 +103,7 @@ struct InceptionV4 {
 
 fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError> {
     let units = units(spec)?;
-    let channels = options::count(spec, "in_channels", 3)?;
+    let channels = options::channels(spec)?;
     let mut features = scope.sub("features");
     let stem = Stem::new(&mut features, channels, &units)?;
     let mut blocks = Vec::new();

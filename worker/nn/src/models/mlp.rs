@@ -31,7 +31,7 @@ struct Mlp {
 }
 
 fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError> {
-    let inputs = options::count(spec, "inputs", 784)?;
+    let inputs = options::numbers(spec)?;
     let units = options::count(spec, "hidden", 256)?;
     let mut hidden = Vec::new();
     for (i, inputs) in [inputs, units].into_iter().enumerate() {

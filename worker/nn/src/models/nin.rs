@@ -71,35 +71,17 @@ const fn block(kernel: i64, outputs: [i64; 3], drops: bool) -> Widths {
     Widths { suffix: "", kernel, stride: 1, outputs, weights: [WIDE; 3], drops }
 }
 
-/// A network: the channels of its images, its blocks.
-#[derive(Clone, Copy)]
-struct Plan {
-    in_channels: i64,
-    blocks: &'static [Widths],
-}
-
-const CIFAR: Plan = Plan {
-    in_channels: 3,
-    blocks: &[
-        block(5, [192, 160, 96], false),
-        block(5, [192, 192, 192], true),
-        block(3, [192, 192, 0], true),
-    ],
-};
-const MNIST: Plan = Plan {
-    in_channels: 1,
-    blocks: &[block(5, [96, 64, 48], false), block(5, [128, 96, 48], true), block(5, [128, 96, 0], true)],
-};
+const CIFAR: &[Widths] =
+    &[block(5, [192, 160, 96], false), block(5, [192, 192, 192], true), block(3, [192, 192, 0], true)];
+const MNIST: &[Widths] =
+    &[block(5, [96, 64, 48], false), block(5, [128, 96, 48], true), block(5, [128, 96, 0], true)];
 /// Its first convolution has no padding.
-const IMAGENET: Plan = Plan {
-    in_channels: 3,
-    blocks: &[
-        Widths { stride: 4, weights: [NARROW, WIDE, WIDE], ..block(11, [96, 96, 96], false) },
-        block(5, [256, 256, 256], false),
-        Widths { weights: [NARROW, WIDE, WIDE], ..block(3, [384, 384, 384], false) },
-        Widths { suffix: "-1024", weights: [WIDE, WIDE, NARROW], ..block(3, [1024, 1024, 0], true) },
-    ],
-};
+const IMAGENET: &[Widths] = &[
+    Widths { stride: 4, weights: [NARROW, WIDE, WIDE], ..block(11, [96, 96, 96], false) },
+    block(5, [256, 256, 256], false),
+    Widths { weights: [NARROW, WIDE, WIDE], ..block(3, [384, 384, 384], false) },
+    Widths { suffix: "-1024", weights: [WIDE, WIDE, NARROW], ..block(3, [1024, 1024, 0], true) },
+];
 
 struct Nin {
     input: ImageInput,
@@ -117,13 +99,13 @@ fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError>
     let plan = options::choice(spec, "widths", &widths)?;
     let classes = options::count(spec, "classes", 10)?;
     let final_relu = options::switch(spec, "final_relu", true)?;
-    let channels = options::count(spec, "in_channels", plan.in_channels)?;
+    let channels = options::channels(spec)?;
     let mut inputs = channels;
     let mut blocks = Vec::new();
     for (b, Widths { suffix, kernel, stride, outputs: [conv, first, second], weights, drops }) in
-        plan.blocks.iter().copied().enumerate()
+        plan.iter().copied().enumerate()
     {
-        let last = b + 1 == plan.blocks.len();
+        let last = b + 1 == plan.len();
         let second = if last { classes } else { second };
         let mut unit = |name: String, conv: ConvSpec, weight, relu| {
             let units = Units {

@@ -36,6 +36,22 @@ pub(super) fn count(spec: &ModelSpec, name: &str, default: i64) -> Result<i64, N
     read(spec, name, default, valid, "is not a whole number from 1 to 1000000")
 }
 
+/// The channels of the images: `in_channels`, or what a job is checked for without it.
+pub(super) fn channels(spec: &ModelSpec) -> Result<i64, NnError> {
+    match spec.channels() {
+        Some(own) => count(spec, "in_channels", own.into()),
+        None => Err(fault(spec, "in_channels", "is unknown".to_owned())),
+    }
+}
+
+/// The numbers of an image of a network that takes or makes images as plain numbers, in the same way.
+pub(super) fn numbers(spec: &ModelSpec) -> Result<i64, NnError> {
+    match spec.numbers() {
+        Some((option, own)) => count(spec, option, own.into()),
+        None => Err(fault(spec, "inputs", "is unknown".to_owned())),
+    }
+}
+
 /// A probability to drop, in [0, 1), or `default`.
 pub(super) fn drop_rate(spec: &ModelSpec, name: &str, default: f64) -> Result<f64, NnError> {
     let valid = |value: &Value| value.as_f64().filter(|p| (0.0..1.0).contains(p));

@@ -34,7 +34,7 @@ struct SmallCnn {
 
 fn build(spec: &ModelSpec, scope: &mut Scope) -> Result<Box<dyn Model>, NnError> {
     let width = options::count(spec, "width", 16)?;
-    let mut inputs = options::count(spec, "in_channels", 1)?;
+    let mut inputs = options::channels(spec)?;
     let mut convs = Vec::new();
     for (i, (outputs, stride)) in [(width, 1), (2 * width, 2), (4 * width, 2)].into_iter().enumerate() {
         let conv = ConvSpec::same(inputs, outputs, [3, 3]).stride(stride);
