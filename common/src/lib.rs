@@ -15,6 +15,7 @@ pub mod job;
 pub mod moments;
 pub mod net;
 pub mod one_line;
+pub mod output;
 pub mod placement;
 pub mod product;
 pub mod rng;

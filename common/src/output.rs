@@ -2,11 +2,13 @@
 
 use std::io::{self, StdoutLock, Write};
 
-/// Standard output, where a reader that has gone away, such as `head`, is no error.
-pub(crate) struct Output(StdoutLock<'static>);
+/// Standard output, where a reader that has gone away, such as `head`, is no error. Other errors say that it is standard
+/// output that cannot be written.
+#[derive(Debug)]
+pub struct Output(StdoutLock<'static>);
 
-/// Locks it.
-pub(crate) fn output() -> Output {
+/// Locks standard output.
+pub fn output() -> Output {
     Output(io::stdout().lock())
 }
 

@@ -1,22 +1,20 @@
 //! Standard output and the errors of the command line. Of what others have written nothing reaches a terminal that it would obey.
 
+use lockstep_common::output::output;
 use lockstep_common::shown::{shown_json, shown_lines};
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::sync::OnceLock;
 
 /// Why something that was to be said was not: the first reason.
 static UNSAID: OnceLock<String> = OnceLock::new();
 
-/// Writes a line to standard output. A reader that has gone away, such as `head`, is no error; what else goes wrong is kept for
-/// [`unsaid`].
+/// Writes a line to standard output. What goes wrong is kept for [`unsaid`].
 pub(crate) fn say(line: impl std::fmt::Display) {
     write(&shown_lines(&line.to_string()));
 }
 
 fn write(line: &str) {
-    if let Err(error) = writeln!(std::io::stdout().lock(), "{line}")
-        && error.kind() != ErrorKind::BrokenPipe
-    {
+    if let Err(error) = writeln!(output(), "{line}") {
         UNSAID.get_or_init(|| error.to_string());
     }
 }

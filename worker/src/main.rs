@@ -17,7 +17,6 @@ mod mesh;
 mod metrics;
 mod models;
 mod network;
-mod output;
 mod pace;
 mod report;
 mod session;

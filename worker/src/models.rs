@@ -1,8 +1,8 @@
 //! `worker models`.
 
-use crate::output::output;
 use anyhow::Result;
 use lockstep_common::job::ModelSpec;
+use lockstep_common::output::output;
 use lockstep_nn::models::{ModelInfo, registry, validate};
 use std::io::Write;
 

@@ -1,12 +1,12 @@
 //! Files of weights to begin with: a job's, and `worker weights`, which says what to write in a job file for one.
 
-use crate::output::output;
 use crate::tasks::NetworkPlan;
 use crate::train::error::TrainError;
 use anyhow::{Context, Result};
 use lockstep_common::checkpoint::decode_tensors;
 use lockstep_common::digest::blake3_hex;
 use lockstep_common::job::{BatchNorm, ModelSpec};
+use lockstep_common::output::output;
 use lockstep_nn::vars::Vars;
 use lockstep_nn::weights;
 use std::io::Write;

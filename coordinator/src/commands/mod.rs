@@ -33,7 +33,7 @@ pub fn main(cli: Cli) -> ExitCode {
     match unsaid() {
         None => code,
         Some(error) => {
-            note(format_args!("error: cannot write to standard output: {error}"));
+            note(format_args!("error: {error}"));
             ExitCode::FAILURE
         }
     }

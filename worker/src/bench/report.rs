@@ -1,8 +1,8 @@
 //! The table and its JSON.
 
 use super::args::{Plan, Size, name_of};
-use crate::output::output;
 use anyhow::{Result, ensure};
+use lockstep_common::output::output;
 use serde::Serialize;
 use std::io::Write;
 
