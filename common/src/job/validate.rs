@@ -200,8 +200,8 @@ fn check_weights(section: &str, model: &ModelSpec) -> Result<(), Fault> {
         (Some(file), None) => Err(Fault::at(
             &[section, "weights"],
             format!(
-                "`weights` needs `weights_blake3`, the file's hash; `worker weights {file}` prints it, for any \
-                     file `b3sum`"
+                "`weights` needs `weights_blake3`, the file's hash; `worker weights {file}` prints it, and `b3sum` where \
+                 that does not know the network"
             ),
         )),
         (None, Some(_)) => {
@@ -210,7 +210,7 @@ fn check_weights(section: &str, model: &ModelSpec) -> Result<(), Fault> {
         (Some(_), Some(hash)) => {
             let is_hash = hash.len() == 64 && hash.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
             require(is_hash, &[section, "weights_blake3"], || {
-                format!("`weights_blake3` is {hash:?}; it must be 64 hexadecimal digits, letters small")
+                format!("`weights_blake3` is {hash:?}; it must be 64 hexadecimal digits in lower case")
             })
         }
     }
